@@ -1,0 +1,1213 @@
+"""The Vision Transformer, and what it takes to train it on one device or a thousand.
+
+Part 1 is the network of the paper (section 3: plain ViTs, base to 6.5B): sizes, patches, positions,
+attention, initialisation, schedule. It knows nothing of devices, ranks or files. Part 2, "on one
+device or a thousand", is everything a training loop needs around it: flags, start and stop, DDP and
+FSDP2, one agreement a step, saving and restoring, the log. Part 3 reads everybody's weight files.
+
+Letters in shape comments, the same in every file:
+B batch, N patches, V visible patches, D width, h heads, P patch pixels (patch * patch * C),
+C channels, H W image or grid, T frames, K classes.
+
+Sources of values, named beside them: "paper" is arXiv 2303.13496, "MAE" is arXiv 2111.06377 and its
+code, "ours" means that nobody published the value and we chose it.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import mmap
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import traceback
+import zipfile
+import zlib
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: shown as its one line, without a traceback."""
+
+
+# ======================================================================================
+# Part 1: the Vision Transformer
+# ======================================================================================
+
+SIZES = {
+    # name:  width depth heads patch image     parameters, forward GMAC at 224 full / MAE, source
+    "nano":  (128,   6,   4,    8,   64),    # 1.2M                      ours, for a laptop
+    "tiny":  (192,  12,   3,    8,   96),    # 5.4M                      ours
+    "small": (384,  12,   6,   16,  224),    # 22M                       ours
+    "base":  (768,  12,  12,   16,  224),    # 86M     17.6 / 9.8        paper, table of models
+    "large": (1024, 24,  16,   16,  224),    # 304M    61.6 / 20.8       paper
+    "huge":  (1280, 32,  16,   14,  224),    # 632M     167 / 48.6       paper
+    "2b":    (2560, 24,  32,   14,  224),    # 1.89B    494 / 131        paper
+    "6.5b":  (4096, 32,  32,   14,  224),    # 6.45B   1674 / 428        paper
+}
+
+
+@dataclass
+class Config:
+    """The shape of an encoder; `image` is the side of a square, or (height, width), in pixels.
+
+    Raises UserError where the sizes do not fit together."""
+    width: int
+    depth: int
+    heads: int
+    patch: int = 16
+    image: int | tuple[int, int] = 224
+    channels: int = 3
+
+    def __post_init__(self):
+        sides = [self.image] if isinstance(self.image, int) else list(self.image)
+        if len(sides) not in (1, 2) or min(sides) < 1 or self.patch < 1:
+            raise UserError(f"an image size is one or two positive numbers; found {self.image}")
+        for side in sides:
+            if side % self.patch:
+                below = side // self.patch * self.patch
+                near = f"{below} or {below + self.patch}" if below else f"{self.patch}"
+                raise UserError(f"image side {side} is not divisible by patch {self.patch}; "
+                                f"the nearest that are: {near}")
+        if self.width % self.heads or self.width % 4:
+            raise UserError(f"width {self.width} must be divisible by heads {self.heads} and by 4")
+        self.image = (sides[0], sides[-1])
+
+    @staticmethod
+    def named(name):
+        """The Config of a row of SIZES."""
+        if name not in SIZES:
+            raise UserError(f"there is no model {name!r}; choose from: {' '.join(SIZES)}")
+        return Config(*SIZES[name])
+
+    @property
+    def grid(self):
+        return self.image[0] // self.patch, self.image[1] // self.patch
+
+    @property
+    def patches(self):
+        return self.grid[0] * self.grid[1]
+
+
+# --------------------------------------------------------------------------------------
+# Patches and positions
+# --------------------------------------------------------------------------------------
+
+def patchify(images, patch):
+    """Cut images [B,C,H,W] into patches [B,N,P], raster order, each flattened row, column, channel.
+
+    The flattening order is MAE's: predictions of released decoders come out in it."""
+    B, C, H, W = images.shape
+    x = images.reshape(B, C, H // patch, patch, W // patch, patch)          # [B,C,H,p,W,p]
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)    # [B,N,P]
+
+
+def unpatchify(patches, patch, grid, channels=3):
+    """Put patches [B,N,P] together to images [B,C,H,W]: the inverse of patchify."""
+    x = patches.reshape(-1, *grid, patch, patch, channels)                  # [B,H,W,p,p,C]
+    x = x.permute(0, 5, 1, 3, 2, 4)                                         # [B,C,H,p,W,p]
+    return x.reshape(-1, channels, grid[0] * patch, grid[1] * patch)        # [B,C,H,W]
+
+
+def take(tokens, index):
+    """Pick tokens [B or 1, N, D] by index [B,V] along the second dimension: [B,V,D]."""
+    tokens = tokens.expand(len(index), -1, -1)
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def sincos_positions(width, grid):
+    """Sine-cosine positions [1, 1+N, D] of a grid (H, W); the class token's row is zero (MAE).
+
+    A quarter of the channels each: sine and cosine of the column, sine and cosine of the row."""
+    frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    angles = [at.reshape(-1, 1) * frequency for at in (column, row)]        # 2 x [N,D/4]
+    table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)  # [N,D]
+    return F.pad(table, (0, 0, 1, 0))[None].to(torch.get_default_dtype())   # [1,1+N,D]
+
+
+def resize_positions(table, old, new, antialias=False):
+    """Resize positions [1, 1+N, D] from grid `old` to grid `new`, bicubically in 2-D.
+
+    The class token's row is not touched; equal grids return the table itself, bit by bit.
+    Plain bicubic is what MAE does; timm adds antialiasing."""
+    if tuple(old) == tuple(new):
+        return table
+    first, patches = table[:, :1], table[:, 1:]
+    image = patches.reshape(1, *old, -1).permute(0, 3, 1, 2)                # [1,D,H,W]
+    image = F.interpolate(image, size=tuple(new), mode="bicubic", antialias=antialias)
+    return torch.cat([first, image.permute(0, 2, 3, 1).flatten(1, 2)], 1)   # [1,1+N,D]
+
+
+# --------------------------------------------------------------------------------------
+# Layers
+# --------------------------------------------------------------------------------------
+
+class PatchEmbed(nn.Module):
+    """Project patches [B,V,P] to tokens [B,V,D].
+
+    The kernel has the released files' shape, that of a convolution. Applied as a linear map it can
+    be given any subset of the patches, which is how MAE's encoder never touches a masked one."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.proj = nn.Conv2d(config.channels, config.width, config.patch, config.patch)
+
+    def forward(self, patches):
+        kernel = self.proj.weight.permute(0, 2, 3, 1).flatten(1)            # [D,P]
+        return F.linear(patches, kernel, self.proj.bias)                    # [B,V,D]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens [B,N,D]."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)     # [B,N,3,h,D/h]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # 3 x [B,h,N,D/h]
+        x = F.scaled_dot_product_attention(q, k, v)                         # [B,h,N,D/h]
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))                # [B,N,D]
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between them, four times as wide inside."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-LayerNorm transformer block over tokens [B,N,D]."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def run_blocks(blocks, x, recompute=False):
+    """Send tokens [B,N,D] through blocks; `recompute` trades a second forward for memory."""
+    for block in blocks:
+        if recompute and torch.is_grad_enabled():
+            # Here and not in a wrapper module: wrappers rename the parameters.
+            x = checkpoint(block, x, use_reentrant=False)
+        else:
+            x = block(x)
+    return x
+
+
+class ViT(nn.Module):
+    """The Vision Transformer as the released MAWS trunks use it: images [B,C,H,W] to logits [B,K].
+
+    pool "cls" reads the class token after `norm`; "mean" averages the patches, then `fc_norm`
+    (MAE's finetuning). With classes=0 the result is the pooled feature [B,D]. Parameters have the
+    names of the released files and of timm."""
+
+    def __init__(self, config, classes=0, pool="cls"):
+        super().__init__()
+        if pool not in ("cls", "mean"):
+            raise UserError(f"pool is 'cls' or 'mean'; found {pool!r}")
+        self.config, self.pool, self.recompute = config, pool, False
+        D = config.width
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.patches, D))
+        self.blocks = nn.ModuleList(Block(D, config.heads) for _ in range(config.depth))
+        norm = nn.LayerNorm(D, eps=1e-6)
+        if pool == "cls":
+            self.norm = norm
+        else:
+            self.fc_norm = norm
+        self.head = nn.Linear(D, classes) if classes else nn.Identity()
+        init_weights(self)
+
+    def tokens(self, images):
+        """Images [B,C,H,W] to the last block's tokens [B,1+N,D], class token first, no norm yet."""
+        x = self.patch_embed(patchify(images, self.config.patch))           # [B,N,D]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)        # [B,1+N,D]
+        return run_blocks(self.blocks, x + self.pos_embed, self.recompute)  # [B,1+N,D]
+
+    def forward(self, images):
+        x = self.tokens(images)
+        x = self.norm(x[:, 0]) if self.pool == "cls" else self.fc_norm(x[:, 1:].mean(1))  # [B,D]
+        return self.head(x)                                                 # [B,K]
+
+
+# --------------------------------------------------------------------------------------
+# Initialisation
+# --------------------------------------------------------------------------------------
+
+def initial_value(name, shape, grid, seed):
+    """The start value of one tensor, on the CPU: a pure function of its name, its shape and `seed`.
+
+    | what                              | value                                                   |
+    |-----------------------------------|---------------------------------------------------------|
+    | pos_embed, decoder_pos_embed      | sine-cosine table                                       |
+    | cls_token, mask_token             | N(0, 0.02)                                              |
+    | LayerNorm weights, all biases     | 1, 0                                                    |
+    | other weights                     | xavier uniform; the patch kernel as a linear map [D,P]  |
+
+    All MAE's. A generator for each name (not one for the model) makes the value independent of the
+    order of construction, so that every rank and every layout starts from the same weights."""
+    if name.endswith("pos_embed"):
+        return sincos_positions(shape[-1], grid)
+    if len(shape) == 1:
+        return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    if name.endswith("token"):
+        return torch.empty(shape).normal_(0, 0.02, generator=generator)
+    fan_out, fan_in = shape[0], math.prod(shape[1:])
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def copy_into(target, value):
+    """Copy a full tensor into a parameter; of a sharded one, every rank keeps its own slice."""
+    if isinstance(target, DTensor):
+        # src_data_rank=None: all ranks hold the same value, so nothing needs to be sent.
+        value = distribute_tensor(value.to(target.dtype), target.device_mesh, target.placements,
+                                  src_data_rank=None)
+        target, value = target.to_local(), value.to_local()
+    target.copy_(value)
+
+
+@torch.no_grad()
+def init_weights(model, seed=0):
+    """Initialise every parameter and buffer of a model in place, by `initial_value`.
+
+    A model on the meta device has nothing to fill and is left alone: `build` comes back to it."""
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if not tensor.is_meta:
+            copy_into(tensor, initial_value(name, tensor.shape, model.config.grid, seed))
+
+
+# --------------------------------------------------------------------------------------
+# Arithmetic
+# --------------------------------------------------------------------------------------
+
+def block_flops(width, depth, tokens):
+    """Floating-point operations (2 per multiply-add) of one image's forward through blocks."""
+    return 2 * depth * (12 * width * width * tokens + 2 * width * tokens * tokens)
+
+
+def learning_rate(at, total, peak, warmup, final=0.0):
+    """Linear warmup from 0 to `peak`, then half a cosine to `final` (MAE); clamped at both ends.
+
+    `at`, `total` and `warmup` share one unit, steps or epochs."""
+    if at < warmup:
+        return peak * max(at, 0) / warmup
+    share = min(1.0, (at - warmup) / max(total - warmup, 1e-12))
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def decay_groups(model, weight_decay):
+    """Parameter groups for an optimizer: no weight decay on 1-D parameters (norms, biases; MAE)."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [{"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}]
+
+
+# ======================================================================================
+# Part 2: on one device or a thousand
+#
+# Every function here does the obvious thing without torchrun too, in one process, so that a
+# training loop never asks whether it is distributed.
+# ======================================================================================
+
+# Flags that change how or where a run is computed, not what it computes (up to rounding): a run
+# may be resumed with other values of these.
+FREE_FLAGS = {"out", "resume", "allow_changed", "micro_batch", "parallel", "activation_checkpoint",
+              "compile", "device", "workers", "save_every", "keep", "log_every", "eval_every"}
+
+# bf16 / fp16 multiply-adds without sparsity, FLOP/s, from the vendors' data sheets: for `mfu`.
+PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12,
+         "L40S": 362e12, "L4": 121e12, "A10": 125e12, "T4": 65e12, "4090": 165e12, "3090": 71e12}
+
+
+def environment():
+    """What torchrun told this process: rank, local rank, world, ranks on this node."""
+    return tuple(int(os.environ.get(key, default)) for key, default in (
+        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+
+
+def say(text):
+    """Print a line, once for all ranks."""
+    if environment()[0] == 0:
+        print(text, flush=True)
+
+
+def add_run_flags(parser):
+    """Add the flags that every stage shares. None as a default: the stage's recipe decides."""
+    def positive(text):
+        if int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        return int(text)
+
+    group = parser.add_argument_group("model and data")
+    add = group.add_argument
+    add("--model", choices=SIZES, help="size; default nano, or what --init holds")
+    add("--image-size", type=positive, nargs="+", metavar="PIXELS",
+        help="side, or height and width; default by model, or what --init holds")
+    add("--patch-size", type=positive, metavar="PIXELS", help="default by model")
+    add("--channels", type=int, choices=(1, 3, 4), help="grey, colour, colour and alpha; default 3")
+    add("--data", nargs="+", default=["world"], metavar="SPEC",
+        help="images to train on: world, world:COUNT, a folder; several are joined; default world")
+    add("--val", nargs="+", metavar="SPEC",
+        help="images to evaluate on; default world-val where --data is the world, else none")
+    add("--init", metavar="FILE", help="start from these weights; default: random weights")
+    add("--max-pixels", type=positive, default=178_956_970, metavar="COUNT",
+        help="an image with more is bad, not decoded; default 178,956,970 (Pillow's)")
+    add("--max-bad", type=float, default=0.01, metavar="SHARE",
+        help="end the run when more of the images than this are bad; default 0.01; 1 is never")
+
+    group = parser.add_argument_group("recipe (defaults by model: RECIPES in the stage's file)")
+    add = group.add_argument
+    add("--batch", type=positive, metavar="IMAGES", help="images a step over all ranks")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=float, help="length of the run in passes over --data")
+    length.add_argument("--samples", type=float, help="length of the run in images seen")
+    length.add_argument("--steps", type=positive, help="length of the run in optimizer steps")
+    rate = group.add_mutually_exclusive_group()
+    rate.add_argument("--lr", type=float, help="peak learning rate")
+    rate.add_argument("--base-lr", type=float, help="peak learning rate for a batch of 256: the "
+                      "rate grows with --batch and does not depend on the number of ranks")
+    add("--weight-decay", type=float, help="AdamW's, on parameters of 2 or more dimensions; 0 off")
+    add("--warmup", type=float, metavar="SHARE", help="share of the steps; 0 is off")
+    add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm; 0 is off")
+    add("--seed", type=int, default=0, help="of weights, order and augmentation; default 0")
+
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--out", metavar="DIR", help="where everything of the run is kept")
+    add("--resume", choices=("auto", "none"), default="auto",
+        help="auto (default): go on with an interrupted run in --out; none: move it aside")
+    add("--allow-changed", action="store_true", help="resume although flags differ; default off")
+    add("--save-every", type=float, default=15, metavar="MINUTES",
+        help="between checkpoints, by rank 0's clock; default 15; 0 is after each step")
+    add("--keep", type=positive, default=2, help="checkpoints kept; default 2")
+    add("--log-every", type=positive, default=20, metavar="STEPS", help="default 20")
+    add("--eval-every", type=int, metavar="STEPS",
+        help="default a tenth of the run; 0 is at the end only")
+    add("--eval-only", action="store_true", help="evaluate --init on --val and stop")
+    add("--predict", nargs="+", metavar="FILE", help="use --init on these pictures and stop")
+
+    group = parser.add_argument_group("machine")
+    add = group.add_argument
+    add("--micro-batch", type=positive, default=64, metavar="IMAGES",
+        help="the most that one rank holds at once; the rest is accumulated; default 64 (ours)")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="of matrix products; weights and losses stay fp32. auto (default): bf16 on CUDA of "
+        "capability 8 or more, fp16 on older CUDA, fp32 on cpu and mps")
+    add("--parallel", choices=("auto", "ddp", "fsdp", "hsdp"), default="auto",
+        help="auto (default): ddp below 1B parameters, fsdp above; hsdp shards inside a node and "
+        "replicates across; nothing for one process")
+    add("--activation-checkpoint", action="store_true",
+        help="compute each block's activations again in the backward pass; default off")
+    add("--compile", action="store_true", help="compile each block; default off")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    add("--workers", type=int, metavar="PROCESSES",
+        help="that decode images, a rank; 0: none; default: the CPU cores of the rank, at most 8 "
+        "on a GPU, 1 on a CPU")
+
+
+# --------------------------------------------------------------------------------------
+# Start and stop
+# --------------------------------------------------------------------------------------
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+stop_requests = []      # signals received; a loop ends after the step in which any rank has one
+
+
+def start(args):
+    """Begin the process's part of a run: returns (device, rank, world).
+
+    Joins the process group of torchrun, if there is one, and turns the signals of a preemption
+    into requests to stop. Raises UserError where the device is not there."""
+    rank, local, world, neighbours = environment()
+    kind = args.device
+    if kind == "auto":
+        kind = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    if not found[kind]:
+        raise UserError(f"--device {kind} is not available here; found: "
+                        f"{', '.join(name for name in found if found[name])}")
+    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"{neighbours} processes on this node but {torch.cuda.device_count()} "
+                            "GPUs; give torchrun --nproc-per-node gpu")
+        torch.cuda.set_device(device)
+        if neighbours < torch.cuda.device_count():
+            say(f"{torch.cuda.device_count()} GPUs visible, {neighbours} used: "
+                "add --nproc-per-node gpu")
+    else:
+        torch.set_num_threads(max(1, cpu_cores() // neighbours))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    stop_requests.clear()
+    for name in STOP_SIGNALS:
+        signal.signal(name, lambda number, frame: stop_requests.append(number))
+    if args.workers is None:
+        args.workers = 1 if kind != "cuda" else min(8, max(1, cpu_cores() // neighbours))
+    return device, rank, world
+
+
+def cpu_cores():
+    """CPU cores that this process may use (a container or SLURM may allow fewer than exist)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def from_rank_0(value):
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def from_all_ranks(value):
+    """Every rank's value, in a list, on every rank."""
+    values = [value] * environment()[2]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def run(main):
+    """Call a stage's main and leave: the last line of every stage.
+
+    Mistakes of the user are one line on stderr and exit code 2. Leaving by os._exit, since gloo's
+    threads now and then abort a process that has already done everything right."""
+    code, local = 0, environment()[1]
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        code = 2
+        if local == 0:
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except SystemExit as leave:
+        code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    except BaseException:
+        code = 1
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+# --------------------------------------------------------------------------------------
+# From flags to numbers
+# --------------------------------------------------------------------------------------
+
+def choose_config(args):
+    """The model of --model or --init, with --image-size, --patch-size and --channels applied.
+
+    Returns (Config, name of the recipe's row, what --init's file says of itself). Raises UserError
+    where they contradict each other."""
+    if args.image_size and len(args.image_size) > 2:
+        raise UserError(f"--image-size takes one or two numbers; found {args.image_size}")
+    about, name = {}, args.model or "nano"
+    config = Config.named(name)
+    if args.init:
+        named, (config, about) = config, config_from(args.init)
+        shape = (config.width, config.depth, config.heads)
+        if args.model and shape != (named.width, named.depth, named.heads):
+            raise UserError(f"--model {name} is {named.width} wide and {named.depth} deep, --init "
+                            f"{args.init} is {config.width} and {config.depth}; leave --model out")
+        name = next((row for row in SIZES if SIZES[row][:3] == shape), "nano")
+        for flag, new, old in (("--patch-size", args.patch_size, config.patch),
+                               ("--channels", args.channels, config.channels)):
+            if new and new != old:
+                raise UserError(f"{flag} {new}, but --init {args.init} has {old}; leave it out")
+    size = tuple(args.image_size) if args.image_size else config.image
+    return Config(config.width, config.depth, config.heads, args.patch_size or config.patch,
+                  size, args.channels or config.channels), name, about
+
+
+def fill_recipe(args, recipe):
+    """Give every flag that the user left open its value of the recipe {flag: value}."""
+    lengths, rates = ("epochs", "samples", "steps"), ("lr", "base_lr")
+    for one_of in (lengths, rates):
+        if any(getattr(args, flag) is not None for flag in one_of):
+            recipe = {flag: value for flag, value in recipe.items() if flag not in one_of}
+    for flag, value in recipe.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
+    for flag, low, high in (("warmup", 0, 1), ("max_bad", 0, 1), ("weight_decay", 0, math.inf),
+                            ("clip_grad", 0, math.inf), ("save_every", 0, math.inf),
+                            ("lr", 0, math.inf), ("base_lr", 0, math.inf),
+                            ("epochs", 1e-9, math.inf), ("samples", 1, math.inf)):
+        value = getattr(args, flag)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{flag.replace('_', '-')} {value} is not between {low} and {high}")
+
+
+def derive(args, images, world):
+    """The numbers of the loop: (steps, micro-batch, accumulation, peak learning rate), printed.
+
+    `images` is the length of the data. Raises UserError where the batch does not divide."""
+    if args.batch % world:
+        below = args.batch // world * world
+        raise UserError(f"--batch {args.batch} is not divisible by {world} ranks; the nearest that "
+                        f"are: {f'{below} and ' if below else ''}{below + world}")
+    share = args.batch // world
+    micro = max(size for size in range(1, min(share, args.micro_batch) + 1) if share % size == 0)
+    samples = args.samples or (args.epochs * images if args.epochs else args.steps * args.batch)
+    steps = max(1, int(samples // args.batch))
+    lr = args.lr if args.lr is not None else args.base_lr * args.batch / 256
+    say(f"batch {args.batch} = {world} ranks x {micro} x {share // micro}; lr {lr:.3g}"
+        + (f" = {args.base_lr:.3g} x {args.batch}/256" if args.lr is None else "")
+        + f"; {steps:,} steps = {steps * args.batch / images:.3g} epochs of {images:,} images")
+    return steps, micro, share // micro, lr
+
+
+# --------------------------------------------------------------------------------------
+# Parallel
+# --------------------------------------------------------------------------------------
+
+def build(make, args, device, methods=()):
+    """Make a model on its device(s), initialised by --seed: returns (model, callable for training).
+
+    `make()` constructs it; `methods` are those that are called besides forward. Built on the meta
+    device first, so that a rank never holds more than its part of a sharded model. The names of
+    parameters are the same in every mode."""
+    _, _, world, neighbours = environment()
+    with torch.device("meta"):
+        model = make()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    model.recompute = args.activation_checkpoint
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    if args.compile:
+        for block in blocks:
+            block.compile()             # in place: torch.compile(model) would rename parameters
+    how = args.parallel if args.parallel != "auto" else "ddp" if count < 1e9 else "fsdp"
+    if world == 1:
+        how = "one process"
+    if how in ("fsdp", "hsdp"):
+        shape, names = (world,), ("shard",)
+        if how == "hsdp":
+            if neighbours == world:
+                raise UserError("--parallel hsdp shards inside a node and replicates across nodes, "
+                                "but there is one node; use fsdp")
+            shape, names = (world // neighbours, neighbours), ("replicate", "shard")
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        dtype = autocast_dtype(args, device)
+        # Inputs are not cast: bf16 noise would have ties, and autocast casts what it should.
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32,
+                                      cast_forward_inputs=False)
+        for module in [*blocks, model]:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        for name in methods:
+            register_fsdp_forward_method(model, name)
+    model.to_empty(device=device)
+    init_weights(model, args.seed)
+    say(f"model: {count / 1e6:.1f}M parameters; {how} on {world} x {device.type}, "
+        f"{str(autocast_dtype(args, device) or torch.float32).removeprefix('torch.')}")
+    if how == "ddp":
+        return model, DistributedDataParallel(model, broadcast_buffers=False,
+                                              gradient_as_bucket_view=True)
+    return model, model
+
+
+def autocast_dtype(args, device):
+    """The type of matrix products: torch.bfloat16, torch.float16, or None for fp32."""
+    auto = "fp32"
+    if device.type == "cuda":
+        auto = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    name = auto if args.precision == "auto" else args.precision
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def autocast(args, device):
+    """The context in which forward passes are computed in --precision."""
+    dtype = autocast_dtype(args, device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+@contextlib.contextmanager
+def accumulating(wrapped, last):
+    """Around forward and backward of a micro-batch: gradients are exchanged after the last only."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(last)
+        yield
+    elif isinstance(wrapped, DistributedDataParallel) and not last:
+        with wrapped.no_sync():
+            yield
+    else:
+        yield
+
+
+def clip_gradients(model, limit=0.0, scale=1.0):
+    """Divide gradients by `scale`, clip them to norm `limit` (0: do not), return the norm before.
+
+    The norm is over all parameters of all ranks, a tensor on the device: it is not finite on any
+    rank unless it is finite on every one."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm) / scale
+    if limit or scale != 1:
+        factor = ((limit or math.inf) / (norm + 1e-6)).clamp(max=1) / scale
+        parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        torch._foreach_mul_(parts, factor)
+    return norm
+
+
+def agree(device, *values):
+    """Sum small numbers over all ranks: returns them as floats. The one host wait of a step.
+
+    What one rank alone knows (a signal, a bad image, its loss, rank 0's clock) is decided by all
+    from the same sums, so no rank ever leaves the loop or enters a save by itself."""
+    word = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device)
+                        for value in values])
+    if dist.is_initialized():
+        dist.all_reduce(word)
+    return word.tolist()
+
+
+def sum_over_ranks(values):
+    """Sum a float64 tensor on the CPU over all ranks, for evaluations: returned on every rank."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def next_scale(scale, calm, finite, grow_after=2000):
+    """The loss scale of fp16 after a step: (scale, finite steps since it changed).
+
+    Halved by an overflow, doubled after 2,000 steps without (the values of torch's GradScaler).
+    Ours, since the decision is then the same on every rank in every mode."""
+    if not finite:
+        return max(scale / 2, 1.0), 0
+    return (scale * 2, 0) if calm + 1 >= grow_after else (scale, calm + 1)
+
+
+def note_step(state, finite, half, batch):
+    """Count a step in the run's state; one whose gradient is not finite was skipped by all ranks.
+
+    With fp16 (`half`) the loss scale is adapted, and its overflows are no fault. Raises UserError
+    after ten faults in a row: the run ends with its last good checkpoint."""
+    overflow = half and not finite and state["scale"] > 1
+    if half:
+        state["scale"], state["calm"] = next_scale(state["scale"], state["calm"], finite)
+    state["step"] += 1
+    if finite or overflow:
+        state["skipped_in_a_row"] = 0
+        return
+    state["skipped"] += 1
+    state["skipped_in_a_row"] += 1
+    first = (state["step"] - 1) * batch
+    say(f"step {state['step']} skipped: its gradient is not finite; "
+        f"positions {first} to {first + batch - 1}")
+    if state["skipped_in_a_row"] == 10:
+        raise UserError("ten steps in a row had gradients that are not finite; the last checkpoint "
+                        "is good: try a lower --lr, --clip-grad 1 or --precision fp32")
+
+
+# --------------------------------------------------------------------------------------
+# The run's folder
+# --------------------------------------------------------------------------------------
+
+def write_aside(path, write):
+    """Have `write(temporary path)` write a file, then move it into place: never half a file."""
+    aside = path.with_name(path.name + ".tmp")
+    write(aside)
+    os.replace(aside, path)
+
+
+def open_run(args, stage):
+    """Prepare --out: True where there is a run to do, False where it is finished already.
+
+    An interrupted run goes on if its flags are those of now (those in FREE_FLAGS aside); with
+    --resume none the folder is moved to NAME.1 first. Raises UserError on every rank."""
+    problem, work = None, True
+    if environment()[0] == 0:
+        try:
+            work = prepare_folder(args, stage)
+        except (UserError, OSError) as error:
+            problem = str(error)
+    problem, work = from_rank_0((problem, work))
+    if problem:
+        raise UserError(problem)
+    if not all(from_all_ranks((Path(args.out) / "config.json").is_file())):
+        raise UserError(f"--out {args.out} is not the same folder on every node; use a shared one")
+    return work
+
+
+def prepare_folder(args, stage):
+    """Rank 0's part of open_run."""
+    out, flags = Path(args.out), json.loads(json.dumps(vars(args)))
+    if args.resume == "none" and out.exists() and any(out.iterdir()):
+        moved = next(name for i in itertools.count(1)
+                     if not (name := out.with_name(f"{out.name}.{i}")).exists())
+        out.rename(moved)
+        say(f"moved the earlier run to {moved}")
+    out.mkdir(parents=True, exist_ok=True)
+    for torn in out.glob("checkpoints/*.tmp"):
+        shutil.rmtree(torn)
+    config = out / "config.json"
+    begun = config.is_file() and ((out / "finished").exists() or bool(checkpoints(out)))
+    if begun:
+        old = json.loads(config.read_text())
+        changed = [f"--{key.replace('_', '-')} {old['flags'].get(key)} → {value}"
+                   for key, value in flags.items()
+                   if key not in FREE_FLAGS and old["flags"].get(key) != value]
+        if old["stage"] != stage:
+            raise UserError(f"--out {out} holds a run of {old['stage']}, not of {stage}; choose "
+                            "another --out")
+        if changed and not args.allow_changed:
+            raise UserError(f"the run in {out} has other flags: {', '.join(changed)}; give the old "
+                            "ones, another --out, --resume none or --allow-changed")
+        if (out / "finished").exists() and not changed:
+            say(f"the run in {out} is finished; --resume none starts it again")
+            return False
+        (out / "finished").unlink(missing_ok=True)
+    content = {"stage": stage, "flags": flags, "ranks": environment()[2],
+               "torch": torch.__version__, "python": sys.version.split()[0]}
+    write_aside(config, lambda path: path.write_text(json.dumps(content, indent=1)))
+    return True
+
+
+def checkpoints(out):
+    """The complete checkpoints of a run's folder, newest first."""
+    return sorted((path.parent for path in Path(out).glob("checkpoints/step-*/complete.json")
+                   if path.parent.suffix != ".tmp"), reverse=True)
+
+
+def crc(path):
+    """The CRC-32 of a file."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def save(args, model, optimizer, state):
+    """Write a checkpoint of everything a run changes: weights, optimizer, and `state` as json.
+
+    Every rank writes its own part aside; CRCs of all parts go into complete.json, last; then the
+    folder is renamed into place and older ones beyond --keep are deleted."""
+    rank = environment()[0]
+    folder = Path(args.out) / "checkpoints" / f"step-{state['step']:08d}"
+    aside = folder.with_name(folder.name + ".tmp")
+    if rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    barrier()
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
+    mine = [*aside.glob(f"__{rank}_*"), *(aside.glob(".metadata") if rank == 0 else ())]
+    sums = from_all_ranks({path.name: crc(path) for path in mine})
+    if rank == 0:
+        complete = {"state": state, "crc": {name: value for part in sums
+                                            for name, value in part.items()}}
+        write_aside(aside / "complete.json", lambda path: path.write_text(json.dumps(complete)))
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        for old in checkpoints(args.out)[args.keep:]:
+            shutil.rmtree(old, ignore_errors=True)
+    barrier()
+
+
+def restore(args, model, optimizer, state):
+    """Put the newest sound checkpoint of --out into model and optimizer: returns its `state`.
+
+    Where there is none, returns `state` as given. Sound is one whose every part has its CRC,
+    checked before anything is touched; the parts may come from any number of ranks and any mode."""
+    rank, _, world, _ = environment()
+    for folder in from_rank_0(checkpoints(args.out)):
+        complete = json.loads((folder / "complete.json").read_text())
+        names = sorted(complete["crc"])[rank::world]
+        broken = [name for name in names
+                  if not (folder / name).is_file() or crc(folder / name) != complete["crc"][name]]
+        broken = [name for part in from_all_ranks(broken) for name in part]
+        if broken:
+            say(f"{folder} is damaged ({', '.join(broken)}): going back to the one before")
+            continue
+        weights, moments = get_state_dict(model, optimizer)
+        content = {"model": weights, "optimizer": moments}
+        dcp.load(content, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=content["model"],
+                       optim_state_dict=content["optimizer"])
+        say(f"going on from {folder}")
+        return complete["state"]
+    return state
+
+
+def export(args, model, about):
+    """Write OUT/model.pt: all weights under their released names, and `about` (config, stage, …)."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    if environment()[0] == 0:
+        content = {"model": weights, **about}
+        write_aside(Path(args.out) / "model.pt", lambda path: torch.save(content, path))
+
+
+def finish(args):
+    """Mark the run in --out as finished."""
+    if environment()[0] == 0:
+        (Path(args.out) / "finished").touch()
+
+
+def report(args, metrics):
+    """Write OUT/metrics.json and print it, the last line of a run's or an evaluation's stdout."""
+    if environment()[0] == 0:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(metrics)
+        write_aside(Path(args.out) / "metrics.json", lambda path: path.write_text(text + "\n"))
+        print(text, flush=True)
+
+
+# --------------------------------------------------------------------------------------
+# Log
+# --------------------------------------------------------------------------------------
+
+class Log:
+    """Progress of a run: log.jsonl, curves.png, a bar on a terminal or lines elsewhere.
+
+    A record every --log-every steps and at the last, written by rank 0. `flops` is what training
+    on one image costs, for the share of the hardware's peak that is used (mfu; null where the peak
+    is not known). Saves and evaluations are not timed."""
+
+    def __init__(self, args, device, step, steps, flops):
+        self.rank, _, self.world, _ = environment()
+        self.args, self.steps, self.flops = args, steps, flops
+        self.path, self.done = Path(args.out) / "log.jsonl", step
+        self.saved_at = time.monotonic()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.peak = next((PEAKS[key] for key in PEAKS if key in name), None)
+        if self.rank == 0:      # what came after the checkpoint is done, and written, again
+            kept = [line for line in self.records() if line["step"] <= step]
+            write_aside(self.path, lambda path: path.write_text(
+                "".join(json.dumps(line) + "\n" for line in kept)))
+        self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True,
+                        disable=self.rank > 0 or not sys.stderr.isatty())
+        self.restart()
+
+    def restart(self):
+        """Begin to time afresh, from the next batch on."""
+        self.timed_from, self.waited, self.since = self.done, 0.0, None
+
+    def records(self):
+        """The lines of log.jsonl; one torn by a crash is left out."""
+        lines = []
+        for line in self.path.read_text().splitlines() if self.path.is_file() else ():
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(line))
+        return lines
+
+    def write(self, record):
+        if self.rank == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def wait(self, batches):
+        """The next batch; the time it took counts as waiting for data."""
+        begun = time.perf_counter()
+        self.since = self.since or begun
+        batch = next(batches)
+        self.waited += time.perf_counter() - begun
+        return batch
+
+    def step(self, step, values):
+        """Note that `step` steps are done; write `values` where a record is due."""
+        self.done = step
+        self.bar.update(1)
+        if self.rank or step % self.args.log_every and step != self.steps:
+            return
+        seconds = time.perf_counter() - self.since
+        speed = (step - self.timed_from) * self.args.batch / seconds
+        used = self.peak and round(speed * self.flops / self.peak / self.world, 4)
+        self.write({"step": step, "samples": step * self.args.batch, **values,
+                    "images_per_second": round(speed, 1),
+                    "data_wait": round(self.waited / seconds, 4), "mfu": used})
+        text = (f"loss {values['loss']:.4f}, {speed:.0f} images/s, "
+                f"{100 * self.waited / seconds:.0f}% waiting for data")
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            left = (self.steps - step) * self.args.batch / speed / 60
+            print(f"step {step}/{self.steps}: {text}, {left:.1f} min left", file=sys.stderr,
+                  flush=True)
+        self.restart()
+
+    def save_due(self):
+        """Whether --save-every minutes have passed, by rank 0's clock; False on other ranks."""
+        return self.rank == 0 and time.monotonic() - self.saved_at >= self.args.save_every * 60
+
+    def saved(self):
+        self.saved_at = time.monotonic()
+        self.restart()
+
+    def evaluated(self, metrics):
+        """Write the numbers of an evaluation and draw the curves."""
+        if metrics:
+            values = {f"val_{name}": value for name, value in metrics.items()}
+            self.write({"step": self.done, "samples": self.done * self.args.batch, **values})
+            text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            self.bar.clear()
+            say(f"step {self.done}: {text}")
+        if self.rank == 0:
+            draw_curves(self.records(), self.path.with_name("curves.png"))
+        self.restart()
+
+
+def draw_curves(records, path):
+    """Draw the log's numbers over images seen into a PNG: one panel each, validation in red."""
+    width, height, left, top = 480, 300, 60, 30
+    fields = ("loss", "lr", "grad_norm", "images_per_second")
+    sheet = Image.new("RGB", (2 * width, (len(fields) + 1) // 2 * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, field in enumerate(fields):
+        lines = [[(record["samples"], record[name]) for record in records
+                  if isinstance(record.get(name), (int, float)) and math.isfinite(record[name])]
+                 for name in (field, f"val_{field}")]
+        x0, y0 = i % 2 * width + left, i // 2 * height + top
+        x1, y1 = x0 + width - left - 20, y0 + height - top - 30
+        draw.rectangle((x0, y0, x1, y1), outline="#999999")
+        draw.text((x0, y0 - 18), field, "black")
+        if not any(lines):
+            continue
+        xs, ys = zip(*lines[0], *lines[1])
+        low, high = min(ys), max(ys) if max(ys) > min(ys) else min(ys) + 1e-9
+        for line, colour in zip(lines, ("#1f5fb4", "#c03028")):
+            draw.line([(x0 + (x1 - x0) * x / max(xs), y1 - (y1 - y0) * (y - low) / (high - low))
+                       for x, y in line], colour, 2)
+        for y, value in ((y1, low), (y0, high)):
+            draw.text((x0 - 6, y), f"{value:.3g}", "black", anchor="rm")
+        draw.text((x1, y1 + 12), f"{max(xs):,} images", "black", anchor="rm")
+    write_aside(path, lambda aside: sheet.save(aside, "PNG"))
+
+
+# ======================================================================================
+# Part 3: weights from files: ours, MAE, MAWS, timm, Hugging Face ViT and ViTMAE
+# ======================================================================================
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """Read a .safetensors file: {name: tensor}, mapped into memory and read when touched.
+
+    The format: 8 bytes with the header's length, a JSON header, the tensors' bytes."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError("the header is longer than the file")
+        header = json.loads(file.read(length))
+        start, end = 8 + length, size
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        first, last = entry["data_offsets"]
+        dtype, count = SAFETENSORS_DTYPES[entry["dtype"]], math.prod(entry["shape"])
+        if not 0 <= first <= last <= end - start or last - first != count * dtype.itemsize:
+            raise ValueError(f"the offsets of {name} do not fit the file")
+        flat = (torch.frombuffer(content, dtype=dtype, count=count, offset=start + first)
+                if count else torch.empty(0, dtype=dtype))
+        tensors[name] = flat.reshape(entry["shape"])
+    return tensors
+
+
+def read_weights(path):
+    """Read a weights file without pickle: ({name in the file: tensor}, what else the file says).
+
+    Takes .pt .pth .bin (torch.load, weights only) and .safetensors. Raises UserError."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no weights file {path}; give the path of a .pt .pth .bin or .safetensors")
+    try:
+        if path.suffix == ".safetensors":
+            return read_safetensors(path), {}
+        # MAE's files carry their argparse.Namespace: allowed, since it holds plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True,
+                                 mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"{path} cannot be read as weights ({reason}); "
+                        "is it complete, and a .pt .pth .bin or .safetensors?") from error
+    about = {}
+    while isinstance(content, dict):
+        inner = next((content[key] for key in ("model", "state_dict", "model_state", "module")
+                      if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            break
+        about.update({key: value for key, value in content.items() if value is not inner})
+        content = inner
+    tensors = {name: value for name, value in content.items() if torch.is_tensor(value)} \
+        if isinstance(content, dict) else {}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors; give a file of model weights")
+    return tensors, about
+
+
+PREFIXES = re.compile(r"^(module|model|vision_encoder|vision_model|vit|encoder|trunk|backbone)\.")
+RENAMES = [(re.compile(pattern), new) for pattern, new in (
+    # Hugging Face's ViT and ViTMAE, under the names of versions 4 and 5
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^decoder\.(decoder_|mask_token)", r"\1"),
+    (r"^decoder_(layers|encoder\.layer)\.", "decoder_blocks."),
+    (r"^layers?\.(?=\d)", "blocks."),
+    (r"\.attention\.(attention\.)?(q|k|v)(uery|ey|alue|_proj)\.", r".attn.\2."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."))]
+
+
+def our_names(tensors):
+    """Rename the tensors of a file to the names of ViT and MAE; join query, key and value."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        name = name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+        while PREFIXES.match(name):
+            name = PREFIXES.sub("", name)
+        for pattern, new in RENAMES:
+            name = pattern.sub(new, name)
+        renamed[name] = tensor
+    for name in [name for name in renamed if ".attn.q." in name]:
+        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if all(part in renamed for part in parts):
+            joined = torch.cat([renamed.pop(part) for part in parts])
+            renamed[name.replace(".attn.q.", ".attn.qkv.")] = joined
+    return renamed
+
+
+def file_grid(table, about):
+    """The grid (H, W) of a file's positions [1, 1+N, D]: as its config says, else a square."""
+    config = about.get("config")
+    if config:
+        return Config(**{key: config[key] for key in Config.__dataclass_fields__}).grid
+    patches = table.shape[1] - 1
+    side = math.isqrt(max(patches, 0))
+    if side * side != patches or not side:
+        raise UserError(f"the file's positions {list(table.shape)} are not a square grid and a "
+                        "class token, and it says nothing of its grid")
+    return side, side
+
+
+def config_from(path):
+    """The Config of a weights file, and what else the file says of itself.
+
+    Files from elsewhere do not say how many heads they have: it is taken from the row of SIZES of
+    their width and depth. Raises UserError where that does not tell."""
+    tensors, about = read_weights(path)
+    if "config" in about:
+        return Config(**{key: about["config"][key] for key in Config.__dataclass_fields__}), about
+    tensors = our_names(tensors)
+    if not {"patch_embed.proj.weight", "pos_embed"} <= tensors.keys():
+        raise UserError(f"{path} is no Vision Transformer: it lacks patch_embed.proj.weight or "
+                        f"pos_embed, and has {', '.join(list(tensors)[:3])}, …")
+    width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
+    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    grid = file_grid(tensors["pos_embed"], about)
+    heads = {row[:2]: row[2] for row in SIZES.values()}.get((width, depth))
+    if heads is None:
+        raise UserError(f"{path} is {width} wide and {depth} deep, which no --model is, so its "
+                        "number of heads is unknown; load it in Python with vit.load_weights")
+    return Config(width, depth, heads, patch, (grid[0] * patch, grid[1] * patch), channels), about
+
+
+def summary(names):
+    """Names of tensors as short patterns: the first part of each, once."""
+    heads = dict.fromkeys(name.split(".")[0] for name in names)
+    return ", ".join(head if head in names else f"{head}.*" for head in heads) or "none"
+
+
+@torch.no_grad()
+def load_weights(model, path, new=(), say=print):
+    """Fill a model from a file, whoever wrote it, and print what was done in one line.
+
+    `new` lists patterns of tensors that the file may lack ("decoder_*"); they keep their values.
+    Positions are resized to the model's grid. Returns {"loaded", "new", "unused"}: lists of names.
+    Raises UserError, before anything is changed, where a tensor outside `new` is missing or has
+    another shape: weights that match nothing must never pass for loaded."""
+    tensors, about = read_weights(path)
+    tensors = our_names(tensors)
+    targets = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    values, missing, wrong = {}, [], []
+    for name, target in targets.items():
+        value = tensors.get(name)
+        if value is None:
+            if not any(fnmatch(name, pattern) for pattern in new):
+                missing.append(name)
+            continue
+        if name.endswith("pos_embed") and value.dim() == 3 and value.shape[2] == target.shape[2]:
+            value = resize_positions(value, file_grid(value, about), model.config.grid)
+        if value.shape != target.shape:
+            wrong.append(f"{name} {list(value.shape)} instead of {list(target.shape)}")
+        values[name] = value
+    if missing or wrong:
+        raise UserError(f"{path} does not fit this model; " + "; ".join(
+            part for part in (missing and f"missing: {summary(missing)}",
+                              wrong and f"another shape: {', '.join(wrong[:3])}"
+                              + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")) if part))
+    for name, value in values.items():
+        copy_into(targets[name], value)
+    fresh = [name for name in targets if name not in values]
+    unused = [name for name in tensors if name not in values]
+    filled = sum(targets[name].numel() for name in values)
+    total = sum(target.numel() for target in targets.values())
+    say(f"loaded {len(values)} of {len(targets)} tensors ({100 * filled / total:.1f}% of "
+        f"parameters) from {path}; new: {summary(fresh)}; unused: {summary(unused)}")
+    return {"loaded": list(values), "new": fresh, "unused": unused}
