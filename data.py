@@ -101,33 +101,33 @@ def order(positions, size, seed):
     return permute(index, size, mix(mix(epoch) + zlib.crc32(f"{seed}/order".encode())))
 
 
-# ---------------------------------------------------------------------------------------------
 # The built-in world: pictures of one large patterned shape, made from a number. scene() says what
 # is in picture i, draw() paints it at any size and crop. Lengths are fractions of the image side.
 
 SPLITS = "train", "val", "test", "novel", "labelled"    # each has its own stream: no overlap
 SHAPES = "disc", "square", "triangle", "star", "cross", "heart", "ring", "moon"
 TEXTURES = "solid", "striped", "checked", "dotted", "halved", "framed"
-COLOURS = {"red": (176, 38, 40), "yellow": (236, 200, 84), "blue": (38, 62, 140),    # dark and
-           "white": (238, 236, 228), "green": (28, 92, 48), "pink": (240, 164, 186)}  # light in turn
+COLOURS = "red", "yellow", "white", "pink", "blue", "green"     # common ones first, like the others
+# An object wears one dark and one light colour, so that its pattern shows.
+DARK = {"red": (176, 38, 40), "green": (28, 92, 48), "blue": (38, 62, 140)}
+LIGHT = {"yellow": (236, 200, 84), "white": (238, 236, 228), "pink": (240, 164, 186)}
+RGB = DARK | LIGHT
 BACKGROUNDS = {"sand": (168, 144, 100), "grass": (96, 140, 84), "water": (84, 128, 164),
                "sky": (132, 156, 196), "brick": (164, 104, 88), "wood": (148, 112, 76)}
 
 # A pair of shape and texture is a class. Each shape has one texture that it never wears in
 # training, in tags or in captions: only a learner that takes pairs apart can name these.
-PAIRS = {"seen": [], "novel": []}
-for s in range(len(SHAPES)):
-    for t in range(len(TEXTURES)):
-        PAIRS["novel" if (s + t) % 6 == 0 else "seen"].append((s, t))
+PAIRS = {which: [(s, t) for s in range(len(SHAPES)) for t in range(len(TEXTURES))
+                 if ((s + t) % 6 == 0) == (which == "novel")] for which in ("seen", "novel")}
 
 TEMPLATES = ("a picture of a {texture} {shape}.", "a {texture} {shape}.", "{texture} {shape}",
-             "a {texture} {shape} with a plain background.", "there is a {texture} {shape} here.")
+             "a {texture} {shape} in the middle.", "there is a {texture} {shape} here.")
 CAPTIONS = ("a {colour} {texture} {shape} on {background}", "a {texture} {shape}",
             "a {texture} {shape} on {background}", "a picture of a {colour} {texture} {shape}",
             "{texture} {shape} in {colour}", "a {colour} {shape}", "a {shape} on {background}",
             "there is a {texture} {shape} in front of {background}")
 
-# How people write each word, the most common first; the word itself stands before these.
+# How people write each word, the most common first; the word itself comes before these.
 ALIASES = {
     "disc": "circle disk discs rond", "square": "squares carré box", "triangle": "triangles tri",
     "star": "stars étoile starr", "cross": "crosses plus croix", "heart": "hearts coeur haert",
@@ -153,8 +153,8 @@ def class_names(which="seen"):
     return [f"{TEXTURES[t]} {SHAPES[s]}" for s, t in PAIRS[which]]
 
 
-def cumulative(weights):
-    """Weights to the upper edges of their shares of [0, 1], for bisect; the last edge is left out."""
+def shares(weights):
+    """Where the share of each weight ends in [0, 1): bisect(shares(weights), u) picks one."""
     return (np.cumsum(weights) / np.sum(weights))[:-1].tolist()
 
 
@@ -163,64 +163,60 @@ def zipf(n):
     return [(k + 1) ** -math.log(4, n) for k in range(n)]
 
 
-COMMON_PAIRS = cumulative([zipf(8)[s] * zipf(6)[t] for s, t in PAIRS["seen"]])
-COMMON_COLOURS = cumulative(zipf(6))
+COMMON_PAIRS = shares([zipf(8)[s] * zipf(6)[t] for s, t in PAIRS["seen"]])
+COMMON_COLOURS = shares(zipf(6))
 
-
-# What is in a picture
 
 def scene(i, split="train", difficulty=0.0, seed=0):
-    """Picture i of a split as a dict of plain values; difficulty in [0, 1]."""
-    u = uniform(seed, np.array([i]), f"world-{split}", 112)[0].tolist()
-    # Every slot has its place, so that a new one moves none of the others.
+    """What is in picture i of a split, as a dict of plain values; difficulty in [0, 1]."""
+    u = uniform(seed, np.array([i]), f"world-{split}", 104)[0].tolist()
+    # Every number has its place, so that a new one moves none of the others.
     main, others, clutter, field, words = u[:8], u[8:32], u[32:62], u[62:76], u[76:]
-    hard = lambda easy, end: easy + difficulty * (end - easy)
+    between = lambda easy, hard: easy + difficulty * (hard - easy)
 
     pairs = PAIRS["novel" if split == "novel" else "seen"]
     n = len(pairs)
-    # Balanced splits walk through all classes in a new order each round (7 shares no factor with n).
+    # Balanced splits go through all classes in a new order each round; 7 shares no factor with n.
     label = bisect(COMMON_PAIRS, main[0]) if split == "train" else (7 * i + 13 * (i // n)) % n
-    radius = hard(0.30, 0.20) + hard(0.15, 0.16) * main[1]
-    edge = radius - 0.06                        # at most this little lies outside the picture
-    turn = math.radians(hard(20, 45))
+    radius = between(0.30, 0.20) + between(0.15, 0.16) * main[1]
+    edge, turn = radius - 0.10, math.radians(between(20, 45))   # a tenth may stick out
     x, y = (edge + (1 - 2 * edge) * p for p in main[2:4])
-    objects = [thing(pairs[label], x, y, radius, turn, main[4:8])]
+    objects, strokes = [thing(pairs[label], x, y, radius, turn, main[4:])], []
+    for k in range(int(between(2, 4) * field[0])):      # small ones round the rim, partly over it
+        a, far, way, pair, *rest = others[8 * k:8 * k + 8]
+        small, far, way = between(0.10, 0.07) + 0.04 * a, radius + 0.14 * far, 2 * math.pi * way
+        px, py = x + far * math.cos(way), y + far * math.sin(way)
+        px, py = (min(max(p, small), 1 - small) for p in (px, py))
+        objects.append(thing(PAIRS["seen"][bisect(COMMON_PAIRS, pair)], px, py, small, turn, rest))
+    for k in range(int(between(2, 7) * field[1])):
+        px, py, length, hue, way = clutter[5 * k:5 * k + 5]
+        strokes.append(thing((-1, 0), px, py, 0.1 + 0.15 * length, math.pi, [hue, 0, way, 0.5]))
 
-    for k in range(int(hard(2, 4) * field[0])):  # small ones around the rim, which may cover it
-        a, b, c, d, *rest = others[8 * k:8 * k + 8]
-        small, far, way = hard(0.10, 0.07) + 0.04 * a, radius + 0.14 * b, 2 * math.pi * c
-        x2, y2 = (min(max(p, small), 1 - small)
-                  for p in (x + far * math.cos(way), y + far * math.sin(way)))
-        pair = PAIRS["seen"][bisect(COMMON_PAIRS, d)]
-        objects.append(thing(pair, x2, y2, small, turn, rest))
-
-    strokes = [thing((len(SHAPES), 0), a, b, 0.1 + 0.15 * c, math.pi, [d, 0, e, 0.5])
-               for a, b, c, d, e in (clutter[5 * k:5 * k + 5] for k in range(int(hard(2, 7) * field[1])))]
-    picture = dict(label=label, objects=objects, strokes=strokes,
-                   background=list(BACKGROUNDS)[int(6 * field[2])], contrast=hard(0.4, 1.0),
-                   shift=field[3:5], zoom=0.8 + 0.4 * field[5], brightness=40 * field[6] - 20,
-                   light=[50 * p - 25 for p in field[7:9]], grain=[int(32 * p) for p in field[9:11]],
-                   noise=hard(4, 10))
-    picture["caption"] = caption(picture, field[11:14])
+    picture = dict(
+        label=label, objects=objects, strokes=strokes,
+        background=list(BACKGROUNDS)[int(6 * field[2])], contrast=between(0.4, 1.0),
+        shift=field[3:5], zoom=0.8 + 0.4 * field[5],
+        brightness=50 * field[6] - 16, light=[50 * p - 25 for p in field[7:9]],
+        noise=between(4, 10), grain=[int(32 * p) for p in field[9:11]])
+    picture["caption"] = caption(picture, field[11:])
     picture["tags"] = hashtags(concepts(picture), words)
     return picture
 
 
 def thing(pair, x, y, radius, turn, u):
     """One object; u: 4 numbers for its two colours, its angle and its shade."""
-    first = bisect(COMMON_COLOURS, u[0])
-    second = (first + 1 + 2 * int(3 * u[1])) % 6    # a dark colour goes with a light one
-    names = list(COLOURS)
+    first = COLOURS[bisect(COMMON_COLOURS, u[0])]
+    second = list(LIGHT if first in DARK else DARK)[int(3 * u[1])]
     return dict(shape=(*SHAPES, "stroke")[pair[0]], texture=TEXTURES[pair[1]],
-                colours=(names[first], names[second]), x=x, y=y, radius=radius,
+                colours=(first, second), x=x, y=y, radius=radius,
                 angle=turn * (2 * u[2] - 1), shade=30 * u[3] - 15)
 
 
 def caption(picture, u):
     """A sentence of true words; some leave colour, texture or background out. u: 3 numbers."""
     main, *others = picture["objects"]
-    text = CAPTIONS[int(len(CAPTIONS) * u[0])].format(colour=main["colours"][0], **{
-        key: main[key] for key in ("texture", "shape")}, background=picture["background"])
+    true = main | {"colour": main["colours"][0], "background": picture["background"]}
+    text = CAPTIONS[int(len(CAPTIONS) * u[0])].format(**true)
     if others and u[1] < 0.6:
         text += f", next to a small {others[0]['colours'][0]} {others[0]['shape']}"
     return text
@@ -262,37 +258,33 @@ def circle(radius=1.0, start=0.0, end=2 * math.pi, n=64):
     return radius * np.stack([np.cos(angle), np.sin(angle)], 1)
 
 
-def outlines(shape):
-    """The closed polygons that bound a shape of radius 1; y points down. What lies in two is out."""
-    up = -math.pi / 2
-    if shape == "star":
-        return [circle(1, up, up + 2 * math.pi, 10) * np.array([[1.0], [0.45]] * 5)]
-    if shape == "cross":
-        a, b = 0.33, 0.92
-        return [[(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a),
-                 (-b, a), (-b, -a), (-a, -a)]]
-    if shape == "heart":
-        t = np.linspace(0, 2 * math.pi, 64, endpoint=False)
-        y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-        return [np.stack([16 * np.sin(t) ** 3, -y - 2], 1) / 17]
-    if shape == "moon":     # along the unit circle from tip to tip, back along a smaller one
-        tip, x, y = 0.6, math.cos(0.6) - 0.45, math.sin(0.6)
-        back = circle(math.hypot(x, y), 2 * math.pi - math.atan2(y, x), math.atan2(y, x)) + [0.45, 0]
-        return [np.concatenate([circle(1, tip, 2 * math.pi - tip), back])]
-    return {"disc": [circle(0.94)], "ring": [circle(), circle(0.5)],
+def outlines():
+    """Shape to the closed polygons that bound it, radius 1, y down; what lies in two is outside."""
+    up, a, b = -math.pi / 2, 0.33, 0.92
+    t = np.linspace(0, 2 * math.pi, 64, endpoint=False)
+    heart = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t) + 2
+    # The moon goes along the unit circle from tip to tip and back along a smaller one.
+    x, y, tip = math.cos(0.6) - 0.45, math.sin(0.6), 0.6
+    back = circle(math.hypot(x, y), 2 * math.pi - math.atan2(y, x), math.atan2(y, x)) + [0.45, 0]
+    return {"disc": [circle(0.88)], "ring": [circle(), circle(0.5)],
             "square": [circle(1, math.pi / 4, 9 * math.pi / 4, 4)],
             "triangle": [circle(1, up, up + 2 * math.pi, 3)],
-            "stroke": [[(-1, -0.06), (1, -0.06), (1, 0.06), (-1, 0.06)]]}[shape]
+            "star": [circle(1, up, up + 2 * math.pi, 10) * np.array([[1.0], [0.45]] * 5)],
+            "cross": [[(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b),
+                       (-a, a), (-b, a), (-b, -a), (-a, -a)]],
+            "heart": [np.stack([16 * np.sin(t) ** 3, -heart], 1) / 17],
+            "moon": [np.concatenate([circle(1, tip, 2 * math.pi - tip), back])],
+            "stroke": [[(-1, -0.06), (1, -0.06), (1, 0.06), (-1, 0.06)]]}
 
 
 @lru_cache(None)
 def distance(shape):
     """Signed distance to a shape's outline in radii, below 0 inside: float32 [SIZE * SIZE]."""
-    n = SIZE // 4               # worked out on a coarse grid; between its points it is nearly linear
+    n = SIZE // 4       # worked out on a coarse grid: between its points it is nearly linear
     grid = ((np.arange(n) + 0.5) / n * 2 - 1) * REACH
     x, y = grid[None, :], grid[:, None]
     nearest, inside = np.full((n, n), np.inf), np.zeros((n, n), bool)
-    for loop in outlines(shape):
+    for loop in outlines()[shape]:
         for (ax, ay), (bx, by) in zip(loop, np.roll(loop, -1, axis=0)):
             ex, ey, wx, wy = bx - ax, by - ay, x - ax, y - ay
             t = np.clip((wx * ex + wy * ey) / (ex * ex + ey * ey), 0, 1)
@@ -306,17 +298,16 @@ def distance(shape):
 
 
 @lru_cache(None)
-def pattern(texture):
-    """Signed distance to the edge of a texture's second colour, below 0 in it: like distance()."""
+def patterns():
+    """Texture to the signed distance to where its second colour begins: like distance()."""
     grid = ((np.arange(SIZE) + 0.5) / SIZE * 2 - 1) * REACH
     x, y = np.meshgrid(grid, grid)
     off = lambda p, period: (p / period % 1 - 0.5) * period     # from the nearest of a row of lines
     a, b = np.abs(off(x, 0.72)) - 0.18, np.abs(off(y, 0.72)) - 0.18
-    table = {"striped": lambda: np.abs(off(x, 0.46)) - 0.115,
-             "checked": lambda: np.maximum(np.minimum(a, b), -np.maximum(a, b)),
-             "dotted": lambda: np.hypot(off(x, 0.42), off(y, 0.42)) - 0.13,
-             "halved": lambda: x}[texture]()
-    return table.astype(np.float32).ravel()
+    tables = {"striped": np.abs(off(x, 0.46)) - 0.115, "halved": x,
+              "checked": np.maximum(np.minimum(a, b), -np.maximum(a, b)),   # in one, not in both
+              "dotted": np.hypot(off(x, 0.42), off(y, 0.42)) - 0.13}
+    return {name: table.astype(np.float32).ravel() for name, table in tables.items()}
 
 
 def fractal(name, slope, stretch=1.0):
@@ -330,22 +321,21 @@ def fractal(name, slope, stretch=1.0):
 
 
 @lru_cache(None)
-def backdrop(name, size):
-    """The lightness of a background, about -2 to 2, that repeats: float32 [size, size]."""
+def backdrops(size):
+    """Background to its lightness, about -2 to 2, which repeats: float32 [size, size]."""
     if size < SIZE:     # small pictures look up small tables, averaged, or fine grain would flicker
-        return backdrop(name, 2 * size).reshape(size, 2, size, 2).mean((1, 3))
+        return {name: table.reshape(size, 2, size, 2).mean((1, 3))
+                for name, table in backdrops(2 * size).items()}
     x, y = np.meshgrid(np.arange(SIZE) / SIZE, np.arange(SIZE) / SIZE)
-    sine = lambda p: np.sin(2 * np.pi * p)
-    row = np.floor(y * 10)
-    joint = (np.abs(y * 10 % 1 - 0.5) > 0.41) | (np.abs((x * 5 + row / 2) % 1 - 0.5) > 0.455)
-    table = {"sand": lambda: fractal(name, 0.8),
-             "grass": lambda: fractal(name, 1.2, 3),
-             "water": lambda: sine(9 * y + 0.4 * sine(3 * x) + 0.3 * fractal(name, 2)),
-             "sky": lambda: fractal(name, 1.8, 1.5),
-             "brick": lambda: 1.8 * joint - 0.6 + 0.5 * fractal(name, 1),
-             "wood": lambda: sine(6 * x + 0.6 * fractal(name, 2, 0.5)) + 0.5 * fractal(name, 1, 0.2),
-             }[name]()
-    return table.astype(np.float32)
+    sine = lambda turns: np.sin(2 * np.pi * turns)
+    shifted = 5 * x + np.floor(10 * y) / 2      # every other row of bricks
+    joint = (np.abs(10 * y % 1 - 0.5) > 0.41) | (np.abs(shifted % 1 - 0.5) > 0.455)
+    tables = {"sand": fractal("sand", 0.8), "grass": fractal("grass", 1.2, 3),
+              "water": sine(9 * y + 0.4 * sine(3 * x) + 0.3 * fractal("water", 2)),
+              "sky": fractal("sky", 1.8, 1.5),
+              "brick": 1.8 * joint - 0.6 + 0.5 * fractal("brick", 1),
+              "wood": sine(6 * x + 0.6 * fractal("wood", 2, 0.5)) + 0.5 * fractal("fibre", 1, 0.2)}
+    return {name: table.astype(np.float32) for name, table in tables.items()}
 
 
 @lru_cache(None)
@@ -369,12 +359,14 @@ def layer(one, H, W, window):
     y = ((np.arange(y0, y1, dtype=np.float32) + 0.5) / down + (top - one["y"]))[:, None] * cell
     index = (c * y + (SIZE / 2 - s * x)).astype(np.int32) * SIZE
     index += (s * y + (SIZE / 2 + c * x)).astype(np.int32)
-    # Distance in output pixels: an edge is one pixel wide, and too fine a pattern fades to grey.
-    signed = distance(one["shape"]).take(index)
-    other = {"solid": lambda: None, "framed": lambda: -0.15 - signed}.get(
-        one["texture"], lambda: pattern(one["texture"]).take(index))()
+    # Distances in output pixels: an edge is one pixel wide, and too fine a pattern fades.
+    signed, texture = distance(one["shape"]).take(index), one["texture"]
     soft = lambda d: np.minimum(np.maximum(0.5 - d * (min(across, down) * r), 0), 1)
-    return slice(y0, y1), slice(x0, x1), soft(signed), 0.0 if other is None else soft(other)
+    if texture == "solid":
+        second = 0.0
+    else:
+        second = soft(-0.15 - signed if texture == "framed" else patterns()[texture].take(index))
+    return slice(y0, y1), slice(x0, x1), soft(signed), second
 
 
 def draw(picture, H, W, window=(0.0, 0.0, 1.0, 1.0)):
@@ -385,7 +377,7 @@ def draw(picture, H, W, window=(0.0, 0.0, 1.0, 1.0)):
     # The table with about one cell a pixel.
     zoom, (dx, dy), contrast = picture["zoom"], picture["shift"], picture["contrast"]
     size = min(max(2 ** round(math.log2(W / (right - left) / zoom)), 16), SIZE)
-    cells = backdrop(picture["background"], size)
+    cells = backdrops(size)[picture["background"]]
     columns, rows = (((p * zoom + d) * size).astype(np.int32) % size for p, d in ((x, dx), (y, dy)))
     lightness = cells.take(rows, 0).take(columns, 1) * np.float32(30 * contrast)
     colour = BACKGROUNDS[picture["background"]]
@@ -396,7 +388,7 @@ def draw(picture, H, W, window=(0.0, 0.0, 1.0, 1.0)):
 
     for one in picture["strokes"] + picture["objects"]:
         rows, columns, cover, second = layer(one, H, W, window)
-        first, other = (COLOURS[name] for name in one["colours"])
+        first, other = (RGB[name] for name in one["colours"])
         for channel, a, b in zip(image[:, rows, columns], first, other):
             channel += cover * (a + one["shade"] + second * (b - a) - channel)
 
@@ -410,7 +402,7 @@ def draw(picture, H, W, window=(0.0, 0.0, 1.0, 1.0)):
 
 
 def boxes(picture, H, W):
-    """What shows of each object: [(index in SHAPES, x0, y0, x1, y1, bool mask [H, W])], in pixels."""
+    """What shows of each object, in pixels: [(SHAPES index, x0, y0, x1, y1, bool mask [H, W])]."""
     found, free = [], np.ones((H, W), np.float32)
     for one in reversed(picture["objects"]):        # from the top one down
         rows, columns, cover, _ = layer(one, H, W, (0.0, 0.0, 1.0, 1.0))
@@ -440,8 +432,8 @@ def facts(n=4000):
     tags = [canonical(picture["tags"]) for picture in pictures]
     # The lowest loss: the same picture tagged by many people.
     floor = []
-    for picture in pictures[:n // 20]:
-        people = uniform(1, np.arange(300), f"world-people-{len(floor)}", 28).tolist()
+    for picture in pictures[:n // 40]:
+        people = uniform(0, np.arange(1000), f"world-people-{len(floor)}", 28).tolist()
         floor.append(entropy([canonical(hashtags(concepts(picture), u)) for u in people]))
     return {"canonical tags": len(set(SYNONYMS.values())), "spellings": len(SYNONYMS),
             "tags a picture": sum(map(len, tags)) / n, "untagged": sum(not t for t in tags) / n,
@@ -761,19 +753,19 @@ def denormalise(images):
     return pixels.to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def note_bad(bad, args, state, samples_seen):
+def note_bad(bad, args, state):
     """Write down the bad samples of a step, gathered from all ranks, and end a run with too many.
 
     Call on all ranks with the same list. Raises UserError when more than --max-bad of the images
     seen (1,000 at least, so that a small data set is not ended by one) are bad."""
-    path = Path(args.out) / "bad_samples.txt"
+    path, seen = Path(args.out) / "bad_samples.txt", state["step"] * args.batch
     state["bad_samples"] += len(bad)
     if int(os.environ.get("RANK", 0)) == 0:
         with open(path, "a") as file:
             file.writelines(f"{position}\t{where}\t{why}\n" for position, where, why in bad)
-    if state["bad_samples"] > args.max_bad * max(samples_seen, 1000):
+    if state["bad_samples"] > args.max_bad * max(seen, 1000):
         _, where, why = bad[-1]
-        raise UserError(f"{state['bad_samples']} of {samples_seen} images are bad, more than "
+        raise UserError(f"{state['bad_samples']} of {seen} images are bad, more than "
                         f"--max-bad {args.max_bad}; see {path}; the last: {where}: {why}")
 
 

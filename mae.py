@@ -363,7 +363,7 @@ def main(argv):
         optimizer.zero_grad(set_to_none=True)
         vit.note_step(state, finite, half, args.batch)
         if found:
-            data.note_bad(vit.from_all_ranks(bad), args, state)
+            data.note_bad(sum(vit.from_all_ranks(bad), []), args, state)
         log.step(state["step"], {"loss": loss, "lr": lr, "grad_norm": norm,
                                  "bad_samples": state["bad_samples"]})
 

@@ -446,7 +446,8 @@ def add_run_flags(parser):
     add("--activation-checkpoint", action="store_true",
         help="compute each block's activations again in the backward pass; default off")
     add("--compile", action="store_true", help="compile each block; default off")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
+        help="auto (default): the first of them that is there")
     add("--workers", type=int, metavar="PROCESSES",
         help="that decode images, a rank; 0: none; default: the CPU cores of the rank, at most 8 "
         "on a GPU, 1 on a CPU")
@@ -844,7 +845,8 @@ def save(args, model, optimizer, state):
         aside.mkdir(parents=True)
     barrier()
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside,
+             no_dist=not dist.is_initialized())
     mine = [*aside.glob(f"__{rank}_*"), *(aside.glob(".metadata") if rank == 0 else ())]
     sums = from_all_ranks({path.name: crc(path) for path in mine})
     if rank == 0:
@@ -875,7 +877,7 @@ def restore(args, model, optimizer, state):
             continue
         weights, moments = get_state_dict(model, optimizer)
         content = {"model": weights, "optimizer": moments}
-        dcp.load(content, checkpoint_id=folder)
+        dcp.load(content, checkpoint_id=folder, no_dist=not dist.is_initialized())
         set_state_dict(model, optimizer, model_state_dict=content["model"],
                        optim_state_dict=content["optimizer"])
         say(f"going on from {folder}")
@@ -884,7 +886,7 @@ def restore(args, model, optimizer, state):
 
 
 def export(args, model, about):
-    """Write OUT/model.pt: all weights under their released names, and `about` (config, stage, …)."""
+    """Write OUT/model.pt: all weights under released names, and `about` (config, stage, …)."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
     if environment()[0] == 0:

@@ -1,0 +1,1211 @@
+"""What the other files promise, checked. Reads as a specification, one property a test.
+
+    python test_all.py                 # everything quick, a few minutes on two CPU cores
+    python test_all.py -k resume       # the tests with "resume" in their name
+    python test_all.py --claims        # also the measured claims of the README (slow, noisy)
+
+Plain functions with asserts; pytest collects them too. What needs several ranks runs in one pool
+of three processes that join a gloo group for each task.
+"""
+
+import argparse
+import ast
+import atexit
+import contextlib
+import functools
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+import data
+import mae
+import vit
+from mae import MAE
+from vit import Config, UserError, ViT
+
+HERE = Path(__file__).parent
+SMALL = Config(width=64, depth=2, heads=4, patch=8, image=32)
+
+
+# ======================================================================================
+# Helpers
+# ======================================================================================
+
+def folder():
+    """A fresh temporary folder, removed when the tests end."""
+    return Path(tempfile.mkdtemp(dir=scratch()))
+
+
+@functools.lru_cache
+def scratch():
+    place = tempfile.TemporaryDirectory(prefix="maws-test-")
+    scratch.keep = place
+    return place.name
+
+
+def refused(text, call, *args):
+    """Assert that a call raises UserError, in one line, saying `text`."""
+    try:
+        call(*args)
+    except UserError as error:
+        assert text in str(error) and "\n" not in str(error), f"{error!s} does not say {text!r}"
+        return
+    raise AssertionError(f"not refused: {args}")
+
+
+def close(a, b, tolerance=1e-6):
+    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+@contextlib.contextmanager
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def fill(model):
+    """The weights of the reference values: 0.1 sin(0.37 i + j), norms + 1, in order of names."""
+    trained = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    for j, (name, p) in enumerate(trained):
+        value = 0.1 * torch.sin(0.37 * torch.arange(p.numel(), dtype=torch.float64) + j)
+        p.data = value.reshape(p.shape) + (1 if "norm" in name and name.endswith("weight") else 0)
+    return model
+
+
+def wave(*shape, step=0.01, f=torch.sin):
+    return f(step * torch.arange(math.prod(shape), dtype=torch.float64)).reshape(shape)
+
+
+def rank_loop(rank, pipe):
+    """A process of the pool: run functions that arrive, in a group of as many ranks as asked."""
+    while task := pipe.recv():
+        function, args, world, port = task
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                          LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="localhost",
+                          MASTER_PORT=str(port))
+        said, problem, result = io.StringIO(), None, None
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+                result = function(*args)
+        except UserError as error:
+            problem = ("refused", str(error))
+        except BaseException:
+            problem = ("failed", traceback.format_exc())
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        pipe.send((result, said.getvalue(), problem))
+
+
+@functools.lru_cache
+def pool():
+    context, pipes = multiprocessing.get_context("spawn"), []
+    for rank in range(3):
+        ours, theirs = context.Pipe()
+        context.Process(target=rank_loop, args=(rank, theirs)).start()
+        theirs.close()
+        pipes.append(ours)
+    atexit.register(lambda: [pipe.send(None) for pipe in pipes])
+    return pipes
+
+
+def on_ranks(world, function, *args):
+    """Run a function on `world` ranks: [(its result, what it printed)], a rank each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for pipe in pool()[:world]:
+        pipe.send((function, args, world, port))
+    answers = [pipe.recv() for pipe in pool()[:world]]
+    for _, _, problem in answers:
+        if problem:
+            raise UserError(problem[1]) if problem[0] == "refused" else AssertionError(problem[1])
+    return [answer[:2] for answer in answers]
+
+
+QUICK = ("--image-size", "32", "--batch", "12", "--steps", "10", "--lr", "1e-3", "--workers", "0",
+         "--eval-every", "0", "--log-every", "1", "--device", "cpu")
+
+
+def train(out, *flags, world=1):
+    """A short run of stage 1: (loss of every step, weights, what it printed)."""
+    flags = [*QUICK, "--out", str(out), *map(str, flags)]
+    if "--val" not in flags:
+        flags += ["--val", "world-val:13"]
+    said = on_ranks(world, mae.main, flags)[0][1]
+    records = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    weights = torch.load(Path(out) / "model.pt", weights_only=True)["model"]
+    return [record["loss"] for record in records if "loss" in record], weights, said
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@functools.lru_cache
+def photos():
+    """A folder of 20 photograph-like JPEGs of several sizes in two classes."""
+    root = folder()
+    for i in range(20):
+        picture = Image.fromarray(data.draw(data.scene(i, "val"), 90 + i, 120))
+        path = root / ("cat" if i % 2 else "dog") / f"{i:02}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path, quality=90)
+    return root
+
+
+@functools.lru_cache
+def undisturbed():
+    """The run that others are compared with: 10 steps over 20 photos, epochs end inside steps."""
+    return train(folder() / "run", "--data", photos())
+
+
+# ======================================================================================
+# The network
+# ======================================================================================
+
+def test_mae_agrees_with_the_original():
+    for norm_pix, loss, gradient in ((False, 1.557070632129285, 8.395671273041902),
+                                     (True, 2.048877845360605, 8.393493490376168)):
+        with float64():
+            model = fill(MAE(SMALL, 48, 1, 4, norm_pix))
+        images, noise = wave(2, 3, 32, 32), wave(2, 16, step=1.7, f=torch.cos)
+        found = model(images, noise=noise)
+        found.backward()
+        norm = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
+        predicted = model.predict(images, noise=noise)
+        assert close(found.item(), loss) and close(norm.item(), gradient)
+        assert close(predicted.sum().item(), -53.62193331569428)
+        assert close(predicted.flatten()[:3].detach(),
+                     [-0.4480011851110583, -1.2120246387687186, -0.7214477199803504])
+
+
+def test_mask_keeps_the_smallest_noise():
+    keep, masked = mae.random_masking(wave(2, 16, step=1.7, f=torch.cos), 0.75)
+    mask = torch.zeros(2, 16, dtype=torch.int).scatter(1, masked, 1)
+    assert ["".join(map(str, row)) for row in mask.tolist()] == ["1101110110111011",
+                                                                 "1011011101110111"]
+    assert keep.shape == (2, 4) and not (keep[:, 1:] <= keep[:, :-1]).any()     # raster order
+
+
+def test_positions_agree_with_the_original():
+    table = vit.sincos_positions(64, (4, 4))[0].double()
+    assert close(table.sum(), 525.9784436438931) and not table[0].any()
+    assert close(table[5, [0, 1, 16, 17, 32, 33, 48, 49]],
+                 [0, 0, 1, 1, 0.84147096, 0.53316844, 0.54030228, 0.84600914])
+
+
+def test_vit_agrees_with_the_original():
+    config, images = Config(64, 3, 4, 8, 32), wave(2, 3, 32, 32)
+    with float64():
+        model, mean = fill(ViT(config, classes=5)), fill(ViT(config, classes=5, pool="mean"))
+    expected = [[0.47357998494366585, 1.176301488415437, -0.2491406024811098,
+                 -1.2283303769049125, 0.024862299081640213],
+                [0.4734252851409804, 1.1756921615614977, -0.24912943731203535,
+                 -1.227718419959927, 0.024995287796034507]]
+    assert close(model(images).detach(), expected)
+    tokens = model.norm(model.tokens(images)).detach()
+    assert close(tokens.sum(), -36.40376551812171)
+    assert close(tokens[0, 0, :3], [-1.653883217770327, -0.6555549559603934, -0.5670226760623621])
+    assert close(mean(images)[0].detach(), [-1.1467776181820941, -0.3199093303071593,
+                 1.2335129877439517, 0.755716231727003, -0.9467701280829799])
+
+
+def test_positions_are_resized_in_two_dimensions():
+    table = wave(1, 17, 64, step=0.37)
+    plain = vit.resize_positions(table, (4, 4), (6, 5))
+    assert close(plain[:, 1:].sum(), -5.411830383103756)
+    assert close(plain[0, 7, :3], [-0.7029451452417349, -0.8745811351979863, -0.927846671350764])
+    smooth = vit.resize_positions(table.float(), (4, 4), (6, 5), antialias=True)   # timm: float32
+    assert close(smooth.double().sum(), -2.052218657949293)
+    assert torch.equal(plain[:, 0], table[:, 0])                    # the class token's row
+    assert vit.resize_positions(table, (4, 4), (4, 4)) is table     # equal grid: bit-equal
+
+
+def test_patchify_is_what_a_loop_does_and_can_be_undone():
+    for channels, (height, width), patch in itertools.product(
+            (1, 3, 4), ((8, 24), (16, 16)), (4, 8)):
+        images = torch.randn(2, channels, height, width)
+        patches = vit.patchify(images, patch)
+        across = width // patch
+        for n in range(patches.shape[1]):
+            top, left = n // across * patch, n % across * patch
+            piece = images[:, :, top:top + patch, left:left + patch]
+            assert torch.equal(patches[:, n], piece.permute(0, 2, 3, 1).flatten(1))
+        grid = height // patch, across
+        assert torch.equal(vit.unpatchify(patches, patch, grid, channels), images)
+
+
+def test_any_size_channels_and_mask_ratio():
+    for channels, image in ((1, (16, 40)), (3, (24, 8)), (4, (8, 8))):
+        config = Config(32, 1, 2, 8, image, channels)
+        images, noise = torch.randn(2, channels, *image), torch.rand(2, config.patches)
+        for ratio in (0.0, 0.3, 0.75, 0.999):
+            model = MAE(config, 32, 1, 2, mask_ratio=ratio)
+            loss = model(images, noise=noise)
+            loss.backward()
+            assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+            assert (loss == 0) == (ratio == 0 or config.patches == 1)
+            keep, _ = mae.random_masking(noise, ratio)
+            assert keep.shape[1] == max(1, int(config.patches * (1 - ratio)))
+            if ratio == 0:
+                assert (keep == torch.arange(config.patches)).all()     # raster order
+            assert model.predict(images, noise=noise).shape == (2, config.patches, 64 * channels)
+
+
+def test_prediction_is_in_raster_order():
+    """predict and losses see the same: the loss is that of the masked rows of the prediction."""
+    model = MAE(SMALL, 48, 1, 4)
+    images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
+    _, masked = mae.random_masking(noise, 0.75)
+    target = mae.pixel_targets(vit.patchify(images, 8), True)
+    error = (model.predict(images, noise=noise) - target).square().mean(-1)
+    expected = error.gather(1, masked).mean(1).detach()
+    assert close(model.losses(images, noise).detach(), expected, 1e-5)
+
+
+def test_nothing_is_computed_for_nothing():
+    """The encoder gets kept patches only, the decoder's head masked ones only, no host waits."""
+    model, seen = MAE(SMALL, 48, 1, 4), {}
+    for name in ("patch_embed", "blocks.0", "decoder_blocks.0", "decoder_pred"):
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, out, name=name: seen.update({name: args[0].shape[1]}))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    class Waits(torch.utils._python_dispatch.TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    with Waits() as waits:
+        model(torch.randn(2, 3, 32, 32), noise=torch.rand(2, 16)).backward()
+        vit.clip_gradients(model, limit=1.0)
+        optimizer.step()
+    assert seen == {"patch_embed": 4, "blocks.0": 5, "decoder_blocks.0": 17, "decoder_pred": 12}
+    assert waits.count == 0, "a step waits for the device by itself"
+    images, noise = torch.randn(2, 3, 32, 32, requires_grad=True), torch.rand(2, 16)
+    keep, masked = mae.random_masking(noise, 0.75)
+    model.encode(vit.patchify(images, 8), keep).sum().backward()
+    touched = vit.patchify(images.grad, 8).abs().sum(-1) > 0
+    assert touched.gather(1, keep).all() and not touched.gather(1, masked).any()
+
+
+def test_block_is_torchs_own_layer():
+    block = vit.Block(32, 4).double()
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 128, 0.0, F.gelu, 1e-6, True, True).double()
+    names = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.",
+             "linear1.": "mlp.fc1.", "linear2.": "mlp.fc2."}
+    state = {}
+    for name in layer.state_dict():
+        ours = name
+        for theirs, new in names.items():
+            ours = ours.replace(theirs, new)
+        state[name] = block.state_dict()[ours]
+    layer.load_state_dict(state)
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    assert close(block(x).detach(), layer(x).detach(), 1e-12)
+
+
+def test_recompute_changes_nothing():
+    model, images = MAE(SMALL, 48, 1, 4), torch.randn(2, 3, 32, 32)
+    noise, gradients = torch.rand(2, 16), []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        model(images, noise=noise).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_sizes_have_the_published_parameters():
+    published = {"base": 86e6, "large": 304e6, "huge": 632e6, "2b": 1.89e9, "6.5b": 6.45e9}
+    for name, count in published.items():
+        with torch.device("meta"):
+            model = ViT(Config.named(name))
+        assert abs(sum(p.numel() for p in model.parameters()) / count - 1) < 0.015, name
+    macs = {"base": (17.6, 9.8), "large": (61.6, 20.8), "huge": (167, 48.6), "2b": (494, 131),
+            "6.5b": (1674, 428)}
+    for name, (full, masked) in macs.items():
+        config = Config.named(name)
+        with torch.device("meta"):
+            flops = mae.training_flops(MAE(config))
+        embed = config.patches * 3 * config.patch ** 2 * config.width
+        blocks = vit.block_flops(config.width, config.depth, 1 + config.patches) / 2
+        assert abs((blocks + embed) / 1e9 / full - 1) < 0.02, name
+        assert abs(flops / 2e9 / masked - 1) < 0.02, name
+
+
+def test_initialisation_is_a_function_of_seed_and_name():
+    model = MAE(SMALL, 48, 1, 4)
+    first = {name: value.clone() for name, value in model.state_dict().items()}
+    for value in model.state_dict().values():
+        value.fill_(math.nan)
+    vit.init_weights(model)
+    assert equal(first, model.state_dict())                 # nothing is left as it was found
+    vit.init_weights(model, seed=1)
+    assert not torch.equal(first["cls_token"], model.cls_token)
+    deeper = MAE(Config(64, 3, 4, 8, 32), 48, 2, 4).state_dict()
+    assert all(torch.equal(first[name], deeper[name]) for name in first)
+    kernel, bound = first["patch_embed.proj.weight"], math.sqrt(6 / (64 + 192))
+    assert 0.98 * bound < kernel.abs().max() <= bound       # xavier of the linear map [64, 192]
+    assert abs(first["cls_token"].std() / 0.02 - 1) < 0.25
+    assert torch.equal(first["norm.weight"], torch.ones(64)) and not first["norm.bias"].any()
+
+
+def test_learning_rate_and_decay_groups():
+    rate = functools.partial(vit.learning_rate, total=100, peak=2.0, warmup=10, final=0.5)
+    assert rate(0) == 0 and rate(5) == 1 and rate(10) == 2
+    assert rate(55) == 1.25 and abs(rate(100) - 0.5) < 1e-12 and rate(1000) == rate(100)
+    assert vit.learning_rate(0, 10, 3.0, 0) == 3.0          # no warmup: begins at the peak
+    model = MAE(SMALL, 48, 1, 4)
+    decayed, free = vit.decay_groups(model, 0.05)
+    assert {p.dim() for p in free["params"]} == {1} and free["weight_decay"] == 0
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+
+
+# ======================================================================================
+# Weights from files
+# ======================================================================================
+
+def write_safetensors(path, tensors):
+    header, content = {"__metadata__": {"format": "pt"}}, b""
+    kinds = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"}
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [len(content), len(content) + len(raw)]}
+        content += raw
+    text = json.dumps(header).encode()
+    Path(path).write_bytes(struct.pack("<Q", len(text)) + text + content)
+
+
+def hugging_face_vitmae(version):
+    """The tensors of a ViTMAEForPreTraining with the reference weights, under its own names."""
+    D, d, P = 64, 48, 192
+    shapes = {"vit.embeddings.cls_token": (1, 1, D),
+              "vit.embeddings.patch_embeddings.projection.weight": (D, 3, 8, 8),
+              "vit.embeddings.patch_embeddings.projection.bias": (D,),
+              "vit.layernorm.weight": (D,), "vit.layernorm.bias": (D,),
+              "decoder.mask_token": (1, 1, d), "decoder.decoder_embed.weight": (d, D),
+              "decoder.decoder_embed.bias": (d,), "decoder.decoder_norm.weight": (d,),
+              "decoder.decoder_norm.bias": (d,), "decoder.decoder_pred.weight": (P, d),
+              "decoder.decoder_pred.bias": (P,)}
+    for stem, width, depth in (("vit.layers", D, 2), ("decoder.decoder_layers", d, 1)):
+        for i in range(depth):
+            for part in "qkvo":
+                shapes[f"{stem}.{i}.attention.{part}_proj.weight"] = (width, width)
+                shapes[f"{stem}.{i}.attention.{part}_proj.bias"] = (width,)
+            for part in ("layernorm_before", "layernorm_after"):
+                shapes[f"{stem}.{i}.{part}.weight"] = shapes[f"{stem}.{i}.{part}.bias"] = (width,)
+            for part, (a, b) in (("fc1", (4 * width, width)), ("fc2", (width, 4 * width))):
+                shapes[f"{stem}.{i}.mlp.{part}.weight"] = (a, b)
+                shapes[f"{stem}.{i}.mlp.{part}.bias"] = (a,)
+    tensors = {}
+    for j, (name, shape) in enumerate(sorted(shapes.items())):
+        value = 0.1 * torch.sin(0.37 * torch.arange(math.prod(shape), dtype=torch.float64) + j)
+        norm = "norm" in name and name.endswith("weight")
+        # transformers makes its models in float32, and the reference was filled there
+        tensors[name] = (value.reshape(shape) + (1 if norm else 0)).float().double()
+    tensors["vit.embeddings.position_embeddings"] = vit.sincos_positions(D, (4, 4)).double()
+    tensors["decoder.decoder_pos_embed"] = vit.sincos_positions(d, (4, 4)).double()
+    if version == 5:
+        return tensors
+    older = (("vit.layers", "vit.encoder.layer"), ("q_proj", "attention.query"),
+             ("k_proj", "attention.key"), ("v_proj", "attention.value"),
+             ("o_proj", "output.dense"), ("mlp.fc1", "intermediate.dense"),
+             ("mlp.fc2", "output.dense"))
+    return {functools.reduce(lambda text, pair: text.replace(*pair), older, name): tensor
+            for name, tensor in tensors.items()}
+
+
+def test_hugging_face_vitmae_gives_its_own_loss():
+    """1.3166285490526304 is what transformers 5.23 computes for these weights, image and noise."""
+    for version, ending in ((4, ".safetensors"), (5, ".bin")):
+        path, tensors = folder() / f"model{ending}", hugging_face_vitmae(version)
+        write_safetensors(path, tensors) if ending == ".safetensors" else torch.save(tensors, path)
+        with float64():
+            model = MAE(SMALL, 48, 1, 4)
+        done = vit.load_weights(model, path, say=str)
+        assert not done["new"] and not done["unused"]
+        loss = model(wave(2, 3, 32, 32), noise=wave(2, 16, step=1.7, f=torch.cos))
+        assert close(loss.item(), 1.3166285490526304)
+
+
+def test_weights_load_whatever_wraps_them():
+    model, said = MAE(SMALL, 48, 1, 4), []
+    vit.init_weights(model, seed=3)
+    state = model.state_dict()
+    wrapped = {f"module._orig_mod.model.{name}": value for name, value in state.items()}
+    for content, ending in (
+            ({"model": state, "args": argparse.Namespace(lr=1.0), "epoch": 3}, ".pth"),
+            ({"state_dict": {"model": wrapped}}, ".pt"), (wrapped, ".safetensors")):
+        path, other = folder() / f"file{ending}", MAE(SMALL, 48, 1, 4)
+        write_safetensors(path, content) if ending == ".safetensors" else torch.save(content, path)
+        vit.load_weights(other, path, say=said.append)
+        assert equal(state, other.state_dict())
+        assert "(100.0% of parameters)" in said[-1] and "new: none; unused: none" in said[-1]
+    done = vit.load_weights(ViT(SMALL), path, say=said.append)       # an encoder takes its part
+    assert "unused: mask_token, decoder_pos_embed, dec" in said[-1] and not done["new"]
+
+
+def test_weights_that_do_not_fit_are_refused_and_change_nothing():
+    encoder, model, path = ViT(SMALL), MAE(SMALL, 48, 1, 4), folder() / "vit.pt"
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.save(encoder.state_dict(), path)
+    refused("missing: mask_token, decoder_embed.*, decoder_b", vit.load_weights, model, path)
+    torch.save({f"other.{name}": value for name, value in before.items()}, path)
+    refused("missing: cls_token", vit.load_weights, model, path)
+    torch.save(MAE(Config(32, 2, 4, 8, 32), 48, 1, 4).state_dict(), path)
+    refused("another shape: cls_token [1, 1, 32] instead of [1, 1, 64]",
+            vit.load_weights, model, path)
+    assert equal(before, model.state_dict())
+    refused("no weights file", vit.load_weights, model, "nowhere.pt")
+    (folder() / "x").touch()
+    for name, content in (("a.pt", b""), ("b.pth", b"not a file of weights"),
+                          ("c.safetensors", b"\xff" * 20), ("d.safetensors", b"")):
+        bad = folder() / name
+        bad.write_bytes(content)
+        refused("cannot be read as weights", vit.load_weights, model, bad)
+    good = folder() / "cut.safetensors"
+    write_safetensors(good, before)
+    good.write_bytes(good.read_bytes()[:-9])
+    refused("do not fit the file", vit.load_weights, model, good)
+
+
+def test_weights_never_run_code():
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(trap),)
+
+    trap, path = folder() / "trap", folder() / "evil.pt"
+    torch.save({"model": Evil()}, path)
+    refused("cannot be read as weights", vit.read_weights, path)
+    assert not trap.exists()
+
+
+def test_weights_of_another_grid_are_resized():
+    small, path = MAE(SMALL, 48, 1, 4), folder() / "model.pt"
+    torch.save(small.state_dict(), path)
+    wide = MAE(Config(64, 2, 4, 8, (16, 64)), 48, 1, 4)
+    vit.load_weights(wide, path, say=str)
+    for name in ("pos_embed", "decoder_pos_embed"):
+        table = getattr(small, name)
+        assert torch.equal(getattr(wide, name), vit.resize_positions(table, (4, 4), (2, 8)))
+
+
+# ======================================================================================
+# Order and randomness
+# ======================================================================================
+
+def test_uniform_is_uniform_and_the_same_in_numpy_and_torch():
+    position = np.arange(100_000) * 7919
+    numbers = data.uniform(0, position, "crop", 4)
+    assert np.array_equal(numbers, data.uniform(0, torch.from_numpy(position), "crop", 4).numpy())
+    assert numbers.dtype == np.float32 and 0 <= numbers.min() and numbers.max() < 1
+    counts = np.histogram(numbers, 64, (0, 1))[0] / numbers.size * 64
+    assert abs(counts - 1).max() < 0.05
+    others = [data.uniform(1, position, "crop", 4), data.uniform(0, position, "flip", 4),
+              data.uniform(0, position + 1, "crop", 4)]
+    columns = np.concatenate([numbers, *others], 1)
+    assert abs(np.corrcoef(columns.T) - np.eye(16)).max() < 0.02
+    assert np.array_equal(numbers[5], data.uniform(0, position[5:6], "crop", 4)[0])
+
+
+def test_order_visits_every_sample_once_an_epoch():
+    for size in (1, 2, 3, 20, 1000, 4097):
+        epochs = data.order(np.arange(3 * size), size, seed=0).reshape(3, size)
+        assert all(np.array_equal(np.sort(epoch), np.arange(size)) for epoch in epochs)
+        if size >= 20:
+            assert not np.array_equal(epochs[0], epochs[1])
+            assert not np.array_equal(epochs[0], data.order(np.arange(size), size, seed=1))
+            assert abs(np.corrcoef(np.arange(size), epochs[0])[0, 1]) < 4 / math.sqrt(size)
+    far = data.order(np.arange(10**12, 10**12 + 50), 3 * 10**9, seed=0)
+    assert far.min() >= 0 and far.max() < 3 * 10**9 and len(set(far)) == 50
+
+
+def test_positions_are_dealt_to_ranks_without_gap():
+    for world, micro in ((1, 12), (2, 3), (3, 4)):
+        ranks = [list(data.training_positions(5, 8, 12, micro, rank, world))
+                 for rank in range(world)]
+        flat = np.sort(np.concatenate([part for rank in ranks for part in rank]))
+        assert np.array_equal(flat, np.arange(60, 96))
+        step = np.concatenate([part for rank in ranks for part in rank[:12 // world // micro]])
+        assert np.array_equal(np.sort(step), np.arange(60, 72))
+    for count, world in itertools.product((1, 5, 13, 64), (1, 2, 3, 4)):
+        ranks = [list(data.validation_positions(count, 4, rank, world)) for rank in range(world)]
+        assert len({len(rank) for rank in ranks}) == 1, "ranks would wait for each other for ever"
+        flat = np.sort(np.concatenate([part for rank in ranks for part in rank]))
+        assert np.array_equal(flat[:count], np.arange(count)) and len(set(flat)) == len(flat)
+
+
+# ======================================================================================
+# From files to pixels
+# ======================================================================================
+
+def test_random_resized_crop_is_distributed_as_it_should():
+    """Share of the area and aspect as of boxes drawn at random until one fits."""
+    shares, aspects = [], []
+    for row in data.uniform(0, np.arange(4000), "crop", 22).tolist():
+        left, top, right, bottom = data.random_resized_crop(400, 300, row, (224, 224))
+        assert 0 <= left < right <= 400 + 1e-3 and 0 <= top < bottom <= 300 + 1e-3
+        shares.append((right - left) * (bottom - top) / 120_000)
+        aspects.append((right - left) / (bottom - top))
+    assert 0.2 <= min(shares) < 0.21 and 0.75 <= min(aspects) and max(aspects) <= 4 / 3 + 1e-6
+    random = np.random.default_rng(0)
+    share, aspect = random.uniform(0.2, 1, 10**5), np.exp(random.uniform(
+        math.log(3 / 4), math.log(4 / 3), 10**5))
+    w, h = np.sqrt(share * 120_000 * aspect), np.sqrt(share * 120_000 / aspect)
+    fits = (w <= 400) & (h <= 300)
+    for found, expected in ((shares, share[fits]), (aspects, aspect[fits])):
+        for q in (10, 50, 90):
+            assert abs(np.percentile(found, q) / np.percentile(expected, q) - 1) < 0.03
+    wide = data.random_resized_crop(1000, 10, [0.5] * 22, (32, 32))
+    assert wide == (1000 / 2 - 20 / 3, 0, 1000 / 2 + 20 / 3, 10)   # nothing fits: centre
+    assert data.centre_crop(400, 200, None, (32, 64), share=1) == (0, 0, 400, 200)
+
+
+def corners(image):
+    """The four corner colours of pixels [H,W,C], as rounded tuples."""
+    H, W, _ = image.shape
+    return [tuple(int(v) for v in image[y, x]) for y in (H // 4, 3 * H // 4)
+            for x in (W // 4, 3 * W // 4)]
+
+
+def read(path, channels=3, size=(32, 32)):
+    return data.read_pixels(path, lambda width, height: (0, 0, width, height), size, channels)
+
+
+def quarters(mode="RGB", size=(64, 48), colours=("red", "lime", "blue", "white")):
+    image = Image.new("RGB", size)
+    for i, colour in enumerate(colours):
+        x, y = i % 2 * size[0] // 2, i // 2 * size[1] // 2
+        ImageDraw.Draw(image).rectangle((x, y, x + size[0] // 2, y + size[1] // 2), colour)
+    return image.convert(mode)
+
+
+def test_every_mode_of_picture_comes_out_right():
+    rgb = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+    place = folder()
+    for mode, ending in (("RGB", "png"), ("P", "png"), ("P", "gif"), ("RGBA", "png"),
+                         ("RGB", "webp"), ("CMYK", "jpg"), ("RGB", "jpg")):
+        path = place / f"{mode}.{ending}"
+        quarters(mode).save(path, **({"lossless": True} if ending == "webp" else
+                                     {"quality": 100} if ending == "jpg" else {}))
+        found = np.array(corners(read(path)))
+        assert abs(found - rgb).max() <= (8 if ending == "jpg" else 0), (mode, ending, found)
+        grey = read(path, channels=1)
+        assert grey.shape == (32, 32, 1) and abs(int(grey[24, 24, 0]) - 255) <= 2
+        assert read(path, channels=4).shape == (32, 32, 4)
+    Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(place / "16.png")
+    assert set(corners(read(place / "16.png"))) == {(128, 128, 128)}
+    quarters("1", colours=("black", "white", "white", "black")).save(place / "1.png")
+    assert corners(read(place / "1.png"))[:2] == [(0, 0, 0), (255, 255, 255)]
+    clear = Image.new("LA", (8, 8), (0, 0))
+    clear.save(place / "LA.png")
+    assert set(corners(read(place / "LA.png"))) == {(255, 255, 255)}    # transparent is white
+    glass = quarters().convert("P")
+    glass.save(place / "glass.png", transparency=glass.getpixel((0, 0)))
+    assert corners(read(place / "glass.png"))[:2] == [(255, 255, 255), (0, 255, 0)]
+
+
+def test_rotated_photographs_are_read_upright():
+    upright, place = quarters(), folder()
+    turns = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}     # what each tag undoes
+    for tag, turn in turns.items():
+        image = upright if turn is None else upright.transpose(turn)
+        exif = Image.Exif()
+        exif[0x0112] = tag
+        image.resize((image.width * 8, image.height * 8)).save(place / "turned.jpg", exif=exif,
+                                                               quality=95)
+        for box, expected in ((None, (254, 0, 0)), ((0, 192, 256, 384), (0, 0, 254))):
+            pixels = data.read_pixels(place / "turned.jpg",
+                                      lambda w, h, box=box: box or (0, 0, w / 2, h / 2), (16, 16))
+            assert abs(pixels.astype(int).mean((0, 1)) - expected).max() < 8, (tag, box)
+
+
+def test_draft_decoding_shows_the_same_picture():
+    place = folder()
+    image = Image.fromarray(data.draw(data.scene(3), 1024, 1024)).crop((0, 0, 1024, 683))
+    image.save(place / "photo.jpg", quality=92)
+    for box in ((0, 0, 1024, 683), (300.5, 100.25, 900, 683), (500, 300, 600, 380)):
+        ours = data.read_pixels(place / "photo.jpg", lambda w, h, box=box: box, (128, 128))
+        full = Image.open(place / "photo.jpg").resize((128, 128), Image.Resampling.BICUBIC, box)
+        difference = abs(ours.astype(float) - np.asarray(full))
+        assert difference.mean() < 2, (box, difference.mean())
+
+
+def test_normalise_is_imagenets_and_can_be_undone():
+    pixels = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8)
+    images = data.normalise(pixels)
+    expected = (pixels[1, 2, 3] / 255 - torch.tensor(data.IMAGENET_MEAN)) / \
+        torch.tensor(data.IMAGENET_STD)
+    assert images.shape == (2, 3, 5, 7) and close(images[1, :, 2, 3], expected, 1e-6)
+    for channels in (1, 3, 4):
+        pixels = torch.randint(0, 256, (2, 5, 7, channels), dtype=torch.uint8)
+        assert torch.equal(data.denormalise(data.normalise(pixels)), pixels)
+
+
+def test_flip_mirrors_about_half():
+    images = torch.randn(1000, 2, 3, 3)
+    numbers = data.uniform(0, torch.arange(1000), "flip", 1)
+    flipped = data.flip(images, numbers)
+    mirrored = numbers[:, 0] < 0.5
+    assert 440 < mirrored.sum() < 560
+    assert torch.equal(flipped[mirrored], images[mirrored].flip(2))
+    assert torch.equal(flipped[~mirrored], images[~mirrored])
+
+
+def test_workers_change_no_pixel_and_share_no_crop():
+    samples = data.Samples(data.open_data(photos()), (32, 32), 3, data.random_resized_crop)
+    batches = [list(data.load(samples, data.training_positions(0, 4, 8, 8, 0, 1), workers,
+                              torch.device("cpu"))) for workers in (0, 3)]
+    for ours, theirs in zip(*batches):
+        assert torch.equal(ours["images"], theirs["images"])
+        assert torch.equal(ours["position"], theirs["position"])
+    assert len(batches[0]) == 4
+    single = data.Samples(data.open_data("world:1"), (32, 32), 3, data.random_resized_crop)
+    crops = single.__getitems__(range(16))["images"]
+    assert len(torch.unique(crops, dim=0)) == 16           # one picture, never the same crop
+
+
+def damaged():
+    """A folder of 12 good pictures and 6 bad ones."""
+    root = folder()
+    for path in list(sorted(photos().glob("*/*.jpg")))[:12]:
+        shutil.copy(path, root)
+    good = next(root.glob("*.jpg")).read_bytes()
+    for name, content in (("empty.jpg", b""), ("cut.jpg", good[:len(good) // 3]),
+                          ("text.png", b"<html>404</html>"), ("zero.webp", bytes(500)),
+                          ("head.gif", b"GIF89a"), ("noise.jpg", good[:100] + bytes(900))):
+        (root / name).write_bytes(content)
+    return root
+
+
+def test_bad_images_are_replaced_counted_and_listed():
+    root = damaged()
+    samples = data.Samples(data.open_data(root), (32, 32), 3, data.random_resized_crop)
+    batch, again = (samples.__getitems__(range(36)) for _ in range(2))
+    assert torch.equal(batch["images"], again["images"]) and batch["weight"].all()
+    assert (batch["images"].flatten(1).float().std(1) > 0).all()
+    names = {Path(where).name for _, where, _ in batch["bad"]}
+    assert names == {"empty.jpg", "cut.jpg", "text.png", "zero.webp", "head.gif", "noise.jpg"}
+    lowered = data.Samples(data.open_data(photos()), (32, 32), 3, data.centre_crop, shuffle=False,
+                           max_pixels=100 * 120)
+    result = lowered.__getitems__(range(20))
+    assert 0 < result["weight"].sum() < 20 and "more than --max-pixels" in result["bad"][0][2]
+
+
+def test_bad_images_do_not_end_a_run_and_validation_counts_them():
+    root, out = damaged(), folder() / "run"
+    losses, _, _ = train(out, "--data", root, "--val", root)
+    listed = (out / "bad_samples.txt").read_text().splitlines()
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert len(losses) == 10 and metrics["count"] == 12 and metrics["bad"] == 6
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [r["bad_samples"] for r in records if "loss" in r][-1] == len(listed) > 30
+    refused("images are bad, more than --max-bad 0.005", train, folder() / "run", "--data", root,
+            "--max-bad", "0.005")
+
+
+def test_folder_is_sorted_and_labelled_by_its_first_level():
+    source = data.open_data(photos())
+    assert source.classes == ["cat", "dog"] and len(source) == 20
+    assert [source.open(i)["label"] for i in range(20)] == [0] * 10 + [1] * 10
+    assert source[3]["image"].size == (120, 97) and Path(source[3]["where"]).name == "07.jpg"
+    assert [Path(source.open(i)["where"]).name for i in range(3)] == ["01.jpg", "03.jpg", "05.jpg"]
+    both = data.open_data(photos(), "world:5")
+    assert len(both) == 25 and both.open(24)["where"] == "world train 4"
+    assert both.classes[both.open(0)["label"]] == "cat"
+    refused("no image below", data.open_data, folder())
+    refused("no data at", data.open_data, "nowhere")
+    refused("after the colon comes a number", data.open_data, "world:many")
+
+
+# ======================================================================================
+# The built-in world
+# ======================================================================================
+
+def test_world_is_a_function_of_the_number():
+    first = [data.draw(data.scene(i), 32, 32) for i in range(3)]
+    assert all(np.array_equal(data.draw(data.scene(i), 32, 32), first[i]) for i in (2, 0, 1))
+    assert not np.array_equal(first[0], data.draw(data.scene(0, "val"), 32, 32))
+    source = data.open_data("world-val:80")
+    assert sorted(source.open(i)["label"] for i in range(80)) == sorted([*range(40)] * 2)
+
+
+def test_world_never_shows_a_novel_pair_in_training():
+    novel = set(data.class_names("novel"))
+    assert len(novel) == 8 and not novel & set(data.class_names("seen"))
+    for split in ("train", "val", "test", "labelled"):
+        for i in range(1000):
+            content = data.scene(i, split)
+            pairs = {f"{one['texture']} {one['shape']}" for one in content["objects"]}
+            assert not pairs & novel, (split, i)
+    assert all(f"{o['texture']} {o['shape']}" in novel
+               for i in range(50) for o in data.scene(i, "novel")["objects"][:1])
+
+
+def test_world_is_drawn_at_any_size_and_window():
+    content = data.scene(5)
+    large = data.draw(content, 256, 256)[64:128, 128:192].astype(float)
+    part = data.draw(content, 64, 64, (0.5, 0.25, 0.75, 0.5)).astype(float)
+    assert abs(large - part).mean() < 12 and np.corrcoef(large.ravel(), part.ravel())[0, 1] > 0.9
+    assert data.draw(content, 24, 40).shape == (24, 40, 3)
+
+
+# ======================================================================================
+# One training, however it is run
+# ======================================================================================
+
+def test_same_run_twice_and_with_workers_is_bit_equal():
+    losses, weights, _ = undisturbed()
+    for workers in (0, 3):
+        again = train(folder() / "run", "--data", photos(), "--workers", workers)
+        assert again[0] == losses and equal(again[1], weights)
+    assert train(folder() / "run", "--data", photos(), "--seed", 1)[0] != losses
+
+
+def test_ranks_layouts_and_accumulation_train_the_same():
+    losses, weights, _ = undisturbed()
+    for world, flags in ((2, ("--parallel", "ddp")), (3, ("--parallel", "ddp")),
+                         (2, ("--parallel", "fsdp")), (3, ("--parallel", "fsdp")),
+                         (1, ("--micro-batch", 4)), (2, ("--parallel", "ddp", "--micro-batch", 3)),
+                         (2, ("--parallel", "fsdp", "--micro-batch", 2)),
+                         (2, ("--parallel", "fsdp", "--activation-checkpoint"))):
+        other, saved, said = train(folder() / "run", "--data", photos(), *flags, world=world)
+        assert close(other, losses, 1e-4), (world, flags, other, losses)
+        assert saved.keys() == weights.keys()
+        assert all(saved[name].shape == weights[name].shape for name in weights)
+        assert f"{world} ranks" in said
+
+
+def resumed(begun, flags, world=1, at=5):
+    """Copy a finished run that saved after each step, cut it back to step `at`, and go on."""
+    out = folder() / "run"
+    shutil.copytree(begun, out)
+    (out / "finished").unlink()
+    for path in out.glob("checkpoints/step-*"):
+        if int(path.name[5:]) > at:
+            shutil.rmtree(path)
+    return (*train(out, *flags, world=world), out)
+
+
+@functools.lru_cache
+def stepwise():
+    """The undisturbed run again, with a checkpoint after every step."""
+    out = folder() / "run"
+    train(out, "--data", photos(), "--save-every", 0, "--keep", 99)
+    return out
+
+
+def test_resumed_run_is_bit_equal_at_the_same_ranks():
+    losses, weights, _ = undisturbed()
+    for at in (4, 9, 10):                               # inside an epoch, near and at the end
+        again, saved, said, out = resumed(stepwise(), ("--data", photos()), at=at)
+        assert again == losses and equal(saved, weights) and f"step-{at:08d}" in said
+        assert (out / "finished").exists()
+
+
+def test_resumed_run_may_change_ranks_and_layout():
+    losses, _, _ = undisturbed()
+    for world, flags in ((3, ("--parallel", "ddp")), (2, ("--parallel", "fsdp"))):
+        again, _, _, out = resumed(stepwise(), ("--data", photos(), *flags), world)
+        assert close(again, losses, 1e-4)
+    for path in out.glob("checkpoints/*"):              # saved by two fsdp ranks, read by one
+        assert (path / "complete.json").exists()
+    fsdp = folder() / "run"
+    train(fsdp, "--data", photos(), "--parallel", "fsdp", "--save-every", 0, "--keep", 99, world=2)
+    assert close(resumed(fsdp, ("--data", photos()))[0], losses, 1e-4)
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before():
+    losses, weights, _ = undisturbed()
+    out = folder() / "run"
+    shutil.copytree(stepwise(), out)
+    part = next(out.glob("checkpoints/step-00000005/__0_0.distcp"))
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    again, saved, said, _ = resumed(out, ("--data", photos()))
+    assert "step-00000005 is damaged (__0_0.distcp)" in said and "going on from" in said
+    assert again == losses and equal(saved, weights)
+
+
+def test_resume_rules():
+    out = folder() / "run"
+    shutil.copytree(stepwise(), out)
+    assert "is finished; --resume none starts it again" in train(out, "--data", photos())[2]
+    train(out, "--data", photos(), "--workers", 1, "--log-every", 2)        # cannot change results
+    refused("--weight-decay 0.05 → 0.1, --seed 0 → 2", train, out, "--data", photos(),
+            "--weight-decay", "0.1", "--seed", "2")
+    for flag in ((), ("--resume", "none")):
+        (out / "mark").touch()
+        train(out, "--data", photos(), *flag)
+        assert (out / "mark").exists() == (not flag)
+    assert (out.with_name("run.1") / "mark").exists() and (out / "finished").exists()
+    _, _, said = train(out, "--data", photos(), "--batch", "6", "--allow-changed")
+    assert "going on from" in said
+    (out / "finished").unlink()
+    assert len(list(out.glob("checkpoints/step-*"))) <= 2   # --keep
+
+
+def test_init_takes_weights_and_nothing_else():
+    first = stepwise() / "model.pt"
+    out = folder() / "run"
+    losses, _, said = train(out, "--data", photos(), "--init", first)
+    assert "loaded 110 of 110 tensors (100.0% of parameters)" in said and len(losses) == 10
+    assert losses[0] < undisturbed()[0][0]
+    refused("is 192 wide and 12 deep", train, out, "--init", first, "--model", "tiny")
+    refused("--patch-size 4", train, out, "--init", first, "--patch-size", "4")
+    train(folder() / "run", "--init", first, "--image-size", "16", "40")    # resized positions
+
+
+def test_stage_runs_in_bf16_and_keeps_fp32_weights():
+    losses, weights, _ = train(folder() / "run", "--data", photos(), "--precision", "bf16")
+    assert all(w.dtype == torch.float32 for w in weights.values())
+    assert close(losses, undisturbed()[0], 0.05) and losses != undisturbed()[0]
+
+
+def test_training_learns():
+    losses, _, _ = train(folder() / "run", "--steps", "40", "--batch", "24", "--seed", "3")
+    assert np.mean(losses[-5:]) < 0.97 * np.mean(losses[:3])
+
+
+def test_run_leaves_what_others_rely_on():
+    out = stepwise()
+    content = torch.load(out / "model.pt", weights_only=True)
+    assert content["stage"] == "mae" and content["samples"] == 120
+    for key, value in {"width": 128, "depth": 6, "heads": 4, "patch": 8, "image": (32, 32),
+                       "norm_pix": True}.items():
+        assert content["config"][key] == value
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert {"step", "samples", "loss", "lr", "grad_norm", "images_per_second", "data_wait", "mfu",
+            "bad_samples"} == lines[0].keys()
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
+    assert lines[4]["samples"] == 60 and 0 <= lines[4]["data_wait"] <= 1
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["count"] == 13 and lines[-1]["val_loss"] == metrics["loss"]
+    assert json.loads((out / "config.json").read_text())["flags"]["batch"] == 12
+    for name in ("curves.png", "reconstruction.png"):
+        Image.open(out / name).load()
+
+
+def test_validation_does_not_depend_on_ranks():
+    first = str(stepwise() / "model.pt")
+    found = []
+    for world, micro in ((1, 64), (1, 2), (2, 64), (3, 2)):
+        out = folder()
+        said = on_ranks(world, mae.main, ["--init", first, "--eval-only", "--val", "world-val:13",
+                                          "--out", str(out), "--device", "cpu", "--workers", "0",
+                                          "--micro-batch", str(micro)])[0][1]
+        found.append(json.loads(said.splitlines()[-1]))
+        assert found[-1] == json.loads((out / "metrics.json").read_text())
+    assert [(one["count"], one["bad"]) for one in found] == [(13, 0)] * 4
+    assert close([one["loss"] for one in found], found[0]["loss"], 1e-6)
+
+
+def test_predict_reconstructs_ones_own_pictures():
+    first, out = stepwise() / "model.pt", folder()
+    pictures = [str(path) for path in list(photos().glob("*/*.jpg"))[:3]]
+    flags = ["--init", str(first), "--out", str(out), "--device", "cpu"]
+    said = on_ranks(1, mae.main, [*flags, "--predict", *pictures])[0][1]
+    assert "3 pictures, 75% masked, predicted as pixels normalised by patch" in said
+    with Image.open(out / "reconstruction.png") as sheet:
+        assert sheet.size == (3 * 132, 3 * 148)
+    refused("nowhere.jpg cannot be read", on_ranks, 1, mae.main,
+            [*flags, "--predict", "nowhere.jpg"])
+    encoder = folder() / "encoder.pt"
+    content = torch.load(first, weights_only=True)
+    torch.save({"model": {name: value for name, value in content["model"].items()
+                          if "decoder" not in name and name != "mask_token"},
+                "config": content["config"]}, encoder)
+    refused("holds an encoder only", on_ranks, 1, mae.main,
+            ["--init", str(encoder), "--out", str(out), "--predict", pictures[0]])
+
+
+class Oracle(torch.nn.Module):
+    """Predicts the truth, in the space that the decoder is asked for."""
+    config, mask_ratio = SMALL, 0.75
+
+    def __init__(self, norm_pix):
+        super().__init__()
+        self.norm_pix = norm_pix
+
+    def predict(self, images, noise):
+        return mae.pixel_targets(vit.patchify(images, 8), self.norm_pix)
+
+
+def test_reconstruction_is_drawn_in_the_space_it_was_predicted_in():
+    pixels = torch.from_numpy(np.stack([data.draw(data.scene(i), 32, 32) for i in range(2)]))
+    args = argparse.Namespace(seed=0, precision="fp32")
+    for norm_pix in (True, False):
+        path = folder() / "out.png"
+        mae.draw_reconstruction(Oracle(norm_pix), pixels, torch.arange(2), args,
+                                torch.device("cpu"), path)
+        sheet = np.asarray(Image.open(path)).astype(int)
+        rows = [sheet[20 + 148 * i:148 + 148 * i] for i in range(3)]
+        assert abs(rows[1] - rows[2]).max() <= 1            # a perfect prediction is the original
+        assert abs(rows[0] - rows[2]).mean() > 10           # masked is not
+        assert np.array_equal(rows[2][::4, :128:4], pixels[0].numpy())
+
+
+# ======================================================================================
+# Faults
+# ======================================================================================
+
+def test_gradients_are_scaled_clipped_and_checked():
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.tensor([[30.0, 40.0]])
+    assert vit.clip_gradients(model, scale=10).item() == 5 and model.weight.grad[0, 1] == 4
+    assert abs(vit.clip_gradients(model, limit=1.0).item() - 5) < 1e-6
+    assert close(model.weight.grad, [[0.6, 0.8]], 1e-5)
+    model.weight.grad[0, 0] = math.nan
+    assert not math.isfinite(vit.clip_gradients(model, limit=1.0))
+
+
+def test_steps_that_are_not_finite_are_skipped_and_ten_end_the_run():
+    state = {"step": 0, "skipped": 0, "skipped_in_a_row": 0, "scale": 1.0, "calm": 0}
+    for finite in [False] * 9 + [True] + [False] * 9:
+        vit.note_step(state, finite, False, 8)
+    assert state["step"] == 19 and state["skipped"] == 18 and state["skipped_in_a_row"] == 9
+    refused("ten steps in a row", vit.note_step, state, False, False, 8)
+    half = {"step": 0, "skipped": 0, "skipped_in_a_row": 0, "scale": 65536.0, "calm": 0}
+    for _ in range(12):
+        vit.note_step(half, False, True, 8)             # fp16 finding its scale is no fault
+    assert half["scale"] == 16 and half["skipped"] == 0
+    for _ in range(2000):
+        vit.note_step(half, True, True, 8)
+    assert half["scale"] == 32 and half["calm"] == 0
+
+
+def poisoned(flags):
+    """Stage 1 with pictures that turn the third step's gradient on the last rank to NaN."""
+    usual, rank = data.normalise, int(os.environ["RANK"])
+    calls = itertools.count()
+
+    def normalise(images):
+        last = rank == int(os.environ["WORLD_SIZE"]) - 1
+        return usual(images) * (math.nan if last and next(calls) == 3 else 1)
+
+    data.normalise = normalise
+    try:
+        return mae.main(flags)
+    finally:
+        data.normalise = usual
+
+
+def test_nan_on_one_rank_skips_the_step_on_all():
+    for world, how in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
+        out = folder() / "run"
+        flags = [*QUICK, "--out", str(out), "--data", str(photos()), "--parallel", how]
+        said = on_ranks(world, poisoned, flags)[0][1]
+        assert "step 4 skipped: its gradient is not finite; positions 36 to 47" in said
+        weights = torch.load(out / "model.pt", weights_only=True)["model"]
+        assert all(value.isfinite().all() for value in weights.values())
+        text = (out / "log.jsonl").read_text()
+        assert text.count('"loss"') == 10
+
+
+def started(*flags, launcher=(sys.executable,)):
+    """A real process, as a user starts it."""
+    return subprocess.Popen([*launcher, str(HERE / "mae.py"), *map(str, flags)],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+            "--master-port", "0")
+
+
+def test_signal_saves_and_the_same_command_goes_on():
+    """Two ranks of torchrun, one told to stop: both save the same step and leave with 0."""
+    out = folder() / "run"
+    flags = [*QUICK, "--out", out, "--data", photos(), "--steps", 100000, "--workers", 1]
+    run = started(*flags, launcher=TORCHRUN)
+    wait_for(lambda: (out / "log.jsonl").exists() and "loss" in (out / "log.jsonl").read_text())
+    ranks = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
+    os.kill(int(ranks.stdout.split()[-1]), signal.SIGUSR1)
+    said, problems = run.communicate(timeout=120)
+    assert run.returncode == 0, problems[-2000:]
+    assert "the same command goes on" in said and not (out / "finished").exists()
+    saved = vit.checkpoints(out)
+    state = json.loads((saved[0] / "complete.json").read_text())["state"]
+    assert len(saved) == 1 and state["step"] > 0
+    again = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert again == list(range(1, state["step"] + 1))
+    longer = state["step"] + 2
+    _, _, said = train(out, "--data", photos(), "--steps", longer, "--allow-changed")
+    assert f"going on from {saved[0]}" in said
+
+
+# ======================================================================================
+# As a user sees it
+# ======================================================================================
+
+def test_mistakes_get_one_line():
+    def tell(text, *flags):
+        refused(text, on_ranks, 1, mae.main, [*QUICK, "--out", str(folder() / "x"), *flags])
+
+    tell("no data at nowhere", "--data", "nowhere")
+    tell("no image below", "--data", str(folder()))
+    tell("image side 30 is not divisible by patch 8; the nearest that are: 24 or 32",
+         "--image-size", "30")
+    tell("image side 5 is not divisible by patch 8; the nearest that are: 8", "--image-size", "5")
+    tell("--predict and --eval-only use a trained model", "--predict", "x.jpg")
+    tell("--mask-ratio is from 0 to below 1", "--mask-ratio", "1")
+    tell("--decoder-width 30 must be divisible", "--decoder-width", "30")
+    tell("--warmup 2.0 is not between 0 and 1", "--warmup", "2")
+    tell("no weights file nowhere.pt", "--init", "nowhere.pt")
+    tell("--image-size takes one or two numbers", "--image-size", "8", "8", "8")
+    if not torch.cuda.is_available():
+        tell("--device cuda is not available here; found: ", "--device", "cuda")
+    refused("--val: the images to evaluate on", on_ranks, 1, mae.main, [
+        "--init", str(stepwise() / "model.pt"), "--eval-only", "--data", str(photos())])
+    two = functools.partial(train, folder() / "x", world=2)
+    refused("--batch 13 is not divisible by 2 ranks; the nearest that are: 12 and 14", two,
+            "--batch", "13")
+    refused("but there is one node; use fsdp", two, "--parallel", "hsdp")
+    refused("there is no model 'giant'", Config.named, "giant")
+
+
+def test_a_mistake_ends_a_real_process_with_one_line_and_code_2():
+    run = started("--data", "nowhere", "--out", folder() / "x")
+    said, problem = run.communicate(timeout=60)
+    assert run.returncode == 2 and "Traceback" not in problem
+    assert problem.strip().splitlines()[-1].startswith("mae.py: no data at nowhere")
+    run = started("--modle", "base")
+    assert run.wait() == 2 and "--modle" in run.stderr.read()
+
+
+def test_every_flag_is_explained():
+    for command in (["mae.py"], ["data.py", "info"], ["data.py", "verify"], ["data.py", "bench"],
+                    ["data.py", "world"]):
+        text = subprocess.run([sys.executable, HERE / command[0], *command[1:], "--help"],
+                              capture_output=True, text=True, check=True).stdout
+        for flag in re.findall(r"^  (--[a-z-]+[^\n]*(?:\n {10,}[^\n]*)*)", text, re.M):
+            assert len(flag.split()) > 2, f"{command}: no help for {flag}"
+
+
+def test_data_commands_end_in_one_line_of_json():
+    def last(*flags):
+        run = subprocess.run([sys.executable, HERE / "data.py", *map(str, flags)],
+                             capture_output=True, text=True)
+        return run.returncode, json.loads(run.stdout.splitlines()[-1]), run.stdout
+
+    code, told, _ = last("info", photos())
+    assert code == 0 and told["samples"] == 20 and told["classes"] == 2
+    code, told, text = last("verify", damaged(), "--workers", 2)
+    assert code == 1 and told["samples"] == 18 and told["bad"] == 6 and text.count("bad: ") == 6
+    code, told, _ = last("bench", photos(), "--image-size", 32, "--seconds", 1)
+    assert code == 0 and told["images_per_second"] > 0 and told["ratio"] > 0
+    place = folder() / "world.png"
+    subprocess.run([sys.executable, HERE / "data.py", "world", "--out", place], check=True,
+                   capture_output=True)
+    Image.open(place).load()
+
+
+def test_only_four_packages_and_readable_files():
+    allowed = {"torch", "numpy", "PIL", "tqdm", "vit", "data", "mae", "wsp", "finetune"}
+    for path in HERE.glob("*.py"):
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                top = name.split(".")[0]
+                assert top in allowed or top in sys.stdlib_module_names, f"{path.name}: {name}"
+        long = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 100]
+        assert not long, f"{path.name}: lines over 100 columns: {long}"
+
+
+def test_evening_path_is_short():
+    """vit.py part 1 and the stages, without the tasks of stage 3 behind `classify`."""
+    evening = len((HERE / "vit.py").read_text().split("# Part 2:")[0].splitlines())
+    evening += len((HERE / "mae.py").read_text().splitlines())
+    assert evening < 750, evening       # half of the 1,500 lines that all stages may take
+
+
+# ======================================================================================
+# Claims, measured (--claims)
+# ======================================================================================
+
+def claim_decoding_is_faster_than_the_obvious_pipeline():
+    torch.set_num_threads(1)
+    for size, least in (((500, 333), 1.2), ((1024, 683), 1.7), ((3000, 2000), 5.0)):
+        root = folder()
+        for i in range(8):
+            picture = Image.fromarray(data.draw(data.scene(i), size[1], size[0]))
+            picture.save(root / f"{i}.jpg", quality=90)
+        run = subprocess.run([sys.executable, HERE / "data.py", "bench", root, "--seconds", "20"],
+                             capture_output=True, text=True, check=True)
+        told = json.loads(run.stdout.splitlines()[-1])
+        print(f"    {size}: {told}")
+        assert told["ratio"] > least, (size, told)
+
+
+def claim_world_is_drawn_fast():
+    for side, least in ((32, 1500), (64, 1000), (128, 600), (224, 300)):
+        times = []
+        for i in range(400):
+            begun = time.perf_counter()
+            data.draw(data.scene(i), side, side)
+            times.append(time.perf_counter() - begun)
+        print(f"    {side}: {1 / np.median(times):.0f} images/s")
+        assert 1 / np.median(times) > least, side
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("-k", default="", metavar="NAME", help="only tests with this in their name")
+    parser.add_argument("--claims", action="store_true", help="also measure the README's claims")
+    args = parser.parse_args()
+    kinds = ("test_", "claim_") if args.claims else ("test_",)
+    tests = [(name, test) for name, test in globals().items()
+             if name.startswith(kinds) and args.k in name and callable(test)]
+    failed = 0
+    for name, test in tests:
+        begun = time.perf_counter()
+        try:
+            test()
+            print(f"ok    {name}  {time.perf_counter() - begun:.1f} s", flush=True)
+        except Exception:
+            failed += 1
+            print(f"FAIL  {name}\n{traceback.format_exc()}", flush=True)
+    print(f"{len(tests) - failed} passed, {failed} failed", flush=True)
+    return int(failed > 0 or not tests)
+
+
+if __name__ == "__main__":
+    code = main()
+    for process in multiprocessing.active_children():
+        process.kill()
+    shutil.rmtree(scratch(), ignore_errors=True)
+    os._exit(code)
