@@ -36,7 +36,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vit import UserError, run, write_aside
+from vit import UserError, cpu_cores, run, write_aside
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -101,8 +101,12 @@ def order(positions, size, seed):
     return permute(index, size, mix(mix(epoch) + zlib.crc32(f"{seed}/order".encode())))
 
 
-# The built-in world: pictures of one large patterned shape, made from a number. scene() says what
-# is in picture i, draw() paints it at any size and crop. Lengths are fractions of the image side.
+# ======================================================================================
+# The built-in world: pictures of one large patterned shape, made from a number
+#
+# scene() says what is in picture i, draw() paints it at any size and crop, so that every stage runs
+# without a download. Lengths are fractions of the image's side. All of it is ours.
+# ======================================================================================
 
 SPLITS = "train", "val", "test", "novel", "labelled"    # each has its own stream: no overlap
 SHAPES = "disc", "square", "triangle", "star", "cross", "heart", "ring", "moon"
@@ -495,8 +499,8 @@ class Folder:
         return os.path.join(self.root, self.names[begin:self.ends[i]].tobytes())
 
     def open(self, i):
-        path = self.path(i)
-        sample = {"image": path, "where": os.fsdecode(path)}
+        path = os.fsdecode(self.path(i))
+        sample = {"image": path, "where": path}
         if self.labels[i] >= 0:
             sample["label"] = int(self.labels[i])
         return sample
@@ -608,7 +612,7 @@ def with_channels(image, channels):
 def open_image(image, max_pixels=178_956_970):
     """Open an image file, of which only the header is read. Raises OSError, ValueError."""
     opened = Image.open(image)
-    if not 0 < opened.width * opened.height <= max_pixels:
+    if opened.width * opened.height > max_pixels:
         raise ValueError(f"{opened.width} x {opened.height} pixels are more than --max-pixels "
                          f"{max_pixels}")
     return opened
@@ -732,12 +736,13 @@ def flip(images, numbers):
     return torch.where(numbers[..., None, None] < 0.5, images.flip(2), images)
 
 
+@functools.lru_cache        # each copy to a GPU would make the host wait
 def statistics(channels, device):
     """Mean and standard deviation of pixels in 0 … 1, [C,1,1] each: ImageNet's; grey has their
     averages, alpha a half (ours)."""
     means = {1: (0.449,), 3: IMAGENET_MEAN, 4: (*IMAGENET_MEAN, 0.5)}[channels]
     stds = {1: (0.226,), 3: IMAGENET_STD, 4: (*IMAGENET_STD, 0.5)}[channels]
-    return (torch.tensor(values, device=device).reshape(-1, 1, 1) for values in (means, stds))
+    return tuple(torch.tensor(values, device=device).reshape(-1, 1, 1) for values in (means, stds))
 
 
 def normalise(images):
@@ -814,7 +819,7 @@ def verify(args):
     """Decode everything on all cores and list what is bad; exit code 1 where something is."""
     source = open_data(*args.spec)
     begun, bad = time.perf_counter(), []
-    with multiprocessing.Pool(args.workers or os.cpu_count(), prepare_worker, (0,)) as pool:
+    with multiprocessing.Pool(args.workers or cpu_cores(), prepare_worker, (0,)) as pool:
         results = pool.imap(functools.partial(verify_one, source), range(len(source)), 64)
         for result in tqdm(results, total=len(source), disable=not sys.stderr.isatty()):
             if result:
@@ -851,6 +856,8 @@ def bench(args):
         read = next(batches)
         normalise(read["images"])
         ours.append(time.perf_counter() - begun)
+        if read["bad"]:
+            raise UserError(f"{read['bad'][0][1]} cannot be read: take out what verify lists")
         if files and not args.workers:
             numbers = uniform(0, read["position"].numpy(), "crop", 22).tolist()
             index = order(read["position"].numpy(), len(source), 0).tolist()

@@ -34,7 +34,7 @@ from vit import Block, PatchEmbed, UserError, patchify, run_blocks, say, take, u
 RECIPES = {
     #        decoder              batch  length             base lr
     #        width depth heads
-    "nano":  (96,   2,    4,       128,  {"samples": 150e3}, 1.2e-3),   # ours, for a classroom
+    "nano":  (96,   2,    4,        32,  {"samples": 75e3},  0.012),    # ours, for a classroom
     "tiny":  (192,  4,    6,       256,  {"samples": 2e6},   6e-4),     # ours
     "small": (256,  4,    8,      1024,  {"epochs": 100},    3e-4),     # ours
     "base":  (512,  8,   16,      4096,  {"epochs": 1},      1.5e-4),   # MAE; one epoch: paper
@@ -50,8 +50,13 @@ BETAS, COMMON = (0.9, 0.95), {"weight_decay": 0.05, "clip_grad": 0.0, "warmup": 
 def parse_flags(argv):
     """All flags, with the recipe filled in: (args, Config, what --init's file says of itself)."""
     parser = argparse.ArgumentParser(
-        prog="mae.py", allow_abbrev=False,
-        description="Stage 1: masked autoencoding, without labels. See the top of the file.")
+        prog="mae.py", allow_abbrev=False, description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="defaults by model (sources: RECIPES in mae.py):\n" + "".join(
+            f"  {name:6} decoder {w} wide, {d} deep, {h} heads; --batch {batch} "
+            f"{' '.join(f'--{unit} {n:g}' for unit, n in length.items())} --base-lr {lr:g}\n"
+            for name, (w, d, h, batch, length, lr) in RECIPES.items()) + "  all    "
+        + " ".join(f"--{flag.replace('_', '-')} {value:g}" for flag, value in COMMON.items()))
     vit.add_run_flags(parser)
     add = parser.add_argument_group("masked autoencoder").add_argument
     add("--mask-ratio", type=float, metavar="SHARE",
@@ -108,7 +113,7 @@ def patch_statistics(patches):
 def pixel_targets(patches, norm_pix):
     """What the decoder has to predict for patches [B,N,P]: their pixels, normalised if asked.
 
-    "Normalized pixels of each masked patch" (the MAE paper, "Reconstruction target")."""
+    "The normalized pixel values of each masked patch" (the MAE paper, Reconstruction target)."""
     if not norm_pix:
         return patches
     mean, deviation = patch_statistics(patches)
@@ -148,7 +153,7 @@ class MAE(nn.Module):
     def encode(self, patches, keep):
         """Patches [B,N,P], of which `keep` [B,V] are seen, to tokens [B,1+V,D].
 
-        "Our encoder is applied only on visible, unmasked patches" (MAE encoder)."""
+        "A ViT but applied only on visible, unmasked patches" (MAE encoder)."""
         x = self.patch_embed(take(patches, keep)) + take(self.pos_embed[:, 1:], keep)  # [B,V,D]
         first = self.cls_token + self.pos_embed[:, :1]                      # [1,1,D]
         x = torch.cat([first.expand(len(x), -1, -1), x], 1)                 # [B,1+V,D]
@@ -355,8 +360,7 @@ def main(argv):
             loss += part_loss.detach()
         norm = vit.clip_gradients(model, args.clip_grad, state["scale"])
         loss, norm, stop, due, found = vit.agree(
-            device, loss / world, norm / world, len(vit.stop_requests),
-            log.save_due(), len(bad))
+            (loss / world, norm / world), (len(vit.stop_requests), log.save_due(), len(bad)))
         finite = math.isfinite(norm)
         if finite:
             optimizer.step()

@@ -27,6 +27,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -361,6 +362,9 @@ def decay_groups(model, weight_decay):
 FREE_FLAGS = {"out", "resume", "allow_changed", "micro_batch", "parallel", "activation_checkpoint",
               "compile", "device", "workers", "save_every", "keep", "log_every", "eval_every"}
 
+# A checkpoint of one process is meant to be one.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
 # bf16 / fp16 multiply-adds without sparsity, FLOP/s, from the vendors' data sheets: for `mfu`.
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12,
          "L40S": 362e12, "L4": 121e12, "A10": 125e12, "T4": 65e12, "4090": 165e12, "3090": 71e12}
@@ -390,7 +394,7 @@ def add_run_flags(parser):
     add("--model", choices=SIZES, help="size; default nano, or what --init holds")
     add("--image-size", type=positive, nargs="+", metavar="PIXELS",
         help="side, or height and width; default by model, or what --init holds")
-    add("--patch-size", type=positive, metavar="PIXELS", help="default by model")
+    add("--patch-size", type=positive, metavar="PIXELS", help="side of a patch; default by model")
     add("--channels", type=int, choices=(1, 3, 4), help="grey, colour, colour and alpha; default 3")
     add("--data", nargs="+", default=["world"], metavar="SPEC",
         help="images to train on: world, world:COUNT, a folder; several are joined; default world")
@@ -402,7 +406,7 @@ def add_run_flags(parser):
     add("--max-bad", type=float, default=0.01, metavar="SHARE",
         help="end the run when more of the images than this are bad; default 0.01; 1 is never")
 
-    group = parser.add_argument_group("recipe (defaults by model: RECIPES in the stage's file)")
+    group = parser.add_argument_group("recipe (defaults by model: at the end)")
     add = group.add_argument
     add("--batch", type=positive, metavar="IMAGES", help="images a step over all ranks")
     length = group.add_mutually_exclusive_group()
@@ -420,16 +424,18 @@ def add_run_flags(parser):
 
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add("--out", metavar="DIR", help="where everything of the run is kept")
+    add("--out", metavar="DIR",
+        help="where everything of the run is kept; default runs/ and the stage's name")
     add("--resume", choices=("auto", "none"), default="auto",
         help="auto (default): go on with an interrupted run in --out; none: move it aside")
     add("--allow-changed", action="store_true", help="resume although flags differ; default off")
     add("--save-every", type=float, default=15, metavar="MINUTES",
         help="between checkpoints, by rank 0's clock; default 15; 0 is after each step")
     add("--keep", type=positive, default=2, help="checkpoints kept; default 2")
-    add("--log-every", type=positive, default=20, metavar="STEPS", help="default 20")
+    add("--log-every", type=positive, default=20, metavar="STEPS",
+        help="between records of log.jsonl and lines on the screen; default 20")
     add("--eval-every", type=int, metavar="STEPS",
-        help="default a tenth of the run; 0 is at the end only")
+        help="between evaluations, with pictures; default a tenth of the run; 0 is at the end only")
     add("--eval-only", action="store_true", help="evaluate --init on --val and stop")
     add("--predict", nargs="+", metavar="FILE", help="use --init on these pictures and stop")
 
@@ -464,8 +470,8 @@ stop_requests = []      # signals received; a loop ends after the step in which 
 def start(args):
     """Begin the process's part of a run: returns (device, rank, world).
 
-    Joins the process group of torchrun, if there is one, and turns the signals of a preemption
-    into requests to stop. Raises UserError where the device is not there."""
+    Joins the process group of torchrun, if there is one. Raises UserError where the device is not
+    there."""
     rank, local, world, neighbours = environment()
     kind = args.device
     if kind == "auto":
@@ -488,13 +494,23 @@ def start(args):
     else:
         torch.set_num_threads(max(1, cpu_cores() // neighbours))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
-    stop_requests.clear()
-    for name in STOP_SIGNALS:
-        signal.signal(name, lambda number, frame: stop_requests.append(number))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+                                device_id=device if kind == "cuda" else None)
     if args.workers is None:
         args.workers = 1 if kind != "cuda" else min(8, max(1, cpu_cores() // neighbours))
     return device, rank, world
+
+
+def listen_for_signals():
+    """From now on, take the signals of a preemption and Ctrl-C as requests to stop after a step."""
+    def note(number, frame):
+        if number == signal.SIGINT and number in stop_requests:
+            raise KeyboardInterrupt         # Ctrl-C again: the user will not wait
+        stop_requests.append(number)
+
+    stop_requests.clear()
+    for name in STOP_SIGNALS:
+        signal.signal(name, note)
 
 
 def cpu_cores():
@@ -537,6 +553,8 @@ def run(main):
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    except KeyboardInterrupt:
+        code = 130
     except BaseException:
         code = 1
         traceback.print_exc()
@@ -654,7 +672,7 @@ def build(make, args, device, methods=()):
     say(f"model: {count / 1e6:.1f}M parameters; {how} on {world} x {device.type}, "
         f"{str(autocast_dtype(args, device) or torch.float32).removeprefix('torch.')}")
     if how == "ddp":
-        return model, DistributedDataParallel(model, broadcast_buffers=False,
+        return model, DistributedDataParallel(model, forward_sync_buffers=False,
                                               gradient_as_bucket_view=True)
     return model, model
 
@@ -702,13 +720,14 @@ def clip_gradients(model, limit=0.0, scale=1.0):
     return norm
 
 
-def agree(device, *values):
-    """Sum small numbers over all ranks: returns them as floats. The one host wait of a step.
+def agree(tensors, numbers):
+    """Sum scalar tensors on the device and plain numbers over all ranks: returns floats.
 
-    What one rank alone knows (a signal, a bad image, its loss, rank 0's clock) is decided by all
-    from the same sums, so no rank ever leaves the loop or enters a save by itself."""
-    word = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device)
-                        for value in values])
+    The one host wait of a step. What one rank alone knows (a signal, a bad image, its loss, rank
+    0's clock) is decided by all from the same sums, so no rank ever leaves the loop or enters a
+    save by itself."""
+    told = torch.tensor([float(number) for number in numbers])
+    word = torch.cat([torch.stack(tensors).float(), told.to(tensors[0].device, non_blocking=True)])
     if dist.is_initialized():
         dist.all_reduce(word)
     return word.tolist()
@@ -780,6 +799,7 @@ def open_run(args, stage):
         raise UserError(problem)
     if not all(from_all_ranks((Path(args.out) / "config.json").is_file())):
         raise UserError(f"--out {args.out} is not the same folder on every node; use a shared one")
+    listen_for_signals()
     return work
 
 
@@ -845,8 +865,7 @@ def save(args, model, optimizer, state):
         aside.mkdir(parents=True)
     barrier()
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside,
-             no_dist=not dist.is_initialized())
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
     mine = [*aside.glob(f"__{rank}_*"), *(aside.glob(".metadata") if rank == 0 else ())]
     sums = from_all_ranks({path.name: crc(path) for path in mine})
     if rank == 0:
@@ -877,7 +896,7 @@ def restore(args, model, optimizer, state):
             continue
         weights, moments = get_state_dict(model, optimizer)
         content = {"model": weights, "optimizer": moments}
-        dcp.load(content, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        dcp.load(content, checkpoint_id=folder)
         set_state_dict(model, optimizer, model_state_dict=content["model"],
                        optim_state_dict=content["optimizer"])
         say(f"going on from {folder}")
