@@ -535,8 +535,8 @@ class Joined:
         return {**sample, "image": ImageOps.exif_transpose(open_image(sample["image"]))}
 
 
-WORLD_COUNTS = {"world": ("train", 1_000_000), "world-val": ("val", 2_000),
-                "world-test": ("test", 2_000), "world-novel": ("novel", 800),
+WORLD_COUNTS = {"world": ("train", 1_000_000), "world-val": ("val", 1_000),
+                "world-test": ("test", 1_000), "world-novel": ("novel", 800),
                 "world-labelled": ("labelled", 5_000)}
 
 

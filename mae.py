@@ -34,7 +34,7 @@ from vit import Block, PatchEmbed, UserError, patchify, run_blocks, say, take, u
 RECIPES = {
     #        decoder              batch  length             base lr
     #        width depth heads
-    "nano":  (96,   2,    4,        32,  {"samples": 65e3},  0.012),    # ours, for a classroom
+    "nano":  (96,   2,    4,        32,  {"samples": 72e3},  0.012),    # ours, for a classroom
     "tiny":  (192,  4,    6,       256,  {"samples": 2e6},   6e-4),     # ours
     "small": (256,  4,    8,      1024,  {"epochs": 100},    3e-4),     # ours
     "base":  (512,  8,   16,      4096,  {"epochs": 1},      1.5e-4),   # MAE; one epoch: paper
