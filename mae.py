@@ -32,8 +32,7 @@ import vit
 from vit import Block, PatchEmbed, UserError, patchify, run_blocks, say, take, unpatchify
 
 RECIPES = {
-    #        decoder              batch  length             base lr
-    #        width depth heads
+    #        decoder width, depth, heads; batch; length; base lr
     "nano":  (96,   2,    4,        32,  {"samples": 72e3},  0.012),    # ours, for a classroom
     "tiny":  (192,  4,    6,       256,  {"samples": 2e6},   6e-4),     # ours
     "small": (256,  4,    8,      1024,  {"epochs": 100},    3e-4),     # ours
@@ -45,6 +44,9 @@ RECIPES = {
 }
 # AdamW's betas and weight decay, no clipping: MAE. Warmup of 5%: not published for one epoch, ours.
 BETAS, COMMON = (0.9, 0.95), {"weight_decay": 0.05, "clip_grad": 0.0, "warmup": 0.05}
+
+# What a model is made with besides the encoder's Config: arguments of MAE, flags, kept in model.pt
+OWN = ("decoder_width", "decoder_depth", "decoder_heads", "norm_pix", "mask_ratio")
 
 
 def parse_flags(argv):
@@ -64,7 +66,7 @@ def parse_flags(argv):
     add("--norm-pix", action=argparse.BooleanOptionalAction, default=None,
         help="predict each patch's pixels less their mean, over their deviation; default on (MAE)")
     for part in ("width", "depth", "heads"):
-        add(f"--decoder-{part}", type=int, help="default by model: RECIPES")
+        add(f"--decoder-{part}", type=vit.positive, help="default by model, below")
     parser.set_defaults(out="runs/mae")
     args = parser.parse_args(argv)
     if (args.predict or args.eval_only) and not args.init:
@@ -72,13 +74,9 @@ def parse_flags(argv):
 
     config, name, about = vit.choose_config(args)
     width, depth, heads, batch, length, base_lr = RECIPES[name]
-    ours = about.get("config", {})
-    vit.fill_recipe(args, {
-        "decoder_width": ours.get("decoder_width", width),
-        "decoder_depth": ours.get("decoder_depth", depth),
-        "decoder_heads": ours.get("decoder_heads", heads),
-        "mask_ratio": ours.get("mask_ratio", 0.75), "norm_pix": ours.get("norm_pix", True),
-        "batch": batch, **length, "base_lr": base_lr, **COMMON})
+    own = dict(zip(OWN, (width, depth, heads, True, 0.75)))
+    own |= {flag: value for flag, value in about.get("config", {}).items() if flag in OWN}
+    vit.fill_recipe(args, {**own, "batch": batch, **length, "base_lr": base_lr, **COMMON})
     if not 0 <= args.mask_ratio < 1:
         raise UserError(f"--mask-ratio is from 0 to below 1; found {args.mask_ratio}")
     if args.decoder_width % args.decoder_heads or args.decoder_width % 4:
@@ -282,10 +280,8 @@ def main(argv):
     device, rank, world = vit.start(args)
 
     # ---- model: a checkpoint in --out, else --init, else random weights
-    model, wrapped = vit.build(
-        lambda: MAE(config, args.decoder_width, args.decoder_depth, args.decoder_heads,
-                    args.norm_pix, args.mask_ratio),
-        args, device, methods=("losses", "predict"))
+    own = {flag: getattr(args, flag) for flag in OWN}
+    model, wrapped = vit.build(lambda: MAE(config, **own), args, device, ("losses", "predict"))
     using = bool(args.predict or args.eval_only)
     if args.init:
         loaded = vit.load_weights(model, args.init, new=("decoder_*", "mask_token"))
@@ -328,10 +324,7 @@ def main(argv):
     eval_every = max(1, steps // 10) if args.eval_every is None else args.eval_every
     positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
     batches = data.load(augmented, positions, args.workers, device)
-    describe = {"config": {**asdict(config), "decoder_width": args.decoder_width,
-                           "decoder_depth": args.decoder_depth,
-                           "decoder_heads": args.decoder_heads, "norm_pix": args.norm_pix,
-                           "mask_ratio": args.mask_ratio}, "stage": "mae"}
+    describe = {"config": {**asdict(config), **own}, "stage": "mae"}
 
     def look():
         """Evaluate and draw: returns the metrics."""

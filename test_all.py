@@ -774,6 +774,24 @@ def test_world_is_drawn_at_any_size_and_window():
     assert data.draw(content, 24, 40).shape == (24, 40, 3)
 
 
+def test_worlds_classes_are_not_read_off_colours_or_places():
+    """Ridge regression on 16 x 16 pixels and on a colour histogram stays near chance, 1 in 40."""
+    def features(split, count):
+        scenes = [data.scene(i, split) for i in range(count)]
+        pixels = np.stack([data.draw(one, 16, 16) for one in scenes])
+        bins = (pixels // 43).astype(int) @ (36, 6, 1)
+        colours = np.stack([np.bincount(one.ravel(), minlength=216) for one in bins])
+        labels = np.array([one["label"] for one in scenes])
+        return pixels.reshape(count, -1) / 255, colours / 256, labels
+
+    train, val = features("labelled", 4000), features("val", 1000)
+    for x, y in zip(train[:2], val[:2]):
+        x, y = np.c_[x, np.ones(len(x))], np.c_[y, np.ones(len(y))]
+        weights = np.linalg.solve(x.T @ x + np.eye(x.shape[1]), x.T @ np.eye(40)[train[2]])
+        correct = ((y @ weights).argmax(1) == val[2]).mean()
+        assert correct < 0.12, correct
+
+
 # ======================================================================================
 # One training, however it is run
 # ======================================================================================
@@ -1082,6 +1100,7 @@ def test_mistakes_get_one_line():
     tell("--mask-ratio is from 0 to below 1", "--mask-ratio", "1")
     tell("--decoder-width 30 must be divisible", "--decoder-width", "30")
     tell("--warmup 2.0 is not between 0 and 1", "--warmup", "2")
+    tell("--workers -1 is not between 0 and inf", "--workers", "-1")
     tell("no weights file nowhere.pt", "--init", "nowhere.pt")
     tell("--image-size takes one or two numbers", "--image-size", "8", "8", "8")
     if not torch.cuda.is_available():
@@ -1100,6 +1119,11 @@ def test_a_mistake_ends_a_real_process_with_one_line_and_code_2():
     said, problem = run.communicate(timeout=60)
     assert run.returncode == 2 and "Traceback" not in problem
     assert problem.strip().splitlines()[-1].startswith("mae.py: no data at nowhere")
+    run = started("--out", __file__)
+    said, problem = run.communicate(timeout=60)
+    assert run.returncode == 2 and "Traceback" not in problem and "File exists" in problem
+    run = started("--decoder-heads", "0")
+    assert run.wait() == 2 and "0 is not a positive number" in run.stderr.read()
     run = started("--modle", "base")
     assert run.wait() == 2 and "--modle" in run.stderr.read()
 

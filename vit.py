@@ -382,13 +382,15 @@ def say(text):
         print(text, flush=True)
 
 
+def positive(text):
+    """The type of flags that take a whole number of 1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
+
+
 def add_run_flags(parser):
     """Add the flags that every stage shares. None as a default: the stage's recipe decides."""
-    def positive(text):
-        if int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-        return int(text)
-
     group = parser.add_argument_group("model and data")
     add = group.add_argument
     add("--model", choices=SIZES, help="size; default nano, or what --init holds")
@@ -547,9 +549,11 @@ def run(main):
     code, local = 0, environment()[1]
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, OSError) as error:
         code = 2
-        if local == 0:
+        if isinstance(error, OSError) and error.filename is None:
+            traceback.print_exc()           # not about a path that the user could mend
+        elif local == 0:
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
@@ -604,7 +608,8 @@ def fill_recipe(args, recipe):
     for flag, low, high in (("warmup", 0, 1), ("max_bad", 0, 1), ("weight_decay", 0, math.inf),
                             ("clip_grad", 0, math.inf), ("save_every", 0, math.inf),
                             ("lr", 0, math.inf), ("base_lr", 0, math.inf),
-                            ("epochs", 1e-9, math.inf), ("samples", 1, math.inf)):
+                            ("epochs", 1e-9, math.inf), ("samples", 1, math.inf),
+                            ("workers", 0, math.inf), ("eval_every", 0, math.inf)):
         value = getattr(args, flag)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{flag.replace('_', '-')} {value} is not between {low} and {high}")
