@@ -365,6 +365,7 @@ def test_initialisation_is_a_function_of_seed_and_name():
     assert equal(first, model.state_dict())                 # nothing is left as it was found
     vit.init_weights(model, seed=1)
     assert not torch.equal(first["cls_token"], model.cls_token)
+    assert not torch.equal(first["blocks.0.mlp.fc1.weight"], first["blocks.1.mlp.fc1.weight"])
     deeper = MAE(Config(64, 3, 4, 8, 32), 48, 2, 4).state_dict()
     assert all(torch.equal(first[name], deeper[name]) for name in first)
     kernel, bound = first["patch_embed.proj.weight"], math.sqrt(6 / (64 + 192))
