@@ -972,7 +972,10 @@ class Log:
         return lines
 
     def write(self, record):
+        """Append a line; a number that is not finite becomes null, since JSON has no NaN."""
         if self.rank == 0:
+            record = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                      for key, value in record.items()}
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
