@@ -869,6 +869,9 @@ def test_damaged_checkpoint_falls_back_to_the_one_before():
     again, saved, said, _ = resumed(out, ("--data", photos()))
     assert "step-00000005 is damaged (__0_0.distcp)" in said and "going on from" in said
     assert again == losses and equal(saved, weights)
+    for part in out.glob("checkpoints/*/.metadata"):
+        part.write_bytes(part.read_bytes()[:-1])
+    refused("is damaged; --resume none starts again", resumed, out, ("--data", photos()))
 
 
 def test_resume_rules():

@@ -888,9 +888,11 @@ def restore(args, model, optimizer, state):
     """Put the newest sound checkpoint of --out into model and optimizer: returns its `state`.
 
     Where there is none, returns `state` as given. Sound is one whose every part has its CRC,
-    checked before anything is touched; the parts may come from any number of ranks and any mode."""
+    checked before anything is touched; the parts may come from any number of ranks and any mode.
+    Raises UserError where all are damaged: a run never starts again without being told to."""
     rank, _, world, _ = environment()
-    for folder in from_rank_0(checkpoints(args.out)):
+    found = from_rank_0(checkpoints(args.out))
+    for folder in found:
         complete = json.loads((folder / "complete.json").read_text())
         names = sorted(complete["crc"])[rank::world]
         broken = [name for name in names
@@ -906,6 +908,8 @@ def restore(args, model, optimizer, state):
                        optim_state_dict=content["optimizer"])
         say(f"going on from {folder}")
         return complete["state"]
+    if found:
+        raise UserError(f"every checkpoint in {args.out} is damaged; --resume none starts again")
     return state
 
 
