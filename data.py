@@ -762,6 +762,15 @@ def denormalise(images):
     return pixels.to(torch.uint8).permute(0, 2, 3, 1)
 
 
+def cut_bad_list(args, state):
+    """On resuming, take from bad_samples.txt what comes after the checkpoint: it is met again."""
+    path = Path(args.out) / "bad_samples.txt"
+    if int(os.environ.get("RANK", 0)) == 0 and path.exists():
+        kept = [line for line in path.read_text().splitlines(keepends=True)
+                if (at := line.split("\t")[0]).isdigit() and int(at) < state["step"] * args.batch]
+        write_aside(path, lambda aside: aside.write_text("".join(kept)))
+
+
 def note_bad(bad, args, state):
     """Write down the bad samples of a step, gathered from all ranks, and end a run with too many.
 

@@ -240,8 +240,7 @@ def draw_reconstruction(model, pixels, positions, args, device, path):
         return
     rows = {"masked": true * seen, "reconstruction": torch.where(seen > 0, true, patches),
             "original": true}
-    scale = max(1, 128 // max(config.image))
-    height, width = config.image[0] * scale, config.image[1] * scale
+    height, width = (side * max(1, 128 // max(config.image)) for side in config.image)
     sheet = Image.new("RGB", (len(pixels) * (width + 4), len(rows) * (height + 20)), "white")
     for y, (name, part) in enumerate(rows.items()):
         ImageDraw.Draw(sheet).text((4, y * (height + 20) + 4), name, "black")
@@ -320,6 +319,7 @@ def main(argv):
     state = {"step": 0, "bad_samples": 0, "skipped": 0, "skipped_in_a_row": 0,
              "scale": 65536.0 if half else 1.0, "calm": 0}
     state = vit.restore(args, model, optimizer, state)
+    data.cut_bad_list(args, state)
     log = vit.Log(args, device, state["step"], steps, 3 * training_flops(model))
     eval_every = max(1, steps // 10) if args.eval_every is None else args.eval_every
     positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)

@@ -725,6 +725,10 @@ def test_bad_images_do_not_end_a_run_and_validation_counts_them():
     assert len(losses) == 10 and metrics["count"] == 12 and metrics["bad"] == 6
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [r["bad_samples"] for r in records if "loss" in r][-1] == len(listed) > 30
+    out, flags = folder() / "run", ("--data", root, "--max-bad", "1")
+    train(out, *flags, "--save-every", 0, "--keep", 99)
+    again = resumed(out, flags)[3] / "bad_samples.txt"      # listed once, though met twice
+    assert sorted(again.read_text().splitlines()) == sorted(listed)
     refused("of 24 images are bad, more than --max-bad 0.01; see", train, folder() / "run",
             "--data", root)
 
