@@ -29,7 +29,8 @@ from torch import nn
 
 import data
 import vit
-from vit import Block, PatchEmbed, UserError, patchify, run_blocks, say, take, unpatchify
+from vit import (
+    Block, LayerNorm, PatchEmbed, UserError, patchify, run_blocks, say, take, unpatchify)
 
 RECIPES = {
     #        decoder width, depth, heads; batch; length; base lr
@@ -67,10 +68,12 @@ def parse_flags(argv):
         help="predict each patch's pixels less their mean, over their deviation; default on (MAE)")
     for part in ("width", "depth", "heads"):
         add(f"--decoder-{part}", type=vit.positive, help="default by model, below")
-    parser.set_defaults(out="runs/mae")
     args = parser.parse_args(argv)
     if (args.predict or args.eval_only) and not args.init:
         raise UserError("--predict and --eval-only use a trained model: give its file as --init")
+    # A training run's pictures and numbers are not overwritten by a use of it.
+    args.out = args.out or ("runs/mae-predict" if args.predict else
+                            "runs/mae-eval" if args.eval_only else "runs/mae")
 
     config, name, about = vit.choose_config(args)
     width, depth, heads, batch, length, base_lr = RECIPES[name]
@@ -82,7 +85,7 @@ def parse_flags(argv):
     if args.decoder_width % args.decoder_heads or args.decoder_width % 4:
         raise UserError(f"--decoder-width {args.decoder_width} must be divisible by "
                         f"--decoder-heads {args.decoder_heads} and by 4")
-    if args.val is None and all(spec.startswith("world") for spec in args.data):
+    if args.val is None and all(map(data.is_world, args.data)):
         args.val = ["world-val"]
     return args, config, about
 
@@ -91,13 +94,18 @@ def parse_flags(argv):
 # The algorithm
 # ======================================================================================
 
+def kept_patches(patches, ratio):
+    """How many of the patches the encoder sees: at least one (MAE's code rounds down)."""
+    return max(1, int(patches * (1 - ratio)))
+
+
 def random_masking(noise, ratio):
     """Split the patches by noise [B,N]: indices of kept [B,V] and of masked ones [B,N-V].
 
     "We sample random patches without replacement, following a uniform distribution" (the MAE
     paper, section 3): those of the smallest noise are kept, N * (1 - ratio) of them, at least one.
     Both lists are in raster order."""
-    kept = max(1, int(noise.shape[1] * (1 - ratio)))
+    kept = kept_patches(noise.shape[1], ratio)
     shuffled = noise.argsort(dim=1, stable=True)                              # [B,N]
     return shuffled[:, :kept].sort(1).values, shuffled[:, kept:].sort(1).values
 
@@ -138,13 +146,13 @@ class MAE(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
         self.register_buffer("pos_embed", torch.empty(1, 1 + N, D))
         self.blocks = nn.ModuleList(Block(D, config.heads) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.norm = LayerNorm(D)
 
         self.decoder_embed = nn.Linear(D, d)
         self.mask_token = nn.Parameter(torch.empty(1, 1, d))
         self.register_buffer("decoder_pos_embed", torch.empty(1, 1 + N, d))
         self.decoder_blocks = nn.ModuleList(Block(d, decoder_heads) for _ in range(decoder_depth))
-        self.decoder_norm = nn.LayerNorm(d, eps=1e-6)
+        self.decoder_norm = LayerNorm(d)
         self.decoder_pred = nn.Linear(d, config.patch ** 2 * config.channels)
         vit.init_weights(self)
 
@@ -202,8 +210,9 @@ class MAE(nn.Module):
 def evaluate(model, val, args, device, rank, world):
     """Mean loss over a source, every image once, whatever the ranks: {"loss", "count", "bad"}.
 
-    Central crops, and a mask that depends on the image's number alone."""
-    sums = torch.zeros(3, dtype=torch.float64)
+    Central crops, and a mask that depends on the image's number alone. Images that cannot be read
+    have no weight, and are listed in OUT/bad_val_samples.txt."""
+    sums, bad = torch.zeros(2, dtype=torch.float64), []
     positions = data.validation_positions(len(val.source), args.micro_batch, rank, world)
     model.eval()
     for batch in data.load(val, positions, args.workers, device):
@@ -211,11 +220,15 @@ def evaluate(model, val, args, device, rank, world):
         noise = data.uniform(args.seed, batch["position"].to(device), "val", model.config.patches)
         with vit.autocast(args, device):
             losses = model.losses(images, noise).cpu().double()
-        sums += torch.tensor([(losses * batch["weight"]).sum(), batch["weight"].sum(),
-                              len(batch["bad"])], dtype=torch.float64)
+        sums += torch.stack([(losses * batch["weight"]).sum(), batch["weight"].sum().double()])
+        bad += batch["bad"]
     model.train()
-    total, count, bad = vit.sum_over_ranks(sums).tolist()
-    return {"loss": total / max(1, count), "count": int(count), "bad": int(bad)}
+    total, count = vit.sum_over_ranks(sums).tolist()
+    bad = data.list_bad(args, bad, "bad_val_samples.txt", "w")
+    if not count:
+        raise UserError(f"none of the {len(bad)} images of --val can be read: the last: "
+                        f"{bad[-1][1]}: {bad[-1][2]}")
+    return {"loss": total / count, "count": int(count), "bad": len(bad)}
 
 
 @torch.no_grad()
@@ -229,14 +242,15 @@ def draw_reconstruction(model, pixels, positions, args, device, path):
     images = data.normalise(pixels.to(device))                              # [B,C,H,W]
     noise = data.uniform(args.seed, positions.to(device), "val", config.patches)
     with vit.autocast(args, device):
-        patches = model.predict(images, noise).float()                      # [B,N,P]
+        parts = zip(images.split(args.micro_batch), noise.split(args.micro_batch))
+        patches = torch.cat([model.predict(*part) for part in parts]).float()   # [B,N,P]
     true = patchify(images, config.patch)                                   # [B,N,P]
     if model.norm_pix:
         mean, deviation = patch_statistics(true)
         patches = patches * deviation + mean
     keep, _ = random_masking(noise, model.mask_ratio)                       # [B,V]
     seen = torch.zeros_like(noise).scatter(1, keep, 1.0)[..., None]         # [B,N,1]
-    if vit.environment()[0]:
+    if vit.environment().rank:
         return
     rows = {"masked": true * seen, "reconstruction": torch.where(seen > 0, true, patches),
             "original": true}
@@ -253,21 +267,31 @@ def draw_reconstruction(model, pixels, positions, args, device, path):
 
 def predict(model, args, device):
     """--predict: reconstruct the user's pictures into OUT/reconstruction.png."""
-    rows = []
+    config, rows = model.config, []
     for name in args.predict:
         try:
-            rows.append(data.read_pixels(
-                name, lambda w, h: data.centre_crop(w, h, None, model.config.image, share=1),
-                model.config.image, model.config.channels, args.max_pixels))
+            rows.append(torch.tensor(data.read_pixels(
+                name, lambda w, h: data.centre_crop(w, h, None, config.image, share=1),
+                config.image, config.channels, args.max_pixels)))
         except (OSError, ValueError) as error:
             raise UserError(f"--predict {name} cannot be read: {error}") from error
-    pixels = torch.stack([torch.tensor(row) for row in rows])               # [B,H,W,C]
     path = Path(args.out) / "reconstruction.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_reconstruction(model, pixels, torch.arange(len(rows)), args, device, path)
+    draw_reconstruction(model, torch.stack(rows), torch.arange(len(rows)), args, device, path)
     say(f"wrote {path}: {len(rows)} pictures, {100 * args.mask_ratio:.0f}% masked, predicted as "
         + ("pixels normalised by patch, shown with each true patch's mean and deviation"
            if args.norm_pix else "plain pixels"))
+
+
+def forward_flops(model):
+    """Operations of one image's forward: encoder on visible patches, decoder on all."""
+    config, decoder = model.config, model.decoder_embed.out_features
+    visible = kept_patches(config.patches, model.mask_ratio)
+    pixels = config.patch ** 2 * config.channels
+    return (vit.block_flops(config.width, config.depth, 1 + visible)
+            + vit.block_flops(decoder, len(model.decoder_blocks), 1 + config.patches)
+            + 2 * (visible * pixels * config.width + (1 + visible) * config.width * decoder
+                   + (config.patches - visible) * pixels * decoder))
 
 
 # ======================================================================================
@@ -294,43 +318,46 @@ def main(argv):
         return predict(model, args, device)
 
     # ---- data
-    val = data.open_data(*args.val) if args.val else None
-    evaluated = val and data.Samples(val, config.image, config.channels, data.centre_crop,
-                                     shuffle=False, max_pixels=args.max_pixels)
+    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
+    val_data = data.open_data(*args.val, **places) if args.val else None
+    val = val_data and data.Samples(val_data, config.image, config.channels, data.centre_crop,
+                                    shuffle=False, max_pixels=args.max_pixels)
     if args.eval_only:
         if val is None:
             raise UserError("--eval-only needs --val: the images to evaluate on")
-        return vit.report(args, evaluate(model, evaluated, args, device, rank, world))
-    train = data.open_data(*args.data)
+        vit.require_same("data", {"--val": val_data.fingerprint()})
+        return vit.report(args, evaluate(model, val, args, device, rank, world))
+    train_data = data.open_data(*args.data, **places)
     if args.data == ["world"] and config.width > 192:
         say("NOTE: training on the built-in world, which is made for nano and tiny; see --data")
-    augmented = data.Samples(train, config.image, config.channels, data.random_resized_crop,
-                             args.seed, max_pixels=args.max_pixels)
-    steps, micro, accumulate, peak = vit.derive(args, len(train), world)
-    if not vit.open_run(args, "mae"):
+    if kept_patches(config.patches, args.mask_ratio) == config.patches:
+        say(f"NOTE: --mask-ratio {args.mask_ratio} hides none of {config.patches} patches: there "
+            "is nothing to learn")
+    train = data.Samples(train_data, config.image, config.channels, data.random_resized_crop,
+                         args.seed, max_pixels=args.max_pixels)
+    steps, micro, accumulate, peak = vit.derive(args, len(train_data), world)
+    if not vit.open_run(args, "mae", {"what --data holds": train_data.fingerprint(),
+                                      "what --val holds": val and val_data.fingerprint()}):
         return
-    shown = (evaluated or data.Samples(train, config.image, config.channels, data.centre_crop,
-                                       shuffle=False)).__getitems__(range(8))
+    examples = (val or data.Samples(train_data, config.image, config.channels, data.centre_crop,
+                                    shuffle=False)).__getitems__(range(8))
 
     # ---- optimizer and state
     optimizer = torch.optim.AdamW(vit.decay_groups(model, args.weight_decay), lr=peak, betas=BETAS,
                                   fused=True)
     half = vit.autocast_dtype(args, device) == torch.float16
-    state = {"step": 0, "bad_samples": 0, "skipped": 0, "skipped_in_a_row": 0,
-             "scale": 65536.0 if half else 1.0, "calm": 0}
-    state = vit.restore(args, model, optimizer, state)
+    state = vit.restore(args, model, optimizer, vit.fresh_state(half))
     data.cut_bad_list(args, state)
-    log = vit.Log(args, device, state["step"], steps, 3 * training_flops(model))
+    log = vit.Log(args, device, state["step"], steps, 3 * forward_flops(model))
     eval_every = max(1, steps // 10) if args.eval_every is None else args.eval_every
     positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
-    batches = data.load(augmented, positions, args.workers, device)
+    batches = data.load(train, positions, args.workers, device)
     describe = {"config": {**asdict(config), **own}, "stage": "mae"}
 
-    def look():
-        """Evaluate and draw: returns the metrics."""
-        draw_reconstruction(model, shown["images"], shown["position"], args, device,
+    def draw_and_evaluate():
+        draw_reconstruction(model, examples["images"], examples["position"], args, device,
                             Path(args.out) / "reconstruction.png")
-        return evaluate(model, evaluated, args, device, rank, world) if val else {}
+        return evaluate(model, val, args, device, rank, world) if val else {}
 
     # ---- loop
     while state["step"] < steps:
@@ -353,43 +380,34 @@ def main(argv):
             loss += part_loss.detach()
         norm = vit.clip_gradients(model, args.clip_grad, state["scale"])
         loss, norm, stop, due, found = vit.agree(
-            (loss / world, norm / world), (len(vit.stop_requests), log.save_due(), len(bad)))
+            (loss / world, norm / world), (vit.asked_to_stop(), log.save_due(), len(bad)))
         finite = math.isfinite(norm)
         if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        vit.note_step(state, finite, half, args.batch)
+        vit.note_step(state, finite, args.batch)
         if found:
-            data.note_bad(sum(vit.from_all_ranks(bad), []), args, state)
+            data.note_bad(bad, args, state)
         log.step(state["step"], {"loss": loss, "lr": lr, "grad_norm": norm,
                                  "bad_samples": state["bad_samples"]})
 
         done = state["step"] == steps
-        if stop or due or done:
-            vit.export(args, model, {**describe, "samples": state["step"] * args.batch})
-            vit.save(args, model, optimizer, state)
+        evaluating = eval_every and state["step"] % eval_every == 0
+        # Before an evaluation too: what interrupts it costs no step.
+        if stop or due or done or evaluating:
+            vit.save(args, model, optimizer, state,
+                     {**describe, "samples": state["step"] * args.batch})
             log.saved()
         if stop and not done:
             return say(f"stopped after step {state['step']} of {steps}; the same command goes on")
-        if eval_every and state["step"] % eval_every == 0 and not done:
-            log.evaluated(look())
+        if evaluating and not done:
+            log.evaluated(draw_and_evaluate())
 
     # ---- end
-    metrics = look()
+    metrics = draw_and_evaluate()
     log.evaluated(metrics)
     vit.report(args, {**metrics, "samples": steps * args.batch})
     vit.finish(args)
-
-
-def training_flops(model):
-    """Operations of one image's forward: encoder on visible patches, decoder on all."""
-    config, decoder = model.config, model.decoder_embed.out_features
-    visible = max(1, int(config.patches * (1 - model.mask_ratio)))
-    pixels = config.patch ** 2 * config.channels
-    return (vit.block_flops(config.width, config.depth, 1 + visible)
-            + vit.block_flops(decoder, len(model.decoder_blocks), 1 + config.patches)
-            + 2 * (visible * pixels * config.width + (1 + visible) * config.width * decoder
-                   + (config.patches - visible) * pixels * decoder))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ code, "ours" means that nobody published the value and we chose it.
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -31,8 +32,10 @@ import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
+from datetime import timedelta
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,6 +43,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
@@ -183,6 +187,21 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, kernel, self.proj.bias)                    # [B,V,D]
 
 
+class LayerNorm(nn.Module):
+    """Layer normalisation of [...,D], computed in the type of its input.
+
+    nn.LayerNorm refuses half-precision weights, which a sharded block has, for fp32 tokens."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, weight.shape, weight, bias, eps=1e-6)        # [...,D]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over tokens [B,N,D]."""
 
@@ -217,9 +236,9 @@ class Block(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = LayerNorm(width)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = LayerNorm(width)
         self.mlp = MLP(width)
 
     def forward(self, x):
@@ -255,7 +274,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.patches, D))
         self.blocks = nn.ModuleList(Block(D, config.heads) for _ in range(config.depth))
-        norm = nn.LayerNorm(D, eps=1e-6)
+        norm = LayerNorm(D)
         if pool == "cls":
             self.norm = norm
         else:
@@ -359,26 +378,36 @@ def decay_groups(model, weight_decay):
 
 # Flags that change how or where a run is computed, not what it computes (up to rounding): a run
 # may be resumed with other values of these.
-FREE_FLAGS = {"out", "resume", "allow_changed", "micro_batch", "parallel", "activation_checkpoint",
-              "compile", "device", "workers", "save_every", "keep", "log_every", "eval_every"}
+FREE_FLAGS = {"out", "resume", "allow_changed", "index_dir", "micro_batch", "parallel",
+              "activation_checkpoint", "compile", "device", "workers", "save_every", "keep",
+              "log_every", "eval_every"}
 
 # A checkpoint of one process is meant to be one.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 # bf16 / fp16 multiply-adds without sparsity, FLOP/s, from the vendors' data sheets: for `mfu`.
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12,
-         "L40S": 362e12, "L4": 121e12, "A10": 125e12, "T4": 65e12, "4090": 165e12, "3090": 71e12}
+         "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12, "T4": 65e12,
+         "4090": 165e12, "3090": 71e12}
+
+
+class Environment(NamedTuple):
+    """A process's place in the run: `neighbours` is the number of ranks on its node."""
+    rank: int
+    local: int
+    world: int
+    neighbours: int
 
 
 def environment():
-    """What torchrun told this process: rank, local rank, world, ranks on this node."""
-    return tuple(int(os.environ.get(key, default)) for key, default in (
-        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+    """What torchrun told this process; the only one, where there is no torchrun."""
+    return Environment(*(int(os.environ.get(key, default)) for key, default in (
+        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))))
 
 
 def say(text):
     """Print a line, once for all ranks."""
-    if environment()[0] == 0:
+    if environment().rank == 0:
         print(text, flush=True)
 
 
@@ -399,9 +428,12 @@ def add_run_flags(parser):
     add("--patch-size", type=positive, metavar="PIXELS", help="side of a patch; default by model")
     add("--channels", type=int, choices=(1, 3, 4), help="grey, colour, colour and alpha; default 3")
     add("--data", nargs="+", default=["world"], metavar="SPEC",
-        help="images to train on: world, world:COUNT, a folder; several are joined; default world")
+        help="images to train on: world, world:COUNT, a folder, .tar shards ('x-{000..127}.tar', "
+        "'dir/*.tar'), a .jsonl or .csv; several are joined; default world")
     add("--val", nargs="+", metavar="SPEC",
         help="images to evaluate on; default world-val where --data is the world, else none")
+    add("--index-dir", metavar="DIR", help="where indexes of shards are kept; default: beside the "
+        "shards, or in index/ of --out where one may not write")
     add("--init", metavar="FILE", help="start from these weights; default: random weights")
     add("--max-pixels", type=positive, default=178_956_970, metavar="COUNT",
         help="an image with more is bad, not decoded; default 178,956,970 (Pillow's)")
@@ -466,7 +498,9 @@ def add_run_flags(parser):
 # --------------------------------------------------------------------------------------
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-stop_requests = []      # signals received; a loop ends after the step in which any rank has one
+stop_requests = []      # signals received
+PARENT = os.getppid()
+hosts = None            # the process group of from_rank_0 and from_all_ranks; made by start
 
 
 def start(args):
@@ -475,6 +509,9 @@ def start(args):
     Joins the process group of torchrun, if there is one. Raises UserError where the device is not
     there."""
     rank, local, world, neighbours = environment()
+    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise UserError("srun has started several processes that know nothing of each other; let "
+                        "it start one torchrun a node (--ntasks-per-node 1)")
     kind = args.device
     if kind == "auto":
         kind = ("cuda" if torch.cuda.is_available() else
@@ -486,7 +523,7 @@ def start(args):
                         f"{', '.join(name for name in found if found[name])}")
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
-        if local >= torch.cuda.device_count():
+        if neighbours > torch.cuda.device_count():
             raise UserError(f"{neighbours} processes on this node but {torch.cuda.device_count()} "
                             "GPUs; give torchrun --nproc-per-node gpu")
         torch.cuda.set_device(device)
@@ -498,6 +535,12 @@ def start(args):
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
                                 device_id=device if kind == "cuda" else None)
+    global hosts
+    # For what ranks tell each other as Python objects. It is patient: some wait while others index
+    # their part of the data or write a checkpoint, longer than one waits for lost gradients.
+    hosts = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if world > 1 else None
+    require_same("flags", {f"--{flag.replace('_', '-')}": value
+                           for flag, value in vars(args).items()})
     if args.workers is None:
         args.workers = 1 if kind != "cuda" else min(8, max(1, cpu_cores() // neighbours))
     return device, rank, world
@@ -515,30 +558,54 @@ def listen_for_signals():
         signal.signal(name, note)
 
 
+def asked_to_stop():
+    """Whether this process got a signal, or torchrun was killed and left it behind."""
+    return bool(stop_requests) or ("TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT)
+
+
 def cpu_cores():
     """CPU cores that this process may use (a container or SLURM may allow fewer than exist)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def from_rank_0(value):
     """Rank 0's value, on every rank."""
     box = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box, group=hosts)
     return box[0]
 
 
 def from_all_ranks(value):
     """Every rank's value, in a list, on every rank."""
-    values = [value] * environment()[2]
+    values = [value] * environment().world
     if dist.is_initialized():
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=hosts)
     return values
+
+
+def require_same(what, values):
+    """Raise UserError, on every rank, unless all ranks have the same values {name: value}."""
+    told = from_all_ranks(values)
+    for rank, others in enumerate(told):
+        for name, value in others.items():
+            if value != told[0][name]:
+                raise UserError(f"rank {rank} has other {what} than rank 0: {name} {value} instead "
+                                f"of {told[0][name]}; give all nodes the same command and files")
+
+
+def on_rank_0(action):
+    """The result of action(), called by rank 0 alone; what it raises, every rank raises."""
+    result, problem = None, None
+    if environment().rank == 0:
+        try:
+            result = action()
+        except (UserError, OSError) as error:
+            problem = str(error)
+    result, problem = from_rank_0((result, problem))
+    if problem:
+        raise UserError(problem)
+    return result
 
 
 def run(main):
@@ -546,15 +613,19 @@ def run(main):
 
     Mistakes of the user are one line on stderr and exit code 2. Leaving by os._exit, since gloo's
     threads now and then abort a process that has already done everything right."""
-    code, local = 0, environment()[1]
+    code, name = 0, Path(sys.argv[0]).name
     try:
         main(sys.argv[1:])
-    except (UserError, OSError) as error:
+    except UserError as error:          # met by every rank: told once a node
         code = 2
-        if isinstance(error, OSError) and error.filename is None:
-            traceback.print_exc()           # not about a path that the user could mend
-        elif local == 0:
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        if environment().local == 0:
+            print(f"{name}: {error}", file=sys.stderr)
+    except OSError as error:            # of this rank's files
+        code = 2
+        if error.filename is None and error.errno != errno.ENOSPC:
+            traceback.print_exc()       # not about a file that the user could mend
+        else:
+            print(f"{name}: rank {environment().rank}: {error}", file=sys.stderr)
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except KeyboardInterrupt:
@@ -611,8 +682,9 @@ def fill_recipe(args, recipe):
                             ("epochs", 1e-9, math.inf), ("samples", 1, math.inf),
                             ("workers", 0, math.inf), ("eval_every", 0, math.inf)):
         value = getattr(args, flag)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{flag.replace('_', '-')} {value} is not between {low} and {high}")
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            raise UserError(f"--{flag.replace('_', '-')} {value} is not a number "
+                            + (f"between {low} and {high}" if high == 1 else f"from {low} on"))
 
 
 def derive(args, images, world):
@@ -664,12 +736,13 @@ def build(make, args, device, methods=()):
                                 "but there is one node; use fsdp")
             shape, names = (world // neighbours, neighbours), ("replicate", "shard")
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        dtype = autocast_dtype(args, device)
-        # Inputs are not cast: bf16 noise would have ties, and autocast casts what it should.
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32,
-                                      cast_forward_inputs=False)
-        for module in [*blocks, model]:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+        # Blocks are gathered in half precision. The rest stays fp32, since sums of tokens and
+        # positions are the residual stream, and so do inputs: noise in bf16 would have ties.
+        policy = MixedPrecisionPolicy(param_dtype=autocast_dtype(args, device),
+                                      reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh)
         for name in methods:
             register_fsdp_forward_method(model, name)
     model.to_empty(device=device)
@@ -745,6 +818,12 @@ def sum_over_ranks(values):
     return values
 
 
+def fresh_state(half):
+    """Everything of a run that changes besides weights and optimizer; `half`: it is in fp16."""
+    return {"step": 0, "bad_samples": 0, "skipped": 0, "skipped_in_a_row": 0,
+            "half": half, "scale": 65536.0 if half else 1.0, "calm": 0}
+
+
 def next_scale(scale, calm, finite, grow_after=2000):
     """The loss scale of fp16 after a step: (scale, finite steps since it changed).
 
@@ -755,13 +834,13 @@ def next_scale(scale, calm, finite, grow_after=2000):
     return (scale * 2, 0) if calm + 1 >= grow_after else (scale, calm + 1)
 
 
-def note_step(state, finite, half, batch):
+def note_step(state, finite, batch):
     """Count a step in the run's state; one whose gradient is not finite was skipped by all ranks.
 
-    With fp16 (`half`) the loss scale is adapted, and its overflows are no fault. Raises UserError
+    With fp16 the loss scale is adapted, and its overflows are no fault. Raises UserError
     after ten faults in a row: the run ends with its last good checkpoint."""
-    overflow = half and not finite and state["scale"] > 1
-    if half:
+    overflow = state["half"] and not finite and state["scale"] > 1
+    if state["half"]:
         state["scale"], state["calm"] = next_scale(state["scale"], state["calm"], finite)
     state["step"] += 1
     if finite or overflow:
@@ -782,61 +861,80 @@ def note_step(state, finite, half, batch):
 # --------------------------------------------------------------------------------------
 
 def write_aside(path, write):
-    """Have `write(temporary path)` write a file, then move it into place: never half a file."""
-    aside = path.with_name(path.name + ".tmp")
-    write(aside)
-    os.replace(aside, path)
+    """Have `write(temporary path)` write a file, then move it into place: never half a file.
+
+    Raises UserError where that fails (a full disk); what was there before is left as it was."""
+    # Its name is this process's own: two runs may write the same index of a shard.
+    aside = Path(f"{path}.{os.uname().nodename}-{os.getpid()}.tmp")
+    try:
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())         # or a crash may keep the new name and not the content
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:        # torch.save's is a RuntimeError
+        raise UserError(f"{path} could not be written: {error}".split("\n")[0]) from error
+    finally:
+        aside.unlink(missing_ok=True)
 
 
-def open_run(args, stage):
+def open_run(args, stage, found):
     """Prepare --out: True where there is a run to do, False where it is finished already.
 
-    An interrupted run goes on if its flags are those of now (those in FREE_FLAGS aside); with
-    --resume none the folder is moved to NAME.1 first. Raises UserError on every rank."""
-    problem, work = None, True
-    if environment()[0] == 0:
-        try:
-            work = prepare_folder(args, stage)
-        except (UserError, OSError) as error:
-            problem = str(error)
-    problem, work = from_rank_0((problem, work))
-    if problem:
-        raise UserError(problem)
+    `found` tells what the data are, {name: fingerprint}. An interrupted run goes on if its flags
+    and data are those of now (FREE_FLAGS aside); with --resume none the folder is moved to NAME.1
+    first. Raises UserError on every rank."""
+    require_same("data", found)
+    work = on_rank_0(lambda: prepare_folder(args, stage, found))
     if not all(from_all_ranks((Path(args.out) / "config.json").is_file())):
         raise UserError(f"--out {args.out} is not the same folder on every node; use a shared one")
     listen_for_signals()
     return work
 
 
-def prepare_folder(args, stage):
+def fixed(flags, found):
+    """What has to stay as it is within a run, by the names that users know."""
+    return {f"--{flag.replace('_', '-')}": value for flag, value in flags.items()
+            if flag not in FREE_FLAGS} | found
+
+
+def prepare_folder(args, stage, found):
     """Rank 0's part of open_run."""
     out, flags = Path(args.out), json.loads(json.dumps(vars(args)))
+    if not out.name:
+        raise UserError(f"--out {out} is no folder of its own; give it a name")
     if args.resume == "none" and out.exists() and any(out.iterdir()):
         moved = next(name for i in itertools.count(1)
                      if not (name := out.with_name(f"{out.name}.{i}")).exists())
         out.rename(moved)
         say(f"moved the earlier run to {moved}")
+        if (moved / "index").is_dir():          # of the data, not of the run
+            out.mkdir()
+            (moved / "index").rename(out / "index")
     out.mkdir(parents=True, exist_ok=True)
-    for torn in out.glob("checkpoints/*.tmp"):
-        shutil.rmtree(torn)
-    config = out / "config.json"
-    begun = config.is_file() and ((out / "finished").exists() or bool(checkpoints(out)))
-    if begun:
-        old = json.loads(config.read_text())
-        changed = [f"--{key.replace('_', '-')} {old['flags'].get(key)} → {value}"
-                   for key, value in flags.items()
-                   if key not in FREE_FLAGS and old["flags"].get(key) != value]
+    for torn in [*out.glob("*.tmp"), *out.glob("checkpoints/*.tmp")]:
+        shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+    config, finished = out / "config.json", out / "finished"
+    if config.is_file() and (finished.exists() or checkpoints(out)):
+        old = read_json(config)
+        if not old:
+            raise UserError(f"{config} is damaged; --resume none starts again")
+        before, now = fixed(old["flags"], old["found"]), fixed(flags, found)
+        changed = [f"{name} {before.get(name)} → {now[name]}" for name in now
+                   if before.get(name) != now[name]]
         if old["stage"] != stage:
             raise UserError(f"--out {out} holds a run of {old['stage']}, not of {stage}; choose "
                             "another --out")
+        if before["--batch"] != args.batch:
+            raise UserError(f"the run in {out} has --batch {before['--batch']}, not {args.batch}, "
+                            "and counts its steps in it; start another from its weights, by --init")
         if changed and not args.allow_changed:
             raise UserError(f"the run in {out} has other flags: {', '.join(changed)}; give the old "
                             "ones, another --out, --resume none or --allow-changed")
-        if (out / "finished").exists() and not changed:
+        if finished.exists() and not changed:
             say(f"the run in {out} is finished; --resume none starts it again")
             return False
-        (out / "finished").unlink(missing_ok=True)
-    content = {"stage": stage, "flags": flags, "ranks": environment()[2],
+        finished.unlink(missing_ok=True)
+    content = {"stage": stage, "flags": flags, "found": found, "ranks": environment().world,
                "torch": torch.__version__, "python": sys.version.split()[0]}
     write_aside(config, lambda path: path.write_text(json.dumps(content, indent=1)))
     return True
@@ -845,7 +943,7 @@ def prepare_folder(args, stage):
 def checkpoints(out):
     """The complete checkpoints of a run's folder, newest first."""
     return sorted((path.parent for path in Path(out).glob("checkpoints/step-*/complete.json")
-                   if path.parent.suffix != ".tmp"), reverse=True)
+                   if not path.parent.suffix), reverse=True)
 
 
 def crc(path):
@@ -857,80 +955,109 @@ def crc(path):
     return value
 
 
-def save(args, model, optimizer, state):
-    """Write a checkpoint of everything a run changes: weights, optimizer, and `state` as json.
+def save(args, model, optimizer, state, about):
+    """Write OUT/model.pt and a checkpoint of everything a run changes.
 
-    Every rank writes its own part aside; CRCs of all parts go into complete.json, last; then the
-    folder is renamed into place and older ones beyond --keep are deleted."""
-    rank = environment()[0]
+    model.pt holds all weights under released names and `about` (config, stage, …). Of the
+    checkpoint (weights, optimizer, and `state` as json) every rank writes its own part aside; the
+    parts' CRCs go into complete.json, last; then the folder is renamed into place and those beyond
+    --keep are deleted. Raises UserError where the disk is full: the checkpoint before is whole."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    content = {"model": get_model_state_dict(model, options=options), **about}
+    on_rank_0(lambda: write_aside(Path(args.out) / "model.pt",
+                                  lambda path: torch.save(content, path)))
+    rank = environment().rank
     folder = Path(args.out) / "checkpoints" / f"step-{state['step']:08d}"
     aside = folder.with_name(folder.name + ".tmp")
-    if rank == 0:
+
+    def begin():
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    barrier()
-    weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
-    mine = [*aside.glob(f"__{rank}_*"), *(aside.glob(".metadata") if rank == 0 else ())]
-    sums = from_all_ranks({path.name: crc(path) for path in mine})
-    if rank == 0:
-        complete = {"state": state, "crc": {name: value for part in sums
-                                            for name, value in part.items()}}
-        write_aside(aside / "complete.json", lambda path: path.write_text(json.dumps(complete)))
+
+    def complete():
+        content = {"state": state, "crc": {name: value for part in sums
+                                           for name, value in part.items()}}
+        write_aside(aside / "complete.json", lambda path: path.write_text(json.dumps(content)))
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
         for old in checkpoints(args.out)[args.keep:]:
             shutil.rmtree(old, ignore_errors=True)
-    barrier()
+
+    on_rank_0(begin)
+    weights, moments = get_state_dict(model, optimizer)
+    try:
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
+    except CheckpointException as error:        # torch raises one rank's failure on every rank
+        on_rank_0(lambda: shutil.rmtree(aside, ignore_errors=True))
+        reason = str(next(iter(error.failures.values()))[0]).split("\n")[0]
+        raise UserError(f"{folder} could not be written: {reason}; the checkpoint before is "
+                        "whole, and the same command goes on from it") from error
+    mine = [*aside.glob(f"__{rank}_*"), *(aside.glob(".metadata") if rank == 0 else ())]
+    sums = from_all_ranks({path.name: crc(path) for path in mine})
+    on_rank_0(complete)
 
 
 def restore(args, model, optimizer, state):
     """Put the newest sound checkpoint of --out into model and optimizer: returns its `state`.
 
     Where there is none, returns `state` as given. Sound is one whose every part has its CRC,
-    checked before anything is touched; the parts may come from any number of ranks and any mode.
-    Raises UserError where all are damaged: a run never starts again without being told to."""
+    checked before anything is touched; the parts may come from any number of ranks and any mode. A
+    damaged one is set aside, so that it does not count as one of --keep. Raises UserError where all
+    are damaged: a run never starts again without being told to."""
     rank, _, world, _ = environment()
-    found = from_rank_0(checkpoints(args.out))
+    found = on_rank_0(lambda: checkpoints(args.out))
     for folder in found:
-        complete = json.loads((folder / "complete.json").read_text())
-        names = sorted(complete["crc"])[rank::world]
-        broken = [name for name in names
-                  if not (folder / name).is_file() or crc(folder / name) != complete["crc"][name]]
+        complete = on_rank_0(lambda folder=folder: read_json(folder / "complete.json"))
+        sums = complete.get("crc", {})
+        broken = [name for name in sorted(sums)[rank::world]
+                  if not (folder / name).is_file() or crc(folder / name) != sums[name]]
         broken = [name for part in from_all_ranks(broken) for name in part]
-        if broken:
-            say(f"{folder} is damaged ({', '.join(broken)}): going back to the one before")
+        if broken or not sums:
+            say(f"{folder} is damaged ({', '.join(broken) or 'complete.json'}): going back to the "
+                "one before")
+            on_rank_0(lambda folder=folder: folder.rename(folder.with_suffix(".damaged")))
             continue
+        # The optimizer's numbers are this command's, which may have been allowed to change.
+        numbers = [{key: value for key, value in group.items() if key != "params"}
+                   for group in optimizer.param_groups]
         weights, moments = get_state_dict(model, optimizer)
         content = {"model": weights, "optimizer": moments}
-        dcp.load(content, checkpoint_id=folder)
+        try:
+            dcp.load(content, checkpoint_id=folder)
+        except CheckpointException as error:
+            raise UserError(f"{folder} is of another model than these flags make; give the old "
+                            "ones, or start another run from its weights: --init") from error
         set_state_dict(model, optimizer, model_state_dict=content["model"],
                        optim_state_dict=content["optimizer"])
+        for group, values in zip(optimizer.param_groups, numbers):
+            group.update(values)
         say(f"going on from {folder}")
-        return complete["state"]
+        old = complete["state"]
+        return old if old["half"] == state["half"] else {
+            **old, **{key: state[key] for key in ("half", "scale", "calm")}}
     if found:
         raise UserError(f"every checkpoint in {args.out} is damaged; --resume none starts again")
     return state
 
 
-def export(args, model, about):
-    """Write OUT/model.pt: all weights under released names, and `about` (config, stage, …)."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
-    if environment()[0] == 0:
-        content = {"model": weights, **about}
-        write_aside(Path(args.out) / "model.pt", lambda path: torch.save(content, path))
+def read_json(path):
+    """What a JSON file of ours holds, a dict; an empty one where it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def finish(args):
     """Mark the run in --out as finished."""
-    if environment()[0] == 0:
+    if environment().rank == 0:
         (Path(args.out) / "finished").touch()
 
 
 def report(args, metrics):
     """Write OUT/metrics.json and print it, the last line of a run's or an evaluation's stdout."""
-    if environment()[0] == 0:
+    if environment().rank == 0:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         text = json.dumps(metrics)
         write_aside(Path(args.out) / "metrics.json", lambda path: path.write_text(text + "\n"))
@@ -1126,7 +1253,16 @@ def read_weights(path):
         if isinstance(content, dict) else {}
     if not tensors:
         raise UserError(f"{path} holds no tensors; give a file of model weights")
+    told = about.get("config")
+    if not isinstance(told, dict) or not Config.__dataclass_fields__.keys() <= told.keys():
+        about.pop("config", None)           # somebody else's
     return tensors, about
+
+
+def told_config(about):
+    """The Config that a file of ours says of itself, None for a file from elsewhere."""
+    told = about.get("config")
+    return told and Config(**{key: told[key] for key in Config.__dataclass_fields__})
 
 
 PREFIXES = re.compile(r"^(module|model|vision_encoder|vision_model|vit|encoder|trunk|backbone)\.")
@@ -1168,9 +1304,8 @@ def our_names(tensors):
 
 def file_grid(table, about):
     """The grid (H, W) of a file's positions [1, 1+N, D]: as its config says, else a square."""
-    config = about.get("config")
-    if config:
-        return Config(**{key: config[key] for key in Config.__dataclass_fields__}).grid
+    if "config" in about:
+        return told_config(about).grid
     patches = table.shape[1] - 1
     side = math.isqrt(max(patches, 0))
     if side * side != patches or not side:
@@ -1186,13 +1321,15 @@ def config_from(path):
     their width and depth. Raises UserError where that does not tell."""
     tensors, about = read_weights(path)
     if "config" in about:
-        return Config(**{key: about["config"][key] for key in Config.__dataclass_fields__}), about
+        return told_config(about), about
     tensors = our_names(tensors)
-    if not {"patch_embed.proj.weight", "pos_embed"} <= tensors.keys():
-        raise UserError(f"{path} is no Vision Transformer: it lacks patch_embed.proj.weight or "
-                        f"pos_embed, and has {', '.join(list(tensors)[:3])}, …")
+    dimensions = {"patch_embed.proj.weight": 4, "pos_embed": 3, "blocks.0.norm1.weight": 1}
+    for name, count in dimensions.items():
+        if name not in tensors or tensors[name].dim() != count:
+            raise UserError(f"{path} is no Vision Transformer that is known here: it lacks {name} "
+                            f"of {count} dimensions, and has {', '.join(list(tensors)[:3])}, …")
     width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     grid = file_grid(tensors["pos_embed"], about)
     heads = {row[:2]: row[2] for row in SIZES.values()}.get((width, depth))
     if heads is None:
@@ -1208,7 +1345,7 @@ def summary(names):
 
 
 @torch.no_grad()
-def load_weights(model, path, new=(), say=print):
+def load_weights(model, path, new=(), say=say):
     """Fill a model from a file, whoever wrote it, and print what was done in one line.
 
     `new` lists patterns of tensors that the file may lack ("decoder_*"); they keep their values.
