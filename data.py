@@ -625,6 +625,7 @@ def list_folder(root):
 INDEX_VERSION = 1
 MOST_TEXT = 1 << 20     # bytes of a .json, .txt or .cls; what is larger is not read
 MOST_IMAGE = 1 << 30    # bytes of an encoded image; what is larger is bad
+RECORD = 20 * 512       # a tar's length is a multiple of this, by custom
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 PARTS = "image", "cls", "txt", "json"
 
@@ -648,28 +649,32 @@ def split_name(name):
     return f"{folder}/{stem}", None
 
 
-def tar_members(path, left_out):
-    """The regular files of a tar, as (name, offset, size); what is passed over is counted.
+def tar_members(file, left_out):
+    """The regular files of an open tar, as (name, offset, size); what is passed over is counted.
 
     Damage inside is passed over up to the next sound header, and a tar cut short ends early."""
-    with tarfile.open(path, "r:", ignore_zeros=True, errors="surrogateescape") as tar:
-        expected, member = 0, tar.next()
-        while member is not None:
-            gap = member.offset - expected
-            # A few zeros end a tar that another was appended to; anything else was a member.
-            if gap > 20 * 512 or gap and any(os.pread(tar.fileobj.fileno(), gap, expected)):
-                left_out["damaged places"] += 1
-            expected = member.offset_data + (member.size + 511) // 512 * 512
-            if member.isreg() and not member.issparse():
-                yield member.name, member.offset_data, member.size
-            elif not member.isdir():
-                left_out["links and devices"] += 1
-            tar.members.clear()             # or a million of them stay in memory
-            try:
-                member = tar.next()
-            except tarfile.ReadError:       # the file ends inside a member
-                left_out["cut short"] += 1
-                member = None
+    def between(begin, end):
+        """Look at what is between two members, or behind the last."""
+        # A tar ends, and another may follow, with 1,024 zeros or more, up to the end of a record.
+        usual = end - begin in (0, 1024) or (
+            end - begin <= RECORD + 1024 and (end % RECORD == 0 or end == size))
+        if not usual or any(os.pread(file.fileno(), end - begin, begin)):
+            left_out["damaged places"] += 1
+
+    size, expected = os.fstat(file.fileno()).st_size, 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
+            while (member := tar.next()) is not None:
+                between(expected, member.offset)
+                expected = member.offset_data + (member.size + 511) // 512 * 512
+                if member.isreg() and not member.issparse():
+                    yield member.name, member.offset_data, member.size
+                elif not member.isdir():
+                    left_out["links and devices"] += 1
+                tar.members.clear()         # or a million of them stay in memory
+        between(expected, max(size, expected))
+    except tarfile.ReadError:               # the file ends inside a member
+        left_out["shards cut short" if expected else "shards that are no tar"] += 1
 
 
 def index_tar(path, file):
@@ -677,13 +682,13 @@ def index_tar(path, file):
 
     Files that share a key are one sample, together or not; where a part comes a second time,
     another sample begins. Nothing is extracted."""
-    magic = file.read(6)
+    magic = os.pread(file.fileno(), 6, 0)
     if any(magic.startswith(start) for start in COMPRESSED):
         raise UserError(f"{path} is compressed, so no sample can be read by itself: unpack it to a "
                         "plain .tar (images do not compress anyway)")
     left_out, at, keys = Counter(), {}, []
     places, spare = {part: array("q") for part in PARTS}, {}
-    for name, offset, size in tar_members(path, left_out):
+    for name, offset, size in tar_members(file, left_out):
         key, part = split_name(name)
         if part == "image+":
             if key in spare:

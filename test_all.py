@@ -5,7 +5,7 @@
     python test_all.py --claims        # also the measured claims of the README (slow, noisy)
 
 Plain functions with asserts; pytest collects them too. What needs several ranks runs in one pool
-of three processes that join a gloo group for each task.
+of four processes that join a gloo group for each task.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import faulthandler
 import functools
+import gzip
 import io
 import itertools
 import json
@@ -21,12 +22,14 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -101,9 +104,9 @@ def wave(*shape, step=0.01, f=torch.sin):
 def rank_loop(rank, pipe):
     """A process of the pool: run functions that arrive, in a group of as many ranks as asked."""
     while task := pipe.recv():
-        function, args, world, port = task
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                          LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="localhost",
+        function, args, world, node, port = task
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % node), WORLD_SIZE=str(world),
+                          LOCAL_WORLD_SIZE=str(node), MASTER_ADDR="localhost",
                           MASTER_PORT=str(port))
         said, problem, result = io.StringIO(), None, None
         try:
@@ -121,7 +124,7 @@ def rank_loop(rank, pipe):
 @functools.lru_cache
 def pool():
     context, pipes = multiprocessing.get_context("spawn"), []
-    for rank in range(3):
+    for rank in range(4):
         ours, theirs = context.Pipe()
         context.Process(target=rank_loop, args=(rank, theirs)).start()
         theirs.close()
@@ -130,13 +133,14 @@ def pool():
     return pipes
 
 
-def on_ranks(world, function, *args):
-    """Run a function on `world` ranks: [(its result, what it printed)], a rank each."""
+def on_ranks(world, function, *args, node=None):
+    """Run a function on `world` ranks, `node` on each node (they believe): [(its result, what it
+    printed)], a rank each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     for pipe in pool()[:world]:
-        pipe.send((function, args, world, port))
+        pipe.send((function, args, world, node or world, port))
     assert all(pipe.poll(180) for pipe in pool()[:world]), "a rank waits for ever"
     answers = [pipe.recv() for pipe in pool()[:world]]
     for _, _, problem in answers:
@@ -149,12 +153,12 @@ QUICK = ("--image-size", "32", "--batch", "12", "--steps", "10", "--lr", "1e-3",
          "--eval-every", "0", "--log-every", "1", "--device", "cpu")
 
 
-def train(out, *flags, world=1):
+def train(out, *flags, world=1, node=None):
     """A short run of stage 1: (loss of every step, weights, what it printed)."""
     flags = [*QUICK, "--out", str(out), *map(str, flags)]
     if "--val" not in flags:
         flags += ["--val", "world-val:13"]
-    said = on_ranks(world, mae.main, flags)[0][1]
+    said = on_ranks(world, mae.main, flags, node=node)[0][1]
     records = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     weights = torch.load(Path(out) / "model.pt", weights_only=True)["model"]
     return [record["loss"] for record in records if "loss" in record], weights, said
@@ -287,7 +291,7 @@ def test_prediction_is_in_raster_order():
 
 
 def test_nothing_is_computed_for_nothing():
-    """The encoder gets kept patches only, the decoder's head masked ones only, no host waits."""
+    """The encoder gets kept patches only, the decoder's head masked ones only; no `.item()`."""
     model, seen = MAE(SMALL, 48, 1, 4), {}
     for name in ("patch_embed", "blocks.0", "decoder_blocks.0", "decoder_pred"):
         model.get_submodule(name).register_forward_hook(
@@ -468,6 +472,12 @@ def test_weights_load_whatever_wraps_them():
         vit.load_weights(other, path, say=said.append)
         assert equal(state, other.state_dict())
         assert "(100.0% of parameters)" in said[-1] and "new: none; unused: none" in said[-1]
+    foreign = folder() / "foreign.pt"
+    torch.save({"model": state, "config": {"hidden_size": 64}}, foreign)
+    refused("which no --model is", vit.config_from, foreign)
+    flat = {**state, "patch_embed.proj.weight": torch.zeros(64, 192)}
+    torch.save(flat, foreign)
+    refused("it lacks patch_embed.proj.weight of 4 dimensions", vit.config_from, foreign)
     done = vit.load_weights(ViT(SMALL), path, say=said.append)       # an encoder takes its part
     assert "unused: mask_token, decoder_pos_embed, dec" in said[-1] and not done["new"]
 
@@ -545,6 +555,24 @@ def test_order_visits_every_sample_once_an_epoch():
             assert abs(np.corrcoef(np.arange(size), epochs[0])[0, 1]) < 4 / math.sqrt(size)
     far = data.Order([3 * 10**9], seed=0)(np.arange(10**12, 10**12 + 50))
     assert far.min() >= 0 and far.max() < 3 * 10**9 and len(set(far)) == 50
+
+
+def test_order_reads_in_windows_of_shards():
+    """Each epoch deals the shards anew to windows of a million samples and 64 shards or more."""
+    sizes = np.random.default_rng(0).integers(0, 40_000, 200)
+    order, total = data.Order(sizes, seed=0), int(sizes.sum())
+    assert order.windows == 3
+    shard = lambda samples: np.unique(np.searchsorted(np.cumsum(sizes), samples, "right"))
+    first, second = (order(np.arange(epoch * total, (epoch + 1) * total)) for epoch in (0, 1))
+    for epoch in (first, second):
+        assert np.array_equal(np.sort(epoch), np.arange(total))
+    begin = [shard(epoch[:total // 4]) for epoch in (first, second)]
+    assert all(60 < len(shards) <= 67 for shards in begin) and len(np.intersect1d(*begin)) < 40
+    assert len(shard(first[:1000])) > 55                # a batch is from all shards of the window
+    again = data.Order(sizes, seed=0)(np.array([5 * total + 3, 7, total - 1]))
+    assert np.array_equal(again, [order(np.array([5 * total + 3]))[0], first[7], first[-1]])
+    for cut in ([20], [5, 12, 3], [1] * 20, [0, 20]):   # one window: however it is cut
+        assert np.array_equal(data.Order(cut, 0)(np.arange(60)), data.Order([20], 0)(np.arange(60)))
 
 
 def test_positions_are_dealt_to_ranks_without_gap():
@@ -723,6 +751,7 @@ def test_bad_images_do_not_end_a_run_and_validation_counts_them():
     root, out = damaged(), folder() / "run"
     losses, _, _ = train(out, "--data", root, "--val", root, "--max-bad", "1")
     listed = (out / "bad_samples.txt").read_text().splitlines()
+    assert len((out / "bad_val_samples.txt").read_text().splitlines()) == 6
     metrics = json.loads((out / "metrics.json").read_text())
     assert len(losses) == 10 and metrics["count"] == 12 and metrics["bad"] == 6
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -733,11 +762,21 @@ def test_bad_images_do_not_end_a_run_and_validation_counts_them():
     assert sorted(again.read_text().splitlines()) == sorted(listed)
     refused("of 24 images are bad, more than --max-bad 0.01; see", train, folder() / "run",
             "--data", root)
+    nothing = folder()
+    (nothing / "1.jpg").write_bytes(b"nothing")
+    refused("eleven images in a row cannot be read", train, folder() / "run", "--data", nothing,
+            "--max-bad", 1)
+    refused("none of the 1 images of --val can be read", train, folder() / "run", "--val", nothing,
+            "--steps", 1)
 
 
 def test_folder_is_sorted_and_labelled_by_its_first_level():
     source = data.open_data(photos())
+    (photos() / "again").symlink_to(photos())           # a loop of links counts nothing twice
+    assert len(data.open_data(photos())) == 20
+    (photos() / "again").unlink()
     assert source.classes == ["cat", "dog"] and len(source) == 20
+    assert not data.is_world("worldcup") and data.is_world("world:7")
     assert [source.open(i)["label"] for i in range(20)] == [0] * 10 + [1] * 10
     assert source[3]["image"].size == (120, 97) and Path(source[3]["where"]).name == "07.jpg"
     assert [Path(source.open(i)["where"]).name for i in range(3)] == ["01.jpg", "03.jpg", "05.jpg"]
@@ -747,6 +786,345 @@ def test_folder_is_sorted_and_labelled_by_its_first_level():
     refused("no image below", data.open_data, folder())
     refused("no data at", data.open_data, "nowhere")
     refused("after the colon comes a number", data.open_data, "world:many")
+
+
+# ======================================================================================
+# Shards and manifests
+# ======================================================================================
+
+def add(tar, name, content=b"", **fields):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for field, value in fields.items():
+        setattr(member, field, value)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def make_tar(path, names, **fields):
+    """A shard of photos by number, with class, tags and caption in .json."""
+    source = data.open_data(photos())
+    with tarfile.open(path, "w") as tar:
+        for i in names:
+            where = Path(source.about(i)["where"])
+            record = {"label": where.parent.name, "tags": [f"#{where.parent.name}", "#pet"],
+                      "caption": f"picture {i}"}
+            add(tar, f"{i:03}.jpg", where.read_bytes(), **fields)
+            add(tar, f"{i:03}.json", json.dumps(record).encode(), **fields)
+    return path
+
+
+@functools.lru_cache
+def sharded():
+    """photos() as shards and manifests: {name: spec}, all in one listing order."""
+    root, source = folder(), data.open_data(photos())
+    (root / "one").mkdir()
+    (root / "three").mkdir()
+    make_tar(root / "one/x.tar", range(20))
+    for k, part in enumerate((range(5), range(5, 17), range(17, 20))):
+        make_tar(root / f"three/x-{k:02}.tar", part)
+    paths = [source.about(i)["where"] for i in range(20)]
+    with open(root / "all.jsonl", "w") as lines, open(root / "all.csv", "w") as table:
+        table.write("caption,image,label,tags\n")
+        for i, path in enumerate(paths):
+            name = Path(path).parent.name
+            lines.write(json.dumps({"image": path, "label": name, "tags": [f"#{name}", "#pet"],
+                                    "caption": f"picture {i}"}) + "\n\n")
+            table.write(f'"picture {i}",{path},{name},"#{name}, #pet"\n')
+    return {"one": str(root / "one/x.tar"), "three": str(root / "three/x-{00..02}.tar"),
+            "glob": str(root / "three/*.tar"), "folder": str(root / "three"),
+            "jsonl": str(root / "all.jsonl"), "csv": str(root / "all.csv")}
+
+
+def test_shards_and_manifests_hold_the_same_as_a_folder():
+    plain = data.open_data(photos())
+    for name, spec in sharded().items():
+        source = data.open_data(spec)
+        assert len(source) == 20 and source.classes == ["cat", "dog"], name
+        for i in (0, 4, 5, 16, 19):
+            sample, same = source[i], plain[i]
+            assert np.array_equal(np.asarray(sample["image"]), np.asarray(same["image"]))
+            assert sample["label"] == same["label"] and sample["caption"] == f"picture {i}", name
+            assert sample["tags"] == [f"#{source.classes[sample['label']]}", "#pet"]
+
+
+def test_shards_train_as_a_folder_does():
+    losses, weights, _ = undisturbed()
+    for name in ("one", "three", "jsonl"):
+        again, saved, _ = train(folder() / "run", "--data", sharded()[name])
+        assert again == losses and equal(saved, weights), name
+    flags = ("--data", sharded()["one"])                        # one shard for four ranks
+    again = train(folder() / "run", *flags, "--val", sharded()["three"], world=4)
+    assert close(again[0], losses, 1e-4) and '"count": 20' in again[2]
+    flags += ("--workers", 1)
+    out = folder() / "run"
+    train(out, *flags, "--save-every", 0, "--keep", 99)
+    again, saved, said, _ = resumed(out, flags, at=4)           # inside the third epoch
+    assert again == losses and equal(saved, weights) and "going on from" in said
+
+
+def test_labels_of_shards():
+    path = folder() / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        for i, label in enumerate(("7", "10", "2")):
+            add(tar, f"{i}.png", b"png")
+            add(tar, f"{i}.cls", label.encode())
+        add(tar, "3.png", b"png")
+        add(tar, "4.json", b'{"label": 3, "tags": "#a #b"}')
+        add(tar, "4.png", b"png")
+        add(tar, "4.txt", "a caption, über all".encode())
+    source = data.open_data(path)       # whole numbers are their own labels
+    assert [source.about(i).get("label") for i in range(5)] == [7, 10, 2, None, 3]
+    assert len(source.classes) == 11 and source.classes[7] == "7"
+    assert source.about(4)["tags"] == ["#a", "#b"] and source.caption(4) == "a caption, über all"
+    assert source.caption(3) is None
+    both = data.open_data(path, sharded()["one"])
+    assert both.classes[both.about(5)["label"]] == "cat" and both.classes[both.about(1)["label"]] \
+        == "10"
+
+
+def good():
+    return (photos() / "cat/01.jpg").read_bytes()
+
+
+def test_strange_members_of_a_tar_are_counted_and_nothing_is_extracted():
+    root = folder()
+    path, photo = root / "x.tar", good()
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        add(tar, "a/1.jpg", photo)
+        add(tar, "/etc/absolute.jpg", photo)
+        add(tar, "../above.JPG", photo)
+        add(tar, "a", type=tarfile.DIRTYPE)
+        add(tar, "link.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add(tar, "hard.jpg", type=tarfile.LNKTYPE, linkname="a/1.jpg")
+        add(tar, "device.jpg", type=tarfile.CHRTYPE)
+        add(tar, "pipe.jpg", type=tarfile.FIFOTYPE)
+        add(tar, "alone.json", b"{}")                       # a key with no image
+        add(tar, "b/1.jpg", photo)                          # another key: folders count
+        add(tar, "b/1.json", b"{not json")
+        add(tar, "x" * 300 + ".jpg", photo)                 # a long name
+        add(tar, "caf\udce9.jpg", photo)                    # latin-1, not UTF-8
+        add(tar, "日本.jpg", photo)
+        add(tar, "b/1.jpg", photo)                          # a name that repeats: another sample
+        add(tar, "._a.jpg", b"finder")
+        add(tar, "two.seg.png", photo)                      # belongs to the next
+        add(tar, "two.jpg", photo)
+        add(tar, "IMG.2020.01.jpg", photo)                  # names with dots
+        add(tar, "IMG.2020.02.jpg", photo)
+        add(tar, "readme.md", b"hello")
+    source = data.open_data(path)
+    names = [source.about(i)["where"].removeprefix(f"{path}: ") for i in range(len(source))]
+    assert names == ["a/1", "etc/absolute", "../above", "b/1", "x" * 300, "caf\ufffd", "日本",
+                     "b/1", "two", "IMG.2020.01", "IMG.2020.02"]
+    assert all(source[i]["image"].size == (120, 91) for i in range(len(source)))
+    left_out = json.loads(data.read_arrays(f"{path}.index.npz")["left_out"].tobytes())
+    assert left_out == {"links and devices": 4, "keys without an image": 1, "other files": 3,
+                        "repeated names": 1, "unreadable records": 1}
+    assert {one.name for one in root.iterdir()} == {"x.tar", "x.tar.index.npz"} | {
+        one.name for one in root.glob("*.catalogue.npz")}
+
+
+def test_damaged_tars_lose_what_is_damaged_and_say_so():
+    def opened(content):
+        path = folder() / "x.tar"
+        path.write_bytes(content)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            source = data.open_data(path)
+        samples = data.Samples(source, (32, 32), 3, data.centre_crop, shuffle=False)
+        batch = samples.__getitems__(range(len(source)))
+        return int(batch["weight"].sum()), [why for _, _, why in batch["bad"]], said.getvalue()
+
+    whole = Path(sharded()["one"]).read_bytes()
+    assert opened(whole) == (20, [], "")
+    with tarfile.open(sharded()["one"]) as tar:
+        members = tar.getmembers()
+    at = members[20].offset                             # the eleventh image
+    count, bad, said = opened(whole[:at + 700])         # cut short inside it
+    assert count == 10 and bad == ["ValueError: the tar is cut short"] and "1 shards cut short" in said
+    assert opened(whole[:at])[0] == 10                  # cut between two: nobody can tell
+    for zeros in (512, members[21].offset - at, 49_664):    # a header, a member, nine samples
+        count, bad, said = opened(whole[:at] + bytes(zeros) + whole[at + zeros:])
+        assert 10 <= count <= 19 and "1 damaged places" in said, (zeros, count, said)
+    end = members[-8].offset
+    assert "1 damaged places" in opened(whole[:end] + bytes(len(whole) - end))[2]
+    count, bad, said = opened(whole + whole)            # cat a.tar a.tar > b.tar
+    assert count == 40 and "repeated names" in said and "damaged" not in said
+    count, bad, said = opened(whole[:at] + b"\x7f" * 512 + whole[at:])
+    assert count == 20 and "1 damaged places" in said
+    for content in (b"", bytes(10240), b"\x7f" * 5000):
+        refused("no image in", opened, content)
+    refused("is compressed", opened, gzip.compress(whole))
+
+
+def test_enormous_members_are_not_read():
+    path = folder() / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        add(tar, "1.jpg", good())
+    with open(path, "r+b") as file:                     # 8 GB of nothing
+        header = tarfile.TarInfo("2.jpg")
+        header.size = 8 << 30
+        with tarfile.open(path) as tar:
+            file.seek(tar.getmembers()[-1].offset_data + (len(good()) + 511) // 512 * 512)
+        file.write(header.tobuf())
+        after = file.tell() + header.size
+        file.truncate(after)
+        file.seek(after)
+        member = tarfile.TarInfo("3.jpg")
+        member.size = len(good())
+        file.write(member.tobuf() + good() + bytes(2048 - len(good()) % 512))
+    begun = time.monotonic()
+    samples = data.Samples(data.open_data(path), (32, 32), 3, data.centre_crop, shuffle=False)
+    batch = samples.__getitems__(range(3))
+    assert batch["weight"].tolist() == [1, 0, 1] and time.monotonic() - begun < 5
+    assert "8,589,934,592 bytes are more than an image may have" in batch["bad"][0][2]
+
+
+def test_an_index_is_never_wrong():
+    root = folder()
+    path = make_tar(root / "x.tar", range(5))
+    assert len(data.open_data(path)) == 5
+    make_tar(path, range(9))                            # replaced: indexed again
+    source = data.open_data(path)
+    assert len(source) == 9
+    Path(f"{path}.index.npz").unlink()                  # deleted: made again when it is needed
+    assert source[8]["caption"] == "picture 8"
+    Path(f"{path}.index.npz").write_bytes(b"PK torn")
+    assert data.open_data(path)[8]["caption"] == "picture 8"
+    next(root.glob("*.catalogue.npz")).write_bytes(b"")
+    assert len(data.open_data(path)) == 9
+    source, samples = data.open_data(path), None
+    make_tar(path, range(8))                            # replaced under a run
+    samples = data.Samples(source, (32, 32), 3, data.random_resized_crop)
+    for workers in (0, 1):
+        batches = data.load(samples, [np.arange(4)], workers, torch.device("cpu"))
+        refused("x.tar is not the file that was indexed", next, batches)
+    source = data.open_data(path)
+    path.unlink()
+    refused("was there at the start, but: No such file", source.open, 0)
+    usual, path = data.label_of, make_tar(root / "y.tar", range(5))
+
+    def growing(*args):
+        with open(path, "ab") as file:
+            file.write(bytes(512))
+        return usual(*args)
+
+    data.label_of = growing
+    try:
+        refused("y.tar is still being written", data.open_data, path)
+    finally:
+        data.label_of = usual
+    assert not list(root.glob("*.tmp")) and not Path(f"{path}.index.npz").exists()
+
+
+def index_alone(spec):
+    """A run of its own: a process that believes in no other."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    source = data.open_data(spec)
+    return [source[i]["caption"] for i in range(len(source))]
+
+
+def index_together(spec):
+    vit.start(argparse.Namespace(device="cpu", workers=0))
+    source = data.open_data(spec)
+    return [source[i]["caption"] for i in range(len(source))]
+
+
+def test_many_ranks_and_runs_index_at_once():
+    for function in (index_alone, index_together):
+        root = folder()
+        for k in range(6):
+            make_tar(root / f"{k}.tar", range(k, k + 3))
+        expected = [f"picture {k + i}" for k in range(6) for i in range(3)]
+        assert all(found == expected for found, _ in on_ranks(4, function, str(root)))
+        assert len(list(root.glob("*.tar.index.npz"))) == 6 and not list(root.glob("*.tmp"))
+    bad = folder()
+    for name in ("a.tar", "b.tar"):
+        make_tar(bad / name, range(3))
+    (bad / "b.tar").write_bytes(gzip.compress(b""))
+    refused("b.tar is compressed", on_ranks, 4, index_together, str(bad))   # said by every rank
+
+
+def test_indexes_go_where_one_may_write():
+    root, aside = folder(), folder()
+    path = make_tar(root / "x.tar", range(5))
+    assert len(data.open_data(path, index_dir=aside / "deep")) == 5
+    assert len(list((aside / "deep").iterdir())) == 2 and len(list(root.iterdir())) == 1
+    usual = tempfile.TemporaryFile
+
+    def read_only(dir):
+        if Path(dir) == root:
+            raise PermissionError(13, "Permission denied", str(dir))
+        return usual(dir=dir)
+
+    data.tempfile.TemporaryFile = read_only
+    try:
+        source = data.open_data(path, fallback=aside / "index")
+    finally:
+        data.tempfile.TemporaryFile = usual
+    assert source[4]["caption"] == "picture 4" and len(list(root.iterdir())) == 1
+    assert len(list((aside / "index").iterdir())) == 2
+
+
+def test_specs_of_shards():
+    root = Path(sharded()["folder"])
+    assert data.expand_braces("a{08..11}{x,y}.tar")[3:6] == ["a09y.tar", "a10x.tar", "a10y.tar"]
+    refused("no shard", data.open_data, f"{root}/x-{{00..03}}.tar")
+    refused("no data at", data.open_data, f"{root}/nothing-*.tar")
+    refused("no data at", data.open_data, f"{root}/nothing.tar")
+    refused("is compressed", data.open_data, f"{root}/x-{{0..1}}.tar.gz")
+    refused("is neither a folder nor", data.open_data, __file__)
+    joined = data.open_data(sharded()["three"], photos(), "world:7")
+    assert len(joined) == 47 and joined[20]["label"] == joined[0]["label"]
+    assert joined.fingerprint() != data.open_data(sharded()["three"]).fingerprint()
+
+
+def test_manifests_with_unreadable_records():
+    path = folder() / "x.jsonl"
+    lines = ['{"image": "%s", "label": 1}' % (photos() / "cat/01.jpg"), "not json", '{"label": 2}',
+             '{"image": "missing.jpg"}', '["list"]', '{"image": 7}', '{"image": "cat.jpg"}']
+    path.write_text("\n".join(lines))
+    shutil.copy(photos() / "cat/01.jpg", path.parent / "cat.jpg")    # beside the manifest
+    samples = data.Samples(data.open_data(path), (32, 32), 3, data.centre_crop, shuffle=False)
+    batch = samples.__getitems__(range(len(samples.source)))
+    assert batch["weight"].tolist() == [1, 0, 0, 0, 0, 0, 1] and len(batch["bad"]) == 5
+    assert batch["bad"][0][1] == f"{path}: record 2"
+    table = folder() / "x.csv"
+    table.write_text('image,caption\ncat.jpg,"two\nlines, ""quoted"""\ncat.jpg,\n')
+    source = data.open_data(table)
+    assert len(source) == 2 and source.caption(0) == 'two\nlines, "quoted"'
+    assert source.caption(1) is None
+
+
+def command(*flags):
+    """data.py with these flags, in a process: (code, its last line as JSON, what it printed)."""
+    run = subprocess.run([sys.executable, HERE / "data.py", *map(str, flags)],
+                         capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in run.stderr, run.stderr[-3000:]
+    last = (run.stdout.splitlines() or ["null"])[-1]
+    return run.returncode, json.loads(last if last[0] in "{n" else "null"), run.stdout + run.stderr
+
+
+def test_pack_writes_shards_of_any_source_and_goes_on():
+    out = folder() / "packed"
+    code, told, _ = command("pack", sharded()["three"], out, "--shard-size", 8)
+    assert code == 0 and told["samples"] == 20 and told["shards"] == 3 and told["left_out"] == 0
+    source, before = data.open_data(out), data.open_data(sharded()["three"])
+    for i in (0, 9, 19):
+        one, other = source[i], before[i]
+        assert np.array_equal(np.asarray(one["image"]), np.asarray(other["image"]))
+        assert all(one[key] == other[key] for key in ("label", "tags", "caption"))
+    first = {path.name: path.read_bytes() for path in out.glob("*.tar")}
+    (out / "00001.tar").unlink()                        # as if it had been stopped
+    assert command("pack", sharded()["three"], out, "--shard-size", 8)[0] == 0
+    assert first == {path.name: path.read_bytes() for path in out.glob("*.tar")}
+    code, _, said = command("pack", sharded()["three"], out, "--shard-size", 9)
+    assert code == 2 and "holds shards of something else" in said
+    small = folder() / "small"
+    code, told, said = command("pack", damaged(), "world:3", small, "--resize", 48)
+    assert told["samples"] == 15 and told["left_out"] == 6 and said.count("left out: ") == 6
+    source = data.open_data(small)
+    assert [min(source[i]["image"].size) for i in (0, 5, 14)] == [48] * 3
+    assert source.open(0)["where"].endswith("000000000") and "star" in " ".join(
+        source.caption(i) for i in range(12, 15)) + "star"
 
 
 # ======================================================================================
@@ -817,11 +1195,14 @@ def test_ranks_layouts_and_accumulation_train_the_same():
                          (2, ("--parallel", "fsdp")), (3, ("--parallel", "fsdp")),
                          (1, ("--micro-batch", 4)), (2, ("--parallel", "ddp", "--micro-batch", 3)),
                          (2, ("--parallel", "fsdp", "--micro-batch", 2)),
-                         (2, ("--parallel", "fsdp", "--activation-checkpoint"))):
-        other, saved, said = train(folder() / "run", "--data", photos(), *flags, world=world)
+                         (2, ("--parallel", "fsdp", "--activation-checkpoint")),
+                         (4, ("--parallel", "hsdp"))):
+        other, saved, said = train(folder() / "run", "--data", photos(), *flags, world=world,
+                                   node=2 if "hsdp" in flags else None)
         assert close(other, losses, 1e-4), (world, flags, other, losses)
         assert saved.keys() == weights.keys()
-        assert all(saved[name].shape == weights[name].shape for name in weights)
+        for name in weights:        # a key's bias has no effect: its gradient is rounding alone
+            assert name.endswith("qkv.bias") or close(saved[name], weights[name], 1e-2), name
         assert f"{world} ranks" in said
 
 
@@ -872,12 +1253,25 @@ def test_damaged_checkpoint_falls_back_to_the_one_before():
     content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 1
     part.write_bytes(content)
-    again, saved, said, _ = resumed(out, ("--data", photos()))
-    assert "step-00000005 is damaged (__0_0.distcp)" in said and "going on from" in said
+    (out / "checkpoints/step-00000004/complete.json").write_text("")
+    again, saved, said, after = resumed(out, ("--data", photos(), "--keep", 2))
+    assert "step-00000005 is damaged (__0_0.distcp)" in said
+    assert "step-00000004 is damaged (complete.json)" in said
+    assert "going on from" in said and "step-00000003" in said
     assert again == losses and equal(saved, weights)
+    assert sorted(path.name for path in after.glob("checkpoints/*")) == [
+        "step-00000003", "step-00000004.damaged", "step-00000005.damaged", "step-00000010"]
     for part in out.glob("checkpoints/*/.metadata"):
         part.write_bytes(part.read_bytes()[:-1])
     refused("is damaged; --resume none starts again", resumed, out, ("--data", photos()))
+
+
+def fewer_photos():
+    """The same photos at the same place, less one: as a path that says photos() to the run."""
+    root = folder() / "photos"
+    shutil.copytree(photos(), root)
+    next(root.glob("*/*.jpg")).unlink()
+    return root
 
 
 def test_resume_rules():
@@ -887,6 +1281,16 @@ def test_resume_rules():
     train(out, "--data", photos(), "--workers", 1, "--log-every", 2)        # cannot change results
     refused("--weight-decay 0.05 → 0.1, --seed 0 → 2", train, out, "--data", photos(),
             "--weight-decay", "0.1", "--seed", "2")
+    heavy = resumed(stepwise(), ("--data", photos(), "--weight-decay", 500, "--allow-changed"))[1]
+    norm = lambda weights: weights["blocks.0.mlp.fc1.weight"].norm()
+    assert norm(heavy) < 0.9 * norm(undisturbed()[1])       # the optimizer has the new value
+    _, _, _, half = resumed(stepwise(), ("--data", photos(), "--precision", "fp16",
+                                         "--allow-changed"))
+    state = vit.read_json(vit.checkpoints(half)[0] / "complete.json")["state"]
+    assert state["half"] and state["scale"] > 1
+    refused("is of another model than these flags make", resumed, stepwise(),
+            ("--data", photos(), "--decoder-depth", 1, "--allow-changed"))
+    refused("what --data holds 20 images (CRC", resumed, stepwise(), ("--data", fewer_photos()))
     for flag in ((), ("--resume", "none")):
         (out / "mark").touch()
         train(out, "--data", photos(), *flag)
@@ -903,15 +1307,22 @@ def test_init_takes_weights_and_nothing_else():
     losses, _, said = train(out, "--data", photos(), "--init", first)
     assert "loaded 110 of 110 tensors (100.0% of parameters)" in said and len(losses) == 10
     assert losses[0] < undisturbed()[0][0]
+    assert "loaded" not in on_ranks(2, mae.main, [*QUICK, "--out", str(folder() / "run"), "--init",
+                                    str(first), "--steps", "1", "--val", "world-val:2"])[1][1]
     refused("is 192 wide and 12 deep", train, out, "--init", first, "--model", "tiny")
     refused("--patch-size 4", train, out, "--init", first, "--patch-size", "4")
     train(folder() / "run", "--init", first, "--image-size", "16", "40")    # resized positions
 
 
-def test_stage_runs_in_bf16_and_keeps_fp32_weights():
-    losses, weights, _ = train(folder() / "run", "--data", photos(), "--precision", "bf16")
-    assert all(w.dtype == torch.float32 for w in weights.values())
-    assert close(losses, undisturbed()[0], 0.05) and losses != undisturbed()[0]
+def test_half_precision_keeps_fp32_weights_in_every_layout():
+    expected = undisturbed()[0]
+    for precision, world, how in (("bf16", 1, "ddp"), ("bf16", 2, "fsdp"), ("fp16", 2, "fsdp"),
+                                  ("fp16", 2, "ddp")):
+        losses, weights, said = train(folder() / "run", "--data", photos(), "--parallel", how,
+                                      "--precision", precision, world=world)
+        assert all(w.dtype == torch.float32 for w in weights.values())
+        assert close(losses, expected, 0.05) and losses != expected
+        assert f"{world} x cpu, {'bfloat16' if precision == 'bf16' else 'float16'}" in said
 
 
 def test_training_learns():
@@ -960,6 +1371,7 @@ def test_predict_reconstructs_ones_own_pictures():
     assert "3 pictures, 75% masked, predicted as pixels normalised by patch" in said
     with Image.open(out / "reconstruction.png") as sheet:
         assert sheet.size == (3 * 132, 3 * 148)
+    assert mae.parse_flags(["--init", str(first), "--predict", "x"])[0].out == "runs/mae-predict"
     refused("nowhere.jpg cannot be read", on_ranks, 1, mae.main,
             [*flags, "--predict", "nowhere.jpg"])
     encoder = folder() / "encoder.pt"
@@ -1092,9 +1504,38 @@ def test_signal_saves_and_the_same_command_goes_on():
     assert f"going on from {saved[0]}" in said
 
 
+def test_ranks_that_torchrun_leaves_behind_save_and_stop():
+    out = folder() / "run"
+    run = started(*QUICK, "--out", out, "--data", photos(), "--steps", 100000, launcher=TORCHRUN)
+    wait_for(lambda: (out / "log.jsonl").exists() and "loss" in (out / "log.jsonl").read_text())
+    ranks = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
+    run.kill()
+    run.communicate(timeout=120)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks.stdout.split()))
+    assert len(vit.checkpoints(out)) == 1
+
+
+def test_full_disk_is_told_in_one_line_and_leaves_nothing_half():
+    """A limit on the size of files stands for the disk: model.pt fits, the optimizer does not."""
+    out = folder() / "run"
+    flags = [*QUICK, "--out", out, "--data", photos(), "--steps", 2]
+    train(folder() / "run", "--data", photos(), "--steps", 1)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))
+    run = subprocess.run([sys.executable, str(HERE / "mae.py"), *map(str, flags)], timeout=120,
+                         capture_output=True, text=True, preexec_fn=limit)
+    assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr[-3000:]
+    assert "could not be written" in run.stderr.splitlines()[-1]
+    assert (out / "model.pt").exists() and not list(out.rglob("*.tmp"))
+
+
 # ======================================================================================
 # As a user sees it
 # ======================================================================================
+
+def disagree():
+    batch = "12" if os.environ["RANK"] == "0" else "24"
+    mae.main([*QUICK, "--out", str(folder() / "x"), "--batch", batch])
+
 
 def test_mistakes_get_one_line():
     def tell(text, *flags):
@@ -1118,6 +1559,15 @@ def test_mistakes_get_one_line():
         tell("--device cuda is not available here; found: ", "--device", "cuda")
     refused("--val: the images to evaluate on", on_ranks, 1, mae.main, [
         "--init", str(stepwise() / "model.pt"), "--eval-only", "--data", str(photos())])
+    refused("--out . is no folder of its own", on_ranks, 1, mae.main, [*QUICK, "--out", "."])
+    broken = folder()
+    (broken / "finished").touch()
+    (broken / "config.json").write_text("{")
+    refused("config.json is damaged", on_ranks, 1, mae.main, [*QUICK, "--out", str(broken)])
+    refused("rank 1 has other flags than rank 0: --batch 24 instead of 12", on_ranks, 2, disagree)
+    os.environ["SLURM_STEP_NUM_TASKS"] = "8"
+    refused("let it start one torchrun a node", vit.start, argparse.Namespace())
+    del os.environ["SLURM_STEP_NUM_TASKS"]
     two = functools.partial(train, folder() / "x", world=2)
     refused("--batch 13 is not divisible by 2 ranks; the nearest that are: 12 and 14", two,
             "--batch", "13")
@@ -1135,34 +1585,37 @@ def test_a_mistake_ends_a_real_process_with_one_line_and_code_2():
     assert run.returncode == 2 and "Traceback" not in problem and "File exists" in problem
     run = started("--decoder-heads", "0")
     assert run.wait(60) == 2 and "0 is not a positive number" in run.stderr.read()
+    run = subprocess.run([sys.executable, HERE / "data.py", "world", "--image-size", "0"],
+                         capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2 and "0 is not a positive number" in run.stderr
     run = started("--modle", "base")
     assert run.wait(60) == 2 and "--modle" in run.stderr.read()
 
 
 def test_every_flag_is_explained():
-    for command in (["mae.py"], ["data.py", "info"], ["data.py", "verify"], ["data.py", "bench"],
-                    ["data.py", "world"]):
+    for command in (["mae.py"], ["data.py", "info"], ["data.py", "verify"], ["data.py", "pack"],
+                    ["data.py", "bench"], ["data.py", "world"]):
         text = subprocess.run([sys.executable, HERE / command[0], *command[1:], "--help"],
                               capture_output=True, text=True, check=True, timeout=120).stdout
         for flag in re.findall(r"^  (--[a-z-]+[^\n]*(?:\n {10,}[^\n]*)*)", text, re.M):
-            assert len(flag.split()) > 2, f"{command}: no help for {flag}"
+            # what comes after the flag's own names and two spaces, or on the lines below
+            help_text = re.split(r" {2,}|\n", flag, maxsplit=1)
+            assert len(help_text) == 2 and help_text[1].strip(), f"{command}: no help for {flag}"
 
 
 def test_data_commands_end_in_one_line_of_json():
-    def last(*flags):
-        run = subprocess.run([sys.executable, HERE / "data.py", *map(str, flags)],
-                             capture_output=True, text=True, timeout=120)
-        return run.returncode, json.loads(run.stdout.splitlines()[-1]), run.stdout
-
-    code, told, _ = last("info", photos())
+    code, told, _ = command("info", photos())
     assert code == 0 and told["samples"] == 20 and told["classes"] == 2
-    code, told, text = last("verify", damaged(), "--workers", 2)
+    code, told, text = command("info", sharded()["three"])
+    assert told["tags_per_image"] == 2 and told["head"][0] == ["#pet", 20]
+    code, told, text = command("verify", damaged(), "--workers", 2)
     assert code == 1 and told["samples"] == 18 and told["bad"] == 6 and text.count("bad: ") == 6
-    code, told, _ = last("bench", photos(), "--image-size", 32, "--seconds", 1)
+    code, told, _ = command("bench", photos(), "--image-size", 32, "--seconds", 1, "--workers",
+                            0, 1)
     assert code == 0 and told["images_per_second"] > 0 and told["ratio"] > 0
+    assert told["by_workers"].keys() == {"0", "1"}
     place = folder() / "world.png"
-    subprocess.run([sys.executable, HERE / "data.py", "world", "--out", place], check=True,
-                   capture_output=True, timeout=120)
+    assert command("world", "--out", place)[0] == 0
     Image.open(place).load()
 
 

@@ -975,8 +975,9 @@ def save(args, model, optimizer, state, about):
         aside.mkdir(parents=True)
 
     def complete():
-        content = {"state": state, "crc": {name: value for part in sums
-                                           for name, value in part.items()}}
+        content = {"state": state,
+                   "weights": {name: list(value.shape) for name, value in weights.items()},
+                   "crc": {name: value for part in sums for name, value in part.items()}}
         write_aside(aside / "complete.json", lambda path: path.write_text(json.dumps(content)))
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
@@ -1021,12 +1022,11 @@ def restore(args, model, optimizer, state):
         numbers = [{key: value for key, value in group.items() if key != "params"}
                    for group in optimizer.param_groups]
         weights, moments = get_state_dict(model, optimizer)
-        content = {"model": weights, "optimizer": moments}
-        try:
-            dcp.load(content, checkpoint_id=folder)
-        except CheckpointException as error:
+        if complete["weights"] != {name: list(value.shape) for name, value in weights.items()}:
             raise UserError(f"{folder} is of another model than these flags make; give the old "
-                            "ones, or start another run from its weights: --init") from error
+                            "ones, or start another run from its weights: --init")
+        content = {"model": weights, "optimizer": moments}
+        dcp.load(content, checkpoint_id=folder)
         set_state_dict(model, optimizer, model_state_dict=content["model"],
                        optim_state_dict=content["optimizer"])
         for group, values in zip(optimizer.param_groups, numbers):
