@@ -972,64 +972,75 @@ def index_place(paths, index_dir, fallback):
     return None if index_dir is None else os.path.abspath(index_dir)
 
 
+def sizes_and_times(paths):
+    """Size and time of change of every shard, int64 [n, 2]. Raises UserError where one is gone."""
+    def look(paths):
+        try:
+            return np.array([(found.st_size, found.st_mtime_ns)
+                             for found in map(os.stat, paths)], np.int64)
+        except OSError as error:
+            raise UserError(f"no shard {error.filename}: {error.strerror}") from error
+
+    with ThreadPoolExecutor(32) as threads:     # over a network, each look is a round trip
+        return np.concatenate(list(threads.map(look, [
+            paths[at:at + 256] for at in range(0, len(paths), 256)])))
+
+
+def index_shards(paths, stats, place):
+    """Index those shards that are not, each rank its part: what the catalogue has to say of them,
+    (number of samples of each, what was left out, names of labels)."""
+    rank, _, world, _ = environment()
+    counts, left_out, label_names = np.zeros(len(paths), np.int64), Counter(), set()
+    problem, seen = None, set()
+    try:
+        for s in tqdm(range(rank, len(paths), world), desc="indexing", unit="shard",
+                      disable=rank > 0 or not sys.stderr.isatty()):
+            index = index_path(paths[s], place)
+            columns = read_arrays(index, ["stamp", "label_names", "label_names_ends", "left_out"])
+            if columns is None or not is_of(columns["stamp"], *stats[s].tolist()):
+                columns = make_index(paths[s], index)
+            counts[s] = columns["stamp"][3]
+            left_out.update(json.loads(columns["left_out"].tobytes()))
+            labels = columns["label_names"], columns["label_names_ends"]
+            if crc(*labels) not in seen:        # most shards have the same
+                seen.add(crc(*labels))
+                label_names.update(string_at(labels, i) for i in range(len(labels[1])))
+    except (UserError, OSError) as error:
+        problem = str(error)
+    parts = from_all_ranks((problem, counts, left_out, label_names))
+    for problem, *_ in parts:
+        if problem:
+            raise UserError(problem)
+    return (sum(part[1] for part in parts), sum((part[2] for part in parts), Counter()),
+            set().union(*(part[3] for part in parts)))
+
+
 def open_shards(paths, index_dir, fallback):
     """Open shards or manifests, indexing those that are not: call it on every rank.
 
-    Rank 0 asks for size and time of every shard; if the catalogue, one file, has the same, that is
-    all. Otherwise each rank indexes its part of the shards."""
-    def look():
-        def status(path):
-            try:
-                found = os.stat(path)
-                return found.st_size, found.st_mtime_ns
-            except OSError as error:
-                raise UserError(f"no shard {path}: {error.strerror}") from error
-
-        with ThreadPoolExecutor(32) as threads:
-            stats = np.array(list(threads.map(status, paths)), np.int64)
-        place = index_place(paths, index_dir, fallback)
-        return place, stats, read_arrays(catalogue(place)) or {}
-
-    def catalogue(place):
-        name = f"{crc(*names):08x}.catalogue.npz"
-        return os.path.join(place or os.path.dirname(os.path.abspath(paths[0])), name)
-
-    rank, _, world, _ = environment()
+    Rank 0 asks for size and time of every shard; where the catalogue, one file, has the same, that
+    is all."""
     names = pack_strings([os.fsencode(path) for path in paths])
-    place, stats, known = on_rank_0(look)
-    if not (np.array_equal(known.get("stats"), stats) and np.array_equal(known["names"], names[0])
-            and known["version"] == INDEX_VERSION):
-        mine, problem = {}, None
-        try:
-            for s in tqdm(range(rank, len(paths), world), desc="indexing", unit="shard",
-                          disable=rank > 0 or not sys.stderr.isatty()):
-                index = index_path(paths[s], place)
-                columns = read_arrays(index, ["stamp", "label_names", "label_names_ends",
-                                              "left_out"])
-                if columns is None or not is_of(columns["stamp"], *stats[s].tolist()):
-                    columns = make_index(paths[s], index)
-                labels = columns["label_names"], columns["label_names_ends"]
-                mine[s] = (int(columns["stamp"][3]), json.loads(columns["left_out"].tobytes()),
-                           {string_at(labels, i) for i in range(len(labels[1]))})
-        except (UserError, OSError) as error:
-            problem = str(error)
-        counts, left_out, label_names = np.zeros(len(paths), np.int64), Counter(), set()
-        for part, problem in from_all_ranks((mine, problem)):
-            if problem:
-                raise UserError(problem)
-            for s, (count, others, labels) in part.items():
-                counts[s] = count
-                left_out.update(others)
-                label_names |= labels
+
+    def look():
+        place = index_place(paths, index_dir, fallback)
+        catalogue = Path(place or os.path.dirname(os.path.abspath(paths[0])),
+                         f"{crc(*names):08x}.catalogue.npz")
+        return place, catalogue, sizes_and_times(paths), read_arrays(catalogue)
+
+    place, catalogue, stats, known = on_rank_0(look)
+    if not (known and known["version"] == INDEX_VERSION and np.array_equal(known["stats"], stats)
+            and np.array_equal(known["names"], names[0])):
+        counts, left_out, label_names = index_shards(paths, stats, place)
         labels = pack_strings(sorted(label_names))
         known = {"version": np.array(INDEX_VERSION), "stats": stats, "names": names[0],
                  "counts": counts, "labels": labels[0], "label_ends": labels[1],
                  "left_out": np.frombuffer(json.dumps(+left_out).encode(), np.uint8)}
-        on_rank_0(lambda: write_arrays(catalogue(place), known))
+        on_rank_0(lambda: write_arrays(catalogue, known))
     left_out = json.loads(known["left_out"].tobytes())
     if left_out:
-        say(f"in {len(paths)} shards were also: " + ", ".join(
-            f"{count:,} {what}" for what, count in left_out.items()))
+        say(f"in {paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: "
+            + ", ".join(f"{count:,} {what}" for what, count in left_out.items()))
     if not known["counts"].sum():
         raise UserError(f"no image in {paths[0]}" + (f" and {len(paths) - 1} more shards"
                                                      if len(paths) > 1 else ""))

@@ -420,8 +420,13 @@ def positive(text):
 
 def add_run_flags(parser):
     """Add the flags that every stage shares. None as a default: the stage's recipe decides."""
-    group = parser.add_argument_group("model and data")
-    add = group.add_argument
+    add_model_flags(parser.add_argument_group("model and data").add_argument)
+    add_recipe_flags(parser.add_argument_group("recipe (defaults by model: at the end)"))
+    add_folder_flags(parser.add_argument_group("run").add_argument)
+    add_machine_flags(parser.add_argument_group("machine").add_argument)
+
+
+def add_model_flags(add):
     add("--model", choices=SIZES, help="size; default nano, or what --init holds")
     add("--image-size", type=positive, nargs="+", metavar="PIXELS",
         help="side, or height and width; default by model, or what --init holds")
@@ -440,7 +445,8 @@ def add_run_flags(parser):
     add("--max-bad", type=float, default=0.01, metavar="SHARE",
         help="end the run when more of the images than this are bad; default 0.01; 1 is never")
 
-    group = parser.add_argument_group("recipe (defaults by model: at the end)")
+
+def add_recipe_flags(group):
     add = group.add_argument
     add("--batch", type=positive, metavar="IMAGES", help="images a step over all ranks")
     length = group.add_mutually_exclusive_group()
@@ -456,8 +462,8 @@ def add_run_flags(parser):
     add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm; 0 is off")
     add("--seed", type=int, default=0, help="of weights, order and augmentation; default 0")
 
-    group = parser.add_argument_group("run")
-    add = group.add_argument
+
+def add_folder_flags(add):
     add("--out", metavar="DIR",
         help="where everything of the run is kept; default runs/ and the stage's name")
     add("--resume", choices=("auto", "none"), default="auto",
@@ -473,8 +479,8 @@ def add_run_flags(parser):
     add("--eval-only", action="store_true", help="evaluate --init on --val and stop")
     add("--predict", nargs="+", metavar="FILE", help="use --init on these pictures and stop")
 
-    group = parser.add_argument_group("machine")
-    add = group.add_argument
+
+def add_machine_flags(add):
     add("--micro-batch", type=positive, default=64, metavar="IMAGES",
         help="the most that one rank holds at once; the rest is accumulated; default 64 (ours)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
