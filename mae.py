@@ -283,28 +283,22 @@ def predict(model, args, device):
            if args.norm_pix else "plain pixels"))
 
 
-def forward_flops(model):
-    """Operations of one image's forward: encoder on visible patches, decoder on all."""
-    config, decoder = model.config, model.decoder_embed.out_features
-    visible = kept_patches(config.patches, model.mask_ratio)
-    pixels = config.patch ** 2 * config.channels
-    return (vit.block_flops(config.width, config.depth, 1 + visible)
-            + vit.block_flops(decoder, len(model.decoder_blocks), 1 + config.patches)
-            + 2 * (visible * pixels * config.width + (1 + visible) * config.width * decoder
-                   + (config.patches - visible) * pixels * decoder))
-
-
 # ======================================================================================
 # Main
 # ======================================================================================
 
 def main(argv):
     args, config, about = parse_flags(argv)
+    own = {flag: getattr(args, flag) for flag in OWN}
+    make = lambda: MAE(config, **own)
+    example = lambda batch: (torch.empty(batch, config.channels, *config.image),
+                             torch.empty(batch, config.patches))
+    if args.plan:
+        return vit.plan(args, make, example)
     device, rank, world = vit.start(args)
 
     # ---- model: a checkpoint in --out, else --init, else random weights
-    own = {flag: getattr(args, flag) for flag in OWN}
-    model, wrapped = vit.build(lambda: MAE(config, **own), args, device, ("losses", "predict"))
+    model, wrapped = vit.build(make, args, device, ("losses", "predict"))
     using = bool(args.predict or args.eval_only)
     if args.init:
         loaded = vit.load_weights(model, args.init, new=("decoder_*", "mask_token"))
@@ -348,7 +342,7 @@ def main(argv):
     half = vit.autocast_dtype(args, device) == torch.float16
     state = vit.restore(args, model, optimizer, vit.fresh_state(half))
     data.cut_bad_list(args, state)
-    log = vit.Log(args, device, state["step"], steps, 3 * forward_flops(model))
+    log = vit.Log(args, device, state["step"], steps, 3 * vit.forward_flops(make, example))
     eval_every = max(1, steps // 10) if args.eval_every is None else args.eval_every
     positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
     batches = data.load(train, positions, args.workers, device)

@@ -16,6 +16,7 @@ code, "ours" means that nobody published the value and we chose it.
 import argparse
 import contextlib
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
@@ -37,12 +38,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
@@ -50,8 +53,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 
@@ -347,11 +352,6 @@ def init_weights(model, seed=0):
 # Arithmetic
 # --------------------------------------------------------------------------------------
 
-def block_flops(width, depth, tokens):
-    """Floating-point operations (2 per multiply-add) of one image's forward through blocks."""
-    return 2 * depth * (12 * width * width * tokens + 2 * width * tokens * tokens)
-
-
 def learning_rate(at, total, peak, warmup, final=0.0):
     """Linear warmup from 0 to `peak`, then half a cosine to `final` (MAE); clamped at both ends.
 
@@ -424,6 +424,7 @@ def add_run_flags(parser):
     add_recipe_flags(parser.add_argument_group("recipe (defaults by model: at the end)"))
     add_folder_flags(parser.add_argument_group("run").add_argument)
     add_machine_flags(parser.add_argument_group("machine").add_argument)
+    add_plan_flags(parser.add_argument_group("plan").add_argument)
 
 
 def add_model_flags(add):
@@ -497,6 +498,17 @@ def add_machine_flags(add):
     add("--workers", type=int, metavar="PROCESSES",
         help="that decode images, a rank; 0: none; default: the CPU cores of the rank, at most 8 "
         "on a GPU, 1 on a CPU")
+
+
+def add_plan_flags(add):
+    add("--plan", action="store_true",
+        help="print what the run would need (memory, time) and stop; needs neither data nor GPU")
+    add("--ranks", type=positive, default=8, help="of the planned run; default 8")
+    add("--ranks-per-node", type=positive, default=8, help="of the planned run; default 8")
+    add("--memory", type=float, default=80, metavar="GB", help="of one GPU; default 80")
+    add("--gpu", choices=PEAKS, default="H100", help="whose peak --mfu is of; default H100")
+    add("--mfu", type=float, default=0.4, metavar="SHARE",
+        help="of the peak that is used; default 0.4 (a guess; log.jsonl has what a run reaches)")
 
 
 # --------------------------------------------------------------------------------------
@@ -626,6 +638,8 @@ def run(main):
         code = 2
         if environment().local == 0:
             print(f"{name}: {error}", file=sys.stderr)
+    except BrokenPipeError:             # as by `| head`
+        os._exit(141)
     except OSError as error:            # of this rank's files
         code = 2
         if error.filename is None and error.errno != errno.ENOSPC:
@@ -866,6 +880,9 @@ def note_step(state, finite, batch):
 # The run's folder
 # --------------------------------------------------------------------------------------
 
+locked = None       # the file by which this process holds --out
+
+
 def write_aside(path, write):
     """Have `write(temporary path)` write a file, then move it into place: never half a file.
 
@@ -897,6 +914,19 @@ def open_run(args, stage, found):
     return work
 
 
+def lock(out):
+    """Keep other runs from --out for as long as this process lives. Raises UserError."""
+    global locked
+    if locked:
+        locked.close()
+    locked = open(out / "lock", "w")
+    try:        # the system takes the lock away with the process: a killed one leaves none behind
+        fcntl.lockf(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(f"another run is writing to {out}; choose another --out") from error
+
+
 def fixed(flags, found):
     """What has to stay as it is within a run, by the names that users know."""
     return {f"--{flag.replace('_', '-')}": value for flag, value in flags.items()
@@ -908,6 +938,8 @@ def prepare_folder(args, stage, found):
     out, flags = Path(args.out), json.loads(json.dumps(vars(args)))
     if not out.name:
         raise UserError(f"--out {out} is no folder of its own; give it a name")
+    if out.exists():
+        lock(out)
     if args.resume == "none" and out.exists() and any(out.iterdir()):
         moved = next(name for i in itertools.count(1)
                      if not (name := out.with_name(f"{out.name}.{i}")).exists())
@@ -917,6 +949,7 @@ def prepare_folder(args, stage, found):
             out.mkdir()
             (moved / "index").rename(out / "index")
     out.mkdir(parents=True, exist_ok=True)
+    lock(out)
     for torn in [*out.glob("*.tmp"), *out.glob("checkpoints/*.tmp")]:
         shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
     config, finished = out / "config.json", out / "finished"
@@ -1191,6 +1224,115 @@ def draw_curves(records, path):
             draw.text((x0 - 6, y), f"{value:.3g}", "black", anchor="rm")
         draw.text((x1, y1 + 12), f"{max(xs):,} images", "black", anchor="rm")
     write_aside(path, lambda aside: sheet.save(aside, "PNG"))
+
+
+# --------------------------------------------------------------------------------------
+# Plan
+# --------------------------------------------------------------------------------------
+
+def forward_flops(make, example):
+    """Floating-point operations, 2 a multiply-add, of one image's forward, as torch counts them.
+
+    `make()` makes the model, `example(batch)` the arguments of its forward; on the meta device, so
+    that nothing is computed."""
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), counter:
+        make()(*example(1))
+    return counter.get_total_flops()
+
+
+def kept_bytes(make, example, batch, dtype):
+    """What a forward keeps for its backward, in bytes: (all of it, the most at any time with
+    --activation-checkpoint), with what the backward of the largest block needs besides.
+
+    Found with tensors that have no content. Parameters themselves do not count, their copies in
+    half precision do."""
+    with FakeTensorMode():
+        model = make()
+        own = {tensor.untyped_storage()._cdata
+               for tensor in itertools.chain(model.parameters(), model.buffers())}
+        kept, inputs, starts, ends = {}, [], [], []
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        def begin(block, args):
+            inputs.append(args[0].nbytes)
+            starts.append(sum(kept.values()))
+
+        for block in model.modules():
+            if isinstance(block, Block):
+                block.register_forward_pre_hook(begin)
+                block.register_forward_hook(lambda *_: ends.append(sum(kept.values())))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
+                torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            loss = model(*example(batch))       # as long as it lives, what it keeps does
+    total = sum(kept.values())
+    starts, ends, inputs = map(np.array, (starts, ends, inputs))
+    dropped = np.cumsum(ends - starts - inputs)     # when a block is done, its input is left
+    recomputed = max((ends - dropped + ends - starts - inputs).max(), total - dropped[-1])
+    del loss
+    # Gradients of what the MLP keeps, twice 4D of about 15D a token, are alive at one time.
+    return np.array([total, recomputed]) + (ends - starts).max() / 2
+
+
+def plan(args, make, example):
+    """--plan: print what a run needs, as a table and as one line of JSON.
+
+    Memory of a rank: weights, gradients and Adam's two moments in fp32, split over the ranks that
+    shard; what is gathered; and what the forward keeps. Gradients come as that goes, unless they
+    are accumulated. Time: three forwards (a fourth with --activation-checkpoint) at --mfu."""
+    with torch.device("meta"):
+        model = make()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    blocks = [sum(p.numel() for p in module.parameters()) for module in model.modules()
+              if isinstance(module, Block)]
+    dtype = {"fp32": None, "fp16": torch.float16}.get(args.precision, torch.bfloat16)
+    half = 4 if dtype is None else 2
+    if args.batch % args.ranks:
+        raise UserError(f"--batch {args.batch} is not divisible by --ranks {args.ranks}")
+    share = args.batch // args.ranks
+    micro = max(m for m in range(1, min(share, args.micro_batch) + 1) if share % m == 0)
+    one, two = (kept_bytes(make, example, batch, dtype) for batch in (1, 2))
+    image, fixed = two - one, 2 * one - two         # a batch of b keeps fixed + b * image
+    rows = []
+    for how, shards in (("ddp", 1), ("fsdp", args.ranks),
+                        ("hsdp", min(args.ranks_per_node, args.ranks))):
+        weights, gradients, adam = 4 * count / shards, 4 * count / shards, 8 * count / shards
+        # ddp: autocast's copies of the weights. Sharded: two blocks and what is in none, with its
+        # gradients, and a block's gradients before and after they are turned to fp32
+        gathered = fixed[0] if how == "ddp" else (
+            (2 * half + half + 4) * max(blocks) + 8 * (count - sum(blocks)))
+        for recompute in (False, True):
+            kept = micro * image[int(recompute)]
+            total = weights + adam + gathered + (
+                kept + gradients if micro < share else max(kept, gradients))
+            room = args.memory * 1e9 - weights - gradients - adam - gathered
+            rows.append({"parallel": how, "checkpoint": recompute, **{
+                name: round(value / 1e9, 3) for name, value in (
+                    ("weights", weights), ("gradients", gradients), ("adam", adam),
+                    ("gathered", gathered), ("activations", kept), ("total", total))},
+                "largest": max(0, int(room / image[int(recompute)]))})
+    flops = forward_flops(make, example)
+    step = flops * args.batch * (4 if args.activation_checkpoint else 3)
+    seconds = step / (args.ranks * PEAKS[args.gpu] * args.mfu)
+    samples = args.samples or (args.steps or 0) * args.batch
+    million, hours = seconds / args.batch * 1e6 / 3600, seconds / args.batch * samples / 3600
+    say(f"{count / 1e6:,.1f}M parameters; forward {flops / 1e9:.4g} GFLOP an image, a step of "
+        f"{args.batch} images {step / 1e15:.4g} PFLOP: {seconds:.3g} s on {args.ranks} {args.gpu} "
+        f"at {100 * args.mfu:g}% of their peak; a million images {million:.4g} h"
+        + (f", the run of {samples:,.0f} {hours:.4g} h" if samples else ""))
+    say(f"GB a rank with micro-batches of {micro}; largest: the largest micro-batch in "
+        f"{args.memory:g} GB")
+    for row in (rows[0].keys(), *(row.values() for row in rows)):
+        say("".join(f"{str(value):>12}" for value in row))
+    say(json.dumps({"parameters": count, "flops_per_image": flops, "flops_per_step": step,
+                    "micro_batch": micro, "seconds_per_step": seconds,
+                    "hours": hours if samples else None, "hours_per_million_images": million,
+                    "memory_gb": rows}))
 
 
 # ======================================================================================
