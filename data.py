@@ -29,6 +29,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import tarfile
@@ -51,7 +52,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vit import (
-    UserError, cpu_cores, environment, from_all_ranks, on_rank_0, positive, run, say, write_aside)
+    UserError, cpu_cores, environment, from_all_ranks, joined, on_rank_0, positive, read_json, run,
+    say, write_aside)
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -503,7 +505,8 @@ def facts(n=4000):
 # Sources
 #
 # A source has a length, `classes` (the names of its labels), `chunks` (how many samples stand
-# together on disk, in listing order: its shards) and `mark` (a CRC of what it lists). about(i) is a
+# together on disk, in listing order: its shards), `mark` (a CRC of what it lists) and `left_out`
+# (how often what was passed over in shards). about(i) is a
 # dict with "where" and, as far as known, "label" and "tags"; open(i) adds "image": a path, an open
 # file or a scene of the world, not decoded yet, and may raise what a damaged sample raises;
 # caption(i) is its caption, or None.
@@ -536,8 +539,8 @@ def string_at(packed, i):
 
 
 def class_names_of(names):
-    """Names in the order of their labels: sorted; whole numbers are their own labels, from 0."""
-    if names and all(name.isdecimal() and name == str(int(name)) for name in names):
+    """Names in the order of their labels: sorted; whole numbers below 100,000 are their own."""
+    if names and all(re.fullmatch("0|[1-9][0-9]{0,4}", name) for name in names):
         return [str(i) for i in range(1 + max(map(int, names)))]
     return sorted(names)
 
@@ -548,7 +551,7 @@ class World:
     def __init__(self, split, count):
         self.split, self.count, self.chunks = split, count, even_chunks(count)
         self.classes = class_names("novel" if split == "novel" else "seen")
-        self.mark = crc(f"{split} {count}")
+        self.mark, self.left_out = crc(f"{split} {count}"), {}
 
     def __len__(self):
         return self.count
@@ -569,7 +572,7 @@ class Folder:
 
     def __init__(self, root, names, labels, classes):
         self.root, self.names, self.labels, self.classes = os.fsencode(root), names, labels, classes
-        self.chunks, self.mark = even_chunks(len(labels)), crc(*names)
+        self.chunks, self.mark, self.left_out = even_chunks(len(labels)), crc(*names), {}
 
     def __len__(self):
         return len(self.labels)
@@ -608,6 +611,9 @@ def list_folder(root):
         tars += [os.path.join(root, name) for name in files if name.lower().endswith(".tar")]
     if not names and tars:
         return sorted(tars)
+    if tars:
+        say(f"NOTE: {root} holds images and {len(tars)} tars, which are passed over; "
+            f"--data '{tars[0]}' would read one")
     if not names:
         raise UserError(f"no image below {root}; looked for {' '.join(IMAGE_ENDINGS)} and .tar")
     names.sort()
@@ -626,33 +632,32 @@ INDEX_VERSION = 1
 MOST_TEXT = 1 << 20     # bytes of a .json, .txt or .cls; what is larger is not read
 MOST_IMAGE = 1 << 30    # bytes of an encoded image; what is larger is bad
 RECORD = 20 * 512       # a tar's length is a multiple of this, by custom
+DAMAGE = "damaged places", "shards cut short", "shards that are no tar", "unreadable records"
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 PARTS = "image", "cls", "txt", "json"
+# What reading somebody's .json or .csv raises
+RECORD_ERRORS = (ValueError, TypeError, StopIteration, RecursionError, csv.Error)
 
 
 def split_name(name):
-    """A member's name to (key, part of PARTS or None), as WebDataset does: key.ending.
+    """A member's name as (key, longer key, part of PARTS or None), as WebDataset does: key.ending.
 
-    An image with more than one ending ("7.seg.png", "IMG.2020.jpg") has the key without the last
-    and is "image+": the sample of key "7" unless there is a plain 7.png or 7.jpg."""
+    Of "a/7.jpg" the key is "a/7". Of names with more endings, "7.seg.png" or "IMG.2020.jpg", the
+    longer key is all but the last; otherwise it is the key."""
     folder, _, base = name.rpartition("/")
     stem, _, ending = base.partition(".")
-    ending = ending.lower()
-    if not stem or not ending:
-        return None, None
-    if ending in PARTS[1:]:
-        return f"{folder}/{stem}", ending
-    if f".{ending}" in IMAGE_ENDINGS:
-        return f"{folder}/{stem}", "image"
-    if ending.endswith(IMAGE_ENDINGS):
-        return f"{folder}/{base.rpartition('.')[0]}", "image+"
-    return f"{folder}/{stem}", None
+    longer, _, last = base.rpartition(".")
+    part = last.lower() if last.lower() in PARTS[1:] else \
+        "image" if f".{last.lower()}" in IMAGE_ENDINGS else None
+    return f"{folder}/{stem}", f"{folder}/{longer}", part if stem else None
 
 
 def tar_members(file, left_out):
     """The regular files of an open tar, as (name, offset, size); what is passed over is counted.
 
     Damage inside is passed over up to the next sound header, and a tar cut short ends early."""
+    size = os.fstat(file.fileno()).st_size
+
     def between(begin, end):
         """Look at what is between two members, or behind the last."""
         # A tar ends, and another may follow, with 1,024 zeros or more, up to the end of a record.
@@ -661,20 +666,31 @@ def tar_members(file, left_out):
         if not usual or any(os.pread(file.fileno(), end - begin, begin)):
             left_out["damaged places"] += 1
 
-    size, expected = os.fstat(file.fileno()).st_size, 0
-    try:
-        with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
-            while (member := tar.next()) is not None:
-                between(expected, member.offset)
-                expected = member.offset_data + (member.size + 511) // 512 * 512
-                if member.isreg() and not member.issparse():
-                    yield member.name, member.offset_data, member.size
-                elif not member.isdir():
-                    left_out["links and devices"] += 1
-                tar.members.clear()         # or a million of them stay in memory
-        between(expected, max(size, expected))
-    except tarfile.ReadError:               # the file ends inside a member
-        left_out["shards cut short" if expected else "shards that are no tar"] += 1
+    tar, expected, at = None, 0, 0
+    while True:
+        try:
+            if tar is None:
+                file.seek(at)
+                tar = tarfile.open(fileobj=file, mode="r:", ignore_zeros=True)
+            member = tar.next()
+        except (tarfile.TarError, ValueError, RecursionError):
+            # The file ends inside a member, or of two headers that belong together one is damaged.
+            at = (at if tar is None else tar.offset) + 512
+            if at >= size:
+                left_out["shards cut short" if expected else "shards that are no tar"] += 1
+                return
+            if tar is not None:
+                tar.offset = at
+            continue
+        if member is None:
+            return between(expected, max(size, expected))
+        between(expected, max(expected, member.offset))
+        expected = tar.offset
+        if member.isreg() and not member.issparse():
+            yield member.name, member.offset_data, member.size
+        elif not member.isdir():
+            left_out["links and devices"] += 1
+        tar.members.clear()         # or a million of them stay in memory
 
 
 def index_tar(path, file):
@@ -686,65 +702,78 @@ def index_tar(path, file):
     if any(magic.startswith(start) for start in COMPRESSED):
         raise UserError(f"{path} is compressed, so no sample can be read by itself: unpack it to a "
                         "plain .tar (images do not compress anyway)")
-    left_out, at, keys = Counter(), {}, []
-    places, spare = {part: array("q") for part in PARTS}, {}
+    left_out, at, keys, shorter = Counter(), {}, [], {}
+    places = {part: array("q") for part in PARTS}
     for name, offset, size in tar_members(file, left_out):
-        key, part = split_name(name)
-        if part == "image+":
-            if key in spare:
-                left_out["repeated names"] += 1
-            spare[key] = (offset, size)
-            continue
+        key, longer, part = split_name(name)
         if part is None:
             left_out["other files"] += 1
             continue
-        i = at.get(key)
+        i = at.get(longer)
         if i is None or places[part][2 * i] >= 0:
             if i is not None:
                 left_out["repeated names"] += 1
-            i = at[key] = len(keys)
-            keys.append(key)
+            i = at[longer] = len(keys)
+            keys.append(longer)
             for values in places.values():
                 values.extend((-1, -1))
+            if key != longer:
+                shorter[i] = key
         places[part][2 * i], places[part][2 * i + 1] = offset, size
-    for key, (offset, size) in spare.items():
-        folder, _, base = key.rpartition("/")
-        plain = at.get(f"{folder}/{base.partition('.')[0]}")
-        if plain is not None and places["image"][2 * plain] >= 0:
-            left_out["other files"] += 1
+    # 7.seg.png is no sample of its own where there is 7.jpg, and takes 7.json where there is not.
+    for i, key in shorter.items():
+        if (plain := at.get(key)) is None:
             continue
-        keys.append(key)
-        for values in places.values():
-            values.extend((-1, -1))
-        places["image"][-2], places["image"][-1] = offset, size
+        if places["image"][2 * plain] >= 0:
+            left_out["other files"] += sum(places[part][2 * i] >= 0 for part in PARTS)
+            places["image"][2 * i], keys[i] = -1, None
+        for part in PARTS[1:]:
+            if places[part][2 * i] < 0:
+                places[part][2 * i:2 * i + 2] = places[part][2 * plain:2 * plain + 2]
+                keys[plain] = None if places["image"][2 * plain] < 0 else keys[plain]
     places = {part: np.array(values, np.int64).reshape(-1, 2) for part, values in places.items()}
     rows = np.argsort(places["image"][:, 0], kind="stable")
     rows = rows[places["image"][rows, 0] >= 0]
-    left_out["keys without an image"] += len(keys) - len(rows)
+    left_out["keys without an image"] += sum(
+        key is not None and first < 0 for key, first in zip(keys, places["image"][:, 0].tolist()))
     return [keys[i].removeprefix("/") for i in rows], \
         {part: values[rows] for part, values in places.items()}, left_out
 
 
 def index_lines(path, file):
     """Find the records of a manifest (.jsonl or .csv): as index_tar; the record is its "json"."""
-    places, offset, record = array("q"), 0, b""
-    for line in file:
-        record += line
-        # Inside quotes a CSV record goes on over the end of a line.
-        if path.endswith(".csv") and record.count(b'"') % 2 and len(record) < MOST_TEXT:
+    places, end, left_out = array("q"), 0, Counter()
+
+    def lines():
+        nonlocal end
+        for line in file:
+            end += len(line)
+            yield line.decode("utf-8", "replace").removeprefix("\ufeff")
+
+    rest, first = lines(), path.lower().endswith(".csv")
+    records = csv.reader(rest) if first else (line.strip() for line in rest)
+    while True:
+        begin = end
+        try:
+            record = next(records)
+        except StopIteration:
+            break
+        except csv.Error:               # go on behind it
+            left_out["unreadable records"] += 1
+            records = csv.reader(rest)
             continue
-        if record.strip():
-            places.extend((offset, len(record)))
-        offset, record = offset + len(record), b""
-    places = np.array(places, np.int64).reshape(-1, 2)[path.endswith(".csv"):]  # less its header
+        if record and not first:
+            places.extend((begin, end - begin))
+        first = first and not record    # the first record of a .csv is its header
+    places = np.array(places, np.int64).reshape(-1, 2)
     none = np.full_like(places, -1)
-    return [], {"image": places, "json": places, "cls": none, "txt": none}, Counter()
+    return [], {"image": places, "json": places, "cls": none, "txt": none}, left_out
 
 
-def read_record(path, text, header):
-    """A record of a manifest or a sample's .json, as a dict; raises ValueError."""
-    if path.endswith(".csv"):
-        record = dict(zip(header, next(csv.reader([text.decode()]))))
+def read_record(text, header):
+    """A line of a .csv with this header, or JSON, as a dict. Raises RECORD_ERRORS."""
+    if header:
+        record = dict(zip(header, next(csv.reader(io.StringIO(text.decode("utf-8", "replace"))))))
         return {key: value for key, value in record.items() if key and value != ""}
     record = json.loads(text)
     if not isinstance(record, dict):
@@ -753,21 +782,35 @@ def read_record(path, text, header):
 
 
 def csv_header(path):
-    """The names of a CSV manifest's columns; None for other files."""
-    if path.endswith(".csv"):
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return next(csv.reader(file), [])
+    """The names of a CSV manifest's columns; None for other files. Raises UserError."""
+    if not path.lower().endswith(".csv"):
+        return None
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        header = next((row for row in csv.reader(file) if row), [])
+    if "image" not in header:
+        raise UserError(f"{path} has no column named image; its first line has: "
+                        f"{', '.join(header)[:200]}")
+    return header
 
 
 def tags_of(record):
     """The tags of a record: a list, or words in one string."""
     tags = record.get("tags") or ()
     if isinstance(tags, str):
-        tags = json.loads(tags) if tags.startswith("[") else re.split(r"[\s,;]+", tags.strip())
-    return [str(tag) for tag in tags]
+        tags = json.loads(tags) if tags.startswith("[") else re.split(r"[\s,;]+", tags)
+    return [str(tag) for tag in tags if tag not in (None, "")]
 
 
-def label_of(path, file, header, places, i, left_out):
+def name_of(label):
+    """A label as a class's name; None where there is none (as tables write it: "", NaN, 3.0)."""
+    if isinstance(label, (list, dict)):
+        raise ValueError("a label is a name or a number")
+    if label is None or label == "" or label != label:
+        return None
+    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
+
+
+def label_of(file, header, places, i, left_out):
     """What sample i says of itself: (name of its label or None, tags)."""
     label, tags = None, []
     for part in ("json", "cls"):
@@ -779,15 +822,14 @@ def label_of(path, file, header, places, i, left_out):
                 raise ValueError("too large")
             text = os.pread(file.fileno(), size, offset)
             if part == "cls":
-                label = text.decode().strip()
+                label = name_of(text.decode().strip()) or label
             else:
-                record = read_record(path, text, header)
-                label, tags = record.get("label"), tags_of(record)
-                if not path.endswith(".tar") and "image" not in record:
-                    raise ValueError("no image")
-        except (ValueError, TypeError, StopIteration):
+                record = read_record(text, header)
+                label = name_of(record.get("label"))
+                tags = tags_of(record)
+        except RECORD_ERRORS:
             left_out["unreadable records"] += 1
-    return (None if label is None else str(label)), tags
+    return label, tags
 
 
 def make_index(path, destination):
@@ -795,29 +837,35 @@ def make_index(path, destination):
 
     Raises UserError where the file changes meanwhile, or is none that can be indexed."""
     with open(path, "rb") as file:
-        before = os.fstat(file.fileno())
-        keys, places, left_out = (index_tar if path.endswith(".tar") else index_lines)(path, file)
-        header, label_table, tag_table = csv_header(path), {}, {}
-        labels, tags, tag_ends = [], [], []
+        before, header = os.fstat(file.fileno()), csv_header(path)
+        keys, places, left_out = (index_tar if is_tar(path) else index_lines)(path, file)
+        labels, tags, tag_ends, label_table, tag_table = [], [], [], {}, {}
         for i in range(len(places["image"])):
-            label, found = label_of(path, file, header, places, i, left_out)
+            label, found = label_of(file, header, places, i, left_out)
             labels.append(-1 if label is None else label_table.setdefault(label, len(label_table)))
             tags += [tag_table.setdefault(tag, len(tag_table)) for tag in found]
             tag_ends.append(len(tags))
         after = os.stat(path)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise UserError(f"{path} is still being written; start again when it is complete")
-    texts = np.where(places["txt"][:, :1] >= 0, places["txt"], places["json"])
-    columns = {"stamp": np.array([INDEX_VERSION, before.st_size, before.st_mtime_ns, len(labels)]),
-               "places": places["image"], "texts": texts, "plain": places["txt"][:, 0] >= 0,
+    plain = places["txt"][:, :1] >= 0
+    columns = {"places": places["image"], "plain": plain[:, 0],
+               "texts": np.where(plain, places["txt"], places["json"]),
                "labels": np.array(labels, np.int32), "tags": np.array(tags, np.int32),
                "tag_ends": np.array(tag_ends, np.int64)}
     for name, strings in (("keys", keys), ("label_names", label_table), ("tag_names", tag_table)):
         columns[name], columns[f"{name}_ends"] = pack_strings([
-            string.encode("utf-8", "surrogateescape") for string in strings])
-    columns["left_out"] = np.frombuffer(json.dumps(left_out).encode(), np.uint8)
+            string.encode("utf-8", "surrogateescape" if name == "keys" else "replace")
+            for string in strings])
+    columns["left_out"] = np.frombuffer(json.dumps(+left_out).encode(), np.uint8)
+    columns["stamp"] = np.array([INDEX_VERSION, before.st_size, before.st_mtime_ns, len(labels),
+                                 crc(*columns.values())])
     write_arrays(destination, columns)
     return columns
+
+
+def is_tar(path):
+    return path.lower().endswith(".tar")
 
 
 def write_arrays(path, arrays):
@@ -828,33 +876,47 @@ def write_arrays(path, arrays):
 
 
 def read_arrays(path, names=None):
-    """Arrays of an .npz of ours, {name: array}; None where it is missing or damaged."""
+    """Arrays of an .npz of ours, {name: array}; {} where it is missing or damaged."""
     try:
         with np.load(path) as file:
             return {name: file[name] for name in names or file.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        return {}
 
 
-def is_of(stamp, size, changed):
-    """Whether an index's stamp is of this version and of a file of this size and time."""
-    return stamp is not None and stamp[:3].tolist() == [INDEX_VERSION, size, changed]
+def is_of(columns, size, changed):
+    """Whether an index is of this version and of a file of this size and time of change."""
+    return columns and columns["stamp"][:3].tolist() == [INDEX_VERSION, size, changed]
+
+
+@lru_cache
+def most_open():
+    """How many shards to keep open at a time: half of the files that the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 4096:
+        soft = min(4096, hard) if hard != resource.RLIM_INFINITY else 4096
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return min(2048, soft // 2)
 
 
 class Shards:
     """Samples of tar shards or manifests, each read by itself with the help of an index.
 
-    What is kept of each shard is its name, size, time and number of samples (the catalogue); the
-    indexes of the 128 last used are open, a column at a time."""
+    `catalogue` is what is kept of each shard: name, size, time, number and CRC of its samples.
+    Shards are opened when they are needed; those used last, 1.5 million samples, stay open."""
 
-    def __init__(self, names, sizes, changed, counts, label_names, place):
-        self.names, self.sizes, self.changed, self.counts = names, sizes, changed, counts
-        self.place, self.ends, self.opened = place, np.cumsum(counts), OrderedDict()
-        self.classes = class_names_of(set(label_names))
+    def __init__(self, catalogue, place):
+        self.names = catalogue["names"], catalogue["name_ends"]
+        self.stats, self.counts, self.place = catalogue["stats"], catalogue["counts"], place
+        self.ends, self.opened = np.cumsum(self.counts), OrderedDict()
+        labels = catalogue["labels"], catalogue["label_ends"]
+        self.classes = class_names_of({string_at(labels, i).decode()
+                                       for i in range(len(labels[1]))})
         self.label = {name: i for i, name in enumerate(self.classes)}
-        tars = string_at(names, 0).endswith(b".tar")
-        self.chunks = counts if tars else even_chunks(int(self.ends[-1]))
-        self.mark = crc(sizes, counts)
+        self.left_out = json.loads(catalogue["left_out"].tobytes())
+        self.tars = is_tar(os.fsdecode(string_at(self.names, 0)))
+        self.chunks = self.counts if self.tars else even_chunks(int(self.ends[-1]))
+        self.mark = crc(self.counts, catalogue["marks"])
 
     def __getstate__(self):
         return {**self.__dict__, "opened": OrderedDict()}
@@ -863,7 +925,7 @@ class Shards:
         return int(self.ends[-1])
 
     def shard(self, s):
-        """Shard s, open: a dict with its path, file, header and the columns read so far.
+        """Shard s, open: a dict of its path, file, header and the columns of its index.
 
         Raises UserError where it is gone or not the file that was indexed."""
         if s in self.opened:
@@ -874,78 +936,64 @@ class Shards:
             file = open(path, "rb")
         except OSError as error:
             raise UserError(f"{path} was there at the start, but: {error.strerror}") from error
-        status = os.fstat(file.fileno())
-        if (status.st_size, status.st_mtime_ns) != (self.sizes[s], self.changed[s]):
+        status, stats = os.fstat(file.fileno()), self.stats[s].tolist()
+        if [status.st_size, status.st_mtime_ns] != stats:
             raise UserError(f"{path} is not the file that was indexed: it has changed since, or "
                             "differs between nodes; start again")
-        index = index_path(path, self.place)
-        stamp = (read_arrays(index, ["stamp"]) or {}).get("stamp")
-        if not is_of(stamp, self.sizes[s], self.changed[s]):
-            make_index(path, index)         # somebody has deleted it
-        self.opened[s] = {"path": path, "file": file, "index": index, "header": csv_header(path)}
-        if len(self.opened) > 128:
+        columns = read_arrays(index_path(path, self.place))
+        if not is_of(columns, *stats):          # somebody has deleted it
+            columns = make_index(path, index_path(path, self.place))
+        self.opened[s] = {"path": path, "file": file, "header": csv_header(path), **columns}
+        while len(self.opened) > 1 and (len(self.opened) > most_open() or sum(
+                self.counts[one] for one in self.opened) > 1_500_000):
             self.opened.popitem(last=False)[1]["file"].close()
         return self.opened[s]
-
-    def column(self, shard, name):
-        if name not in shard:
-            arrays = read_arrays(shard["index"], [name])
-            if arrays is None:
-                raise UserError(f"the index {shard['index']} cannot be read; delete it")
-            shard[name] = arrays[name]
-        return shard[name]
-
-    def strings(self, shard, name):
-        return self.column(shard, name), self.column(shard, f"{name}_ends")
 
     def find(self, i):
         """The shard of sample i, open, and the sample's row in its columns."""
         s = int(np.searchsorted(self.ends, i, side="right"))
         return self.shard(s), int(i) - int(self.ends[s] - self.counts[s])
 
+    def text(self, shard, name, i):
+        """String i of a column of strings."""
+        return string_at((shard[name], shard[f"{name}_ends"]), i).decode("utf-8", "replace")
+
     def about(self, i):
         shard, row = self.find(i)
-        is_tar = shard["path"].endswith(".tar")
-        key = string_at(self.strings(shard, "keys"), row).decode("utf-8", "replace") if is_tar \
-            else f"record {row + 1}"
-        ends, code = self.column(shard, "tag_ends"), int(self.column(shard, "labels")[row])
-        codes = self.column(shard, "tags")[ends[row - 1] if row else 0:ends[row]]
-        names = self.strings(shard, "tag_names")
+        key = self.text(shard, "keys", row) if self.tars else f"record {row + 1}"
+        ends, code = shard["tag_ends"], int(shard["labels"][row])
+        tags = shard["tags"][ends[row - 1] if row else 0:ends[row]].tolist()
         about = {"where": f"{shard['path']}: {key}",
-                 "tags": [string_at(names, int(tag)).decode("utf-8", "replace") for tag in codes]}
-        if code >= 0:
-            name = string_at(self.strings(shard, "label_names"), code)
-            about["label"] = self.label[name.decode("utf-8", "surrogateescape")]
-        return about
+                 "tags": [self.text(shard, "tag_names", tag) for tag in tags]}
+        return about if code < 0 else {
+            **about, "label": self.label[self.text(shard, "label_names", code)]}
 
     def open(self, i):
         shard, row = self.find(i)
-        about = self.about(i)
-        offset, size = self.column(shard, "places")[row].tolist()
-        if shard["path"].endswith(".tar"):
-            if size > MOST_IMAGE:
-                raise ValueError(f"{size:,} bytes are more than an image may have")
-            content = os.pread(shard["file"].fileno(), size, offset)
-            if len(content) < size:
-                raise ValueError("the tar is cut short")
-            return {**about, "image": io.BytesIO(content)}
-        text = os.pread(shard["file"].fileno(), size, offset)
-        image = read_record(shard["path"], text, shard["header"]).get("image")
+        offset, size = shard["places"][row].tolist()
+        if size > MOST_IMAGE:
+            raise ValueError(f"{size:,} bytes are more than an image may have")
+        content = os.pread(shard["file"].fileno(), size, offset)
+        if len(content) < size:
+            raise ValueError("the tar is cut short")
+        if self.tars:
+            return {**self.about(i), "image": io.BytesIO(content)}
+        image = read_record(content, shard["header"]).get("image")
         if not isinstance(image, str):
             raise ValueError("the record has no image")
-        return {**about, "image": os.path.join(os.path.dirname(shard["path"]), image)}
+        return {**self.about(i), "image": os.path.join(os.path.dirname(shard["path"]), image)}
 
     def caption(self, i):
         shard, row = self.find(i)
-        offset, size = self.column(shard, "texts")[row].tolist()
+        offset, size = shard["texts"][row].tolist()
         if not 0 <= offset or size > MOST_TEXT:
             return None
         text = os.pread(shard["file"].fileno(), size, offset)
-        if self.column(shard, "plain")[row]:
+        if shard["plain"][row]:
             return text.decode("utf-8", "replace").strip()
         try:
-            caption = read_record(shard["path"], text, shard["header"]).get("caption")
-        except (ValueError, StopIteration):
+            caption = read_record(text, shard["header"]).get("caption")
+        except RECORD_ERRORS:
             return None
         return None if caption is None else str(caption)
 
@@ -972,6 +1020,16 @@ def index_place(paths, index_dir, fallback):
     return None if index_dir is None else os.path.abspath(index_dir)
 
 
+def find_catalogue(paths, names, stats, place):
+    """(path of the catalogue of these shards, its content or {} where it is not of them)."""
+    path = Path(place or os.path.dirname(os.path.abspath(paths[0])),
+                f"{crc(*names):08x}.catalogue.npz")
+    known = read_arrays(path)
+    current = known and known["version"] == INDEX_VERSION and np.array_equal(
+        known["stats"], stats) and np.array_equal(known["names"], names[0])
+    return path, known if current else {}
+
+
 def sizes_and_times(paths):
     """Size and time of change of every shard, int64 [n, 2]. Raises UserError where one is gone."""
     def look(paths):
@@ -988,18 +1046,18 @@ def sizes_and_times(paths):
 
 def index_shards(paths, stats, place):
     """Index those shards that are not, each rank its part: what the catalogue has to say of them,
-    (number of samples of each, what was left out, names of labels)."""
-    rank, _, world, _ = environment()
-    counts, left_out, label_names = np.zeros(len(paths), np.int64), Counter(), set()
+    (number and CRC of the samples of each, what was left out, names of labels)."""
+    rank, world = joined()
+    found, left_out, label_names = np.zeros((2, len(paths)), np.int64), Counter(), set()
     problem, seen = None, set()
     try:
         for s in tqdm(range(rank, len(paths), world), desc="indexing", unit="shard",
                       disable=rank > 0 or not sys.stderr.isatty()):
             index = index_path(paths[s], place)
             columns = read_arrays(index, ["stamp", "label_names", "label_names_ends", "left_out"])
-            if columns is None or not is_of(columns["stamp"], *stats[s].tolist()):
+            if not is_of(columns, *stats[s].tolist()):
                 columns = make_index(paths[s], index)
-            counts[s] = columns["stamp"][3]
+            found[:, s] = columns["stamp"][3:]
             left_out.update(json.loads(columns["left_out"].tobytes()))
             labels = columns["label_names"], columns["label_names_ends"]
             if crc(*labels) not in seen:        # most shards have the same
@@ -1007,11 +1065,11 @@ def index_shards(paths, stats, place):
                 label_names.update(string_at(labels, i) for i in range(len(labels[1])))
     except (UserError, OSError) as error:
         problem = str(error)
-    parts = from_all_ranks((problem, counts, left_out, label_names))
+    parts = from_all_ranks((problem, found, left_out, label_names))
     for problem, *_ in parts:
         if problem:
             raise UserError(problem)
-    return (sum(part[1] for part in parts), sum((part[2] for part in parts), Counter()),
+    return (*sum(part[1] for part in parts), sum((part[2] for part in parts), Counter()),
             set().union(*(part[3] for part in parts)))
 
 
@@ -1023,31 +1081,28 @@ def open_shards(paths, index_dir, fallback):
     names = pack_strings([os.fsencode(path) for path in paths])
 
     def look():
-        place = index_place(paths, index_dir, fallback)
-        catalogue = Path(place or os.path.dirname(os.path.abspath(paths[0])),
-                         f"{crc(*names):08x}.catalogue.npz")
-        return place, catalogue, sizes_and_times(paths), read_arrays(catalogue)
+        stats, place = sizes_and_times(paths), None
+        # One that is beside the shards is used where one may not write, too.
+        if index_dir or not find_catalogue(paths, names, stats, None)[1]:
+            place = index_place(paths, index_dir, fallback)
+        return place, stats, *find_catalogue(paths, names, stats, place)
 
-    place, catalogue, stats, known = on_rank_0(look)
-    if not (known and known["version"] == INDEX_VERSION and np.array_equal(known["stats"], stats)
-            and np.array_equal(known["names"], names[0])):
-        counts, left_out, label_names = index_shards(paths, stats, place)
+    place, stats, path, catalogue = on_rank_0(look)
+    if not catalogue:
+        counts, marks, left_out, label_names = index_shards(paths, stats, place)
         labels = pack_strings(sorted(label_names))
-        known = {"version": np.array(INDEX_VERSION), "stats": stats, "names": names[0],
-                 "counts": counts, "labels": labels[0], "label_ends": labels[1],
-                 "left_out": np.frombuffer(json.dumps(+left_out).encode(), np.uint8)}
-        on_rank_0(lambda: write_arrays(catalogue, known))
-    left_out = json.loads(known["left_out"].tobytes())
-    if left_out:
-        say(f"in {paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: "
-            + ", ".join(f"{count:,} {what}" for what, count in left_out.items()))
-    if not known["counts"].sum():
-        raise UserError(f"no image in {paths[0]}" + (f" and {len(paths) - 1} more shards"
-                                                     if len(paths) > 1 else ""))
-    labels = known["labels"], known["label_ends"]
-    return Shards(names, *stats.T.copy(), known["counts"],
-                  [string_at(labels, i).decode("utf-8", "surrogateescape")
-                   for i in range(len(labels[1]))], place)
+        catalogue = {"version": np.array(INDEX_VERSION), "stats": stats, "names": names[0],
+                     "name_ends": names[1], "counts": counts, "marks": marks,
+                     "labels": labels[0], "label_ends": labels[1],
+                     "left_out": np.frombuffer(json.dumps(left_out).encode(), np.uint8)}
+        on_rank_0(lambda: write_arrays(path, catalogue))
+    source, more = Shards(catalogue, place), f" and {len(paths) - 1} more" if paths[1:] else ""
+    if source.left_out:
+        say(f"in {paths[0]}{more}: " + ", ".join(
+            f"{count:,} {what}" for what, count in source.left_out.items()))
+    if not len(source):
+        raise UserError(f"no image in {paths[0]}{more}")
+    return source
 
 
 # --------------------------------------------------------------------------------------
@@ -1157,9 +1212,9 @@ def find_source(spec):
         if path.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
             raise UserError(f"{path} is compressed, so no sample can be read by itself: unpack it "
                             "to a plain .tar (images do not compress anyway)")
-        if not path.endswith((".tar", ".jsonl", ".csv")):
+        if not path.lower().endswith((".tar", ".jsonl", ".csv")):
             raise UserError(f"{path} is neither a folder nor a .tar, .jsonl or .csv")
-    if len({path.rpartition(".")[2] for path in paths}) > 1:
+    if len({is_tar(path) for path in paths}) > 1:
         raise UserError(f"{spec} names shards and manifests; give them as two")
     return paths
 
@@ -1247,6 +1302,8 @@ def read_pixels(image, choose_box, size, channels=3, max_pixels=178_956_970):
         return np.asarray(with_channels(pixels, channels)).reshape(H, W, channels)
     with open_image(image, max_pixels) as opened:
         orientation = opened.getexif().get(0x0112, 1)
+        if orientation != 1 and opened.format not in ("JPEG", "MPO"):   # those can be drafted
+            opened, orientation = ImageOps.exif_transpose(opened), 1
         width, height = opened.size[::-1] if orientation in (5, 6, 7, 8) else opened.size
         left, top, right, bottom = choose_box(width, height)
         shrink = max(1.0, min((right - left) / W, (bottom - top) / H))
@@ -1393,7 +1450,7 @@ def list_bad(args, bad, name, mode):
     path = Path(args.out) / name
     if environment().rank == 0 and (bad or path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, mode) as file:
+        with open(path, mode, encoding="utf-8", errors="surrogateescape") as file:
             file.writelines(f"{position}\t{where}\t{why}\n" for position, where, why in bad)
     return bad
 
@@ -1402,9 +1459,9 @@ def cut_bad_list(args, state):
     """On resuming, take from bad_samples.txt what comes after the checkpoint: it is met again."""
     path = Path(args.out) / "bad_samples.txt"
     if environment().rank == 0 and path.exists():
-        kept = [line for line in path.read_text().splitlines(keepends=True)
-                if (at := line.split("\t")[0]).isdigit() and int(at) < state["step"] * args.batch]
-        write_aside(path, lambda aside: aside.write_text("".join(kept)))
+        kept = [line for line in path.read_bytes().splitlines(keepends=True)
+                if (at := line.split(b"\t")[0]).isdigit() and int(at) < state["step"] * args.batch]
+        write_aside(path, lambda aside: aside.write_bytes(b"".join(kept)))
 
 
 def note_bad(bad, args, state):
@@ -1483,9 +1540,11 @@ def verify(args):
         bad += len(batch["bad"])
         for _, where, why in batch["bad"]:
             print(f"bad: {where}: {why}")
-    print(json.dumps({"samples": count, "bad": bad, "images_per_second": round(
+    damage = sum(number for one in source.sources for what, number in one.left_out.items()
+                 if what in DAMAGE)
+    print(json.dumps({"samples": count, "bad": bad, "damage": damage, "images_per_second": round(
         count / (time.perf_counter() - begun), 1)}))
-    raise SystemExit(1 if bad else 0)
+    raise SystemExit(1 if bad or damage else 0)
 
 
 class Packing(Dataset):
@@ -1539,13 +1598,16 @@ def encode(image, short):
         return "png", file.getvalue()
     content = image.read() if hasattr(image, "read") else Path(image).read_bytes()
     opened = open_image(io.BytesIO(content))
-    ending = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}.get(opened.format)
+    ending = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp",
+              "GIF": "gif"}.get(opened.format)
     scale = max(1, min(opened.size) / short) if short else 1
     if ending and scale == 1:
         return ending, content
-    size, exif = [round(side / scale) for side in opened.size], opened.getexif()
+    size, exif = [round(side / scale) for side in opened.size], Image.Exif()
+    exif[0x0112] = opened.getexif().get(0x0112, 1)
     opened.draft(None, size)
-    pixels = opened if opened.mode in ("RGB", "L") else with_channels(opened, 3)
+    plain = opened.mode in ("RGB", "L") and "transparency" not in opened.info
+    pixels = opened if plain else with_channels(opened, 3)
     pixels.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90, exif=exif)
     return "jpg", file.getvalue()
 
@@ -1554,13 +1616,19 @@ def pack(args):
     """Write any source as tar shards, with labels (by name), tags and captions in .json.
 
     Begun again, it goes on: a shard is either whole or not there."""
-    source, out = open_data(*args.spec, index_dir=args.index_dir), Path(args.out)
+    out = Path(args.out)
+    for spec in args.spec:
+        if os.path.isdir(spec) and Path(spec).resolve() in (out.resolve(), *out.resolve().parents):
+            raise UserError(f"OUT {out} is inside {spec}, which is packed; choose another folder")
+    source = open_data(*args.spec, index_dir=args.index_dir)
     out.mkdir(parents=True, exist_ok=True)
     plan, note = {"data": source.fingerprint(), "shard_size": args.shard_size,
                   "resize": args.resize}, out / "pack.json"
-    if note.exists() and json.loads(note.read_text()) != plan:
+    if note.exists() and read_json(note) != plan:
         raise UserError(f"{out} holds shards of something else: {note.read_text()}; choose another "
                         "folder")
+    for torn in out.glob("*.tmp"):
+        torn.unlink()
     if not note.exists() and any(out.glob("*.tar")):
         raise UserError(f"{out} holds shards already; choose another folder")
     write_aside(note, lambda path: path.write_text(json.dumps(plan)))
@@ -1572,7 +1640,7 @@ def pack(args):
             if where == "fault":
                 raise UserError(why)
             print(f"left out: {where}: {why}")
-    packed = len(open_data(out, index_dir=args.index_dir))
+    packed = len(open_data(out / "*.tar", index_dir=args.index_dir))
     print(json.dumps({"samples": packed, "left_out": len(source) - packed, "shards": len(shards),
                       "seconds": round(time.perf_counter() - begun, 1)}))
 
@@ -1593,7 +1661,7 @@ def bench(args):
     source, size = open_data(*args.spec, index_dir=args.index_dir), image_size(args)
     samples = Samples(source, size, 3, random_resized_crop)
     torch.set_num_threads(1)
-    drawn = isinstance(source.open(0)["image"], dict)
+    drawn = any(isinstance(one, World) for one in source.sources)
     by_workers, batch, result = {}, 32, {}
     for workers in args.workers:
         ours, obvious = [], []

@@ -596,10 +596,15 @@ def from_rank_0(value):
 
 def from_all_ranks(value):
     """Every rank's value, in a list, on every rank."""
-    values = [value] * environment().world
+    values = [value] * joined()[1]
     if dist.is_initialized():
         dist.all_gather_object(values, value, group=hosts)
     return values
+
+
+def joined():
+    """(rank, world) of the process group; (0, 1) where none was joined, whatever torchrun said."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def require_same(what, values):
@@ -615,7 +620,7 @@ def require_same(what, values):
 def on_rank_0(action):
     """The result of action(), called by rank 0 alone; what it raises, every rank raises."""
     result, problem = None, None
-    if environment().rank == 0:
+    if joined()[0] == 0:
         try:
             result = action()
         except (UserError, OSError) as error:
@@ -632,6 +637,7 @@ def run(main):
     Mistakes of the user are one line on stderr and exit code 2. Leaving by os._exit, since gloo's
     threads now and then abort a process that has already done everything right."""
     code, name = 0, Path(sys.argv[0]).name
+    sys.stdout.reconfigure(errors="backslashreplace")       # names of files may be in any encoding
     try:
         main(sys.argv[1:])
     except UserError as error:          # met by every rank: told once a node
