@@ -319,7 +319,6 @@ def main(argv):
     if args.eval_only:
         if val is None:
             raise UserError("--eval-only needs --val: the images to evaluate on")
-        vit.require_same("data", {"--val": val_data.fingerprint()})
         return vit.report(args, evaluate(model, val, args, device, rank, world))
     train_data = data.open_data(*args.data, **places)
     if args.data == ["world"] and config.width > 192:
@@ -333,8 +332,9 @@ def main(argv):
     if not vit.open_run(args, "mae", {"what --data holds": train_data.fingerprint(),
                                       "what --val holds": val and val_data.fingerprint()}):
         return
-    examples = (val or data.Samples(train_data, config.image, config.channels, data.centre_crop,
-                                    shuffle=False)).__getitems__(range(8))
+    examples = next(data.load(val or data.Samples(
+        train_data, config.image, config.channels, data.centre_crop, shuffle=False),
+        [range(8)], 0, device))
 
     # ---- optimizer and state
     optimizer = torch.optim.AdamW(vit.decay_groups(model, args.weight_decay), lr=peak, betas=BETAS,

@@ -1776,7 +1776,7 @@ def test_mistakes_get_one_line():
     (broken / "finished").touch()
     (broken / "config.json").write_text("{")
     refused("config.json is damaged", on_ranks, 1, mae.main, [*QUICK, "--out", str(broken)])
-    refused("rank 1 has other flags than rank 0: --batch 24 instead of 12", on_ranks, 2, disagree)
+    refused("rank 1 was started with --batch 24, this one with 12", on_ranks, 2, disagree)
     os.environ["SLURM_STEP_NUM_TASKS"] = "8"
     refused("let it start one torchrun a node", vit.start, argparse.Namespace())
     del os.environ["SLURM_STEP_NUM_TASKS"]

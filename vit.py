@@ -557,8 +557,7 @@ def start(args):
     # For what ranks tell each other as Python objects. It is patient: some wait while others index
     # their part of the data or write a checkpoint, longer than one waits for lost gradients.
     hosts = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if world > 1 else None
-    require_same("flags", {f"--{flag.replace('_', '-')}": value
-                           for flag, value in vars(args).items()})
+    require_same_flags(args)
     if args.workers is None:
         args.workers = 1 if kind != "cuda" else min(8, max(1, cpu_cores() // neighbours))
     return device, rank, world
@@ -607,14 +606,13 @@ def joined():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def require_same(what, values):
-    """Raise UserError, on every rank, unless all ranks have the same values {name: value}."""
-    told = from_all_ranks(values)
-    for rank, others in enumerate(told):
-        for name, value in others.items():
-            if value != told[0][name]:
-                raise UserError(f"rank {rank} has other {what} than rank 0: {name} {value} instead "
-                                f"of {told[0][name]}; give all nodes the same command and files")
+def require_same_flags(args):
+    """Raise UserError, on every rank, unless all ranks were started with the same flags."""
+    for rank, theirs in enumerate(from_all_ranks(vars(args))):
+        for flag, value in vars(args).items():
+            if theirs[flag] != value:
+                raise UserError(f"rank {rank} was started with --{flag.replace('_', '-')} "
+                                f"{theirs[flag]}, this one with {value}")
 
 
 def on_rank_0(action):
@@ -912,7 +910,6 @@ def open_run(args, stage, found):
     `found` tells what the data are, {name: fingerprint}. An interrupted run goes on if its flags
     and data are those of now (FREE_FLAGS aside); with --resume none the folder is moved to NAME.1
     first. Raises UserError on every rank."""
-    require_same("data", found)
     work = on_rank_0(lambda: prepare_folder(args, stage, found))
     if not all(from_all_ranks((Path(args.out) / "config.json").is_file())):
         raise UserError(f"--out {args.out} is not the same folder on every node; use a shared one")
