@@ -1714,6 +1714,12 @@ def test_ranks_that_torchrun_leaves_behind_save_and_stop():
     run.communicate(timeout=120)
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks.stdout.split()))
     assert len(vit.checkpoints(out)) == 1
+    run = started(*QUICK, "--out", out, launcher=TORCHRUN)      # and while they start
+    wait_for(lambda: subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True).stdout)
+    ranks = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
+    run.kill()
+    run.communicate(timeout=120)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks.stdout.split()))
 
 
 def test_one_run_at_a_time_in_a_folder():

@@ -26,7 +26,9 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -550,6 +552,8 @@ def start(args):
                 "add --nproc-per-node gpu")
     else:
         torch.set_num_threads(max(1, cpu_cores() // neighbours))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        threading.Thread(target=watch_torchrun, daemon=True).start()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
                                 device_id=device if kind == "cuda" else None)
@@ -577,7 +581,30 @@ def listen_for_signals():
 
 def asked_to_stop():
     """Whether this process got a signal, or torchrun was killed and left it behind."""
-    return bool(stop_requests) or ("TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT)
+    return bool(stop_requests) or left_behind()
+
+
+def left_behind():
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
+
+
+def watch_torchrun():
+    """End this process if torchrun dies before the loop begins, which looks for itself: ranks that
+    have not found each other yet would wait for the store that torchrun kept."""
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    for seconds in (1, 2, 4, 8, None):
+        try:
+            socket.create_connection(where, timeout=10).close()
+            break
+        except OSError as error:
+            if seconds is None:
+                print(f"torchrun at {where[0]}:{where[1]} is gone: {error}", file=sys.stderr)
+                os._exit(1)
+            time.sleep(seconds)
+    while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:       # no loop listens
+        if left_behind():
+            os._exit(1)
+        time.sleep(1)
 
 
 def cpu_cores():
