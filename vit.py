@@ -1060,8 +1060,10 @@ def save(args, model, optimizer, state, about):
     except CheckpointException as error:        # torch raises one rank's failure on every rank
         on_rank_0(lambda: shutil.rmtree(aside, ignore_errors=True))
         reason = str(next(iter(error.failures.values()))[0]).split("\n")[0]
-        raise UserError(f"{folder} could not be written: {reason}; the checkpoint before is "
-                        "whole, and the same command goes on from it") from error
+        free = shutil.disk_usage(args.out).free / 1e9
+        raise UserError(f"{folder} could not be written, {free:.3g} GB are free: {reason}; the "
+                        "checkpoint before is whole, and the same command goes on from it"
+                        ) from error
     mine = [*aside.glob(f"__{rank}_*"), *(aside.glob(".metadata") if rank == 0 else ())]
     sums = from_all_ranks({path.name: crc(path) for path in mine})
     on_rank_0(complete)
