@@ -968,6 +968,8 @@ def prepare_folder(args, stage, found):
     out, flags = Path(args.out), json.loads(json.dumps(vars(args)))
     if not out.name:
         raise UserError(f"--out {out} is no folder of its own; give it a name")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder")
     if out.exists():
         lock(out)
     if args.resume == "none" and out.exists() and any(out.iterdir()):
