@@ -9,7 +9,8 @@ Vision Learners", arXiv 2111.06377, section 3, "the MAE paper" below).
     torchrun mae.py                                       # built-in world, nano: minutes on a CPU
     torchrun mae.py --data photos/ --val more-photos/     # your own pictures
     torchrun --nproc-per-node gpu mae.py --model large --data imagenet/train --epochs 1600
-    torchrun --nnodes 8 --nproc-per-node 8 … mae.py --model 2b --data /data/images --parallel fsdp
+    torchrun --nnodes 8 --nproc-per-node 8 … mae.py --model 2b --data '/data/{00000..29999}.tar'
+    python mae.py --model 2b --ranks 64 --plan            # what would that need?
     python mae.py --init runs/mae/model.pt --predict cat.jpg dog.jpg
 
 Expected of the first: a validation loss of about 0.62, and in runs/mae/reconstruction.png shapes
