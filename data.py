@@ -52,8 +52,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vit import (
-    UserError, cpu_cores, environment, from_all_ranks, joined, on_rank_0, positive, read_json, run,
-    say, write_aside)
+    RankError, UserError, cpu_cores, environment, from_all_ranks, joined, on_rank_0, positive,
+    read_json, run, say, write_aside)
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -1411,7 +1411,7 @@ def load(samples, positions, workers, device):
                             prefetch_factor=4 if workers else None,
                             worker_init_fn=prepare_worker):
         if "fault" in batch:
-            raise UserError(batch["fault"])
+            raise RankError(batch["fault"])
         yield batch
 
 

@@ -331,11 +331,11 @@ def main(argv):
                          args.seed, max_pixels=args.max_pixels)
     steps, micro, accumulate, peak = vit.derive(args, len(train_data), world)
     if not vit.open_run(args, "mae", {"what --data holds": train_data.fingerprint(),
-                                      "what --val holds": val and val_data.fingerprint()}):
+                                      "what --val holds": val and val_data.fingerprint()}, model):
         return
-    examples = next(data.load(val or data.Samples(
-        train_data, config.image, config.channels, data.centre_crop, shuffle=False),
-        [range(8)], 0, device))
+    shown = val or data.Samples(train_data, config.image, config.channels, data.centre_crop,
+                                shuffle=False, max_pixels=args.max_pixels)
+    examples = next(data.load(shown, [range(min(8, len(shown.source)))], 0, device))
 
     # ---- optimizer and state
     optimizer = torch.optim.AdamW(vit.decay_groups(model, args.weight_decay), lr=peak, betas=BETAS,
@@ -356,6 +356,8 @@ def main(argv):
 
     # ---- loop
     while state["step"] < steps:
+        if eval_every and state["step"] and state["step"] % eval_every == 0:
+            log.evaluated(draw_and_evaluate())
         lr = vit.learning_rate(state["step"], steps, peak, args.warmup * steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -387,16 +389,13 @@ def main(argv):
                                  "bad_samples": state["bad_samples"]})
 
         done = state["step"] == steps
-        evaluating = eval_every and state["step"] % eval_every == 0
         # Before an evaluation too: what interrupts it costs no step.
-        if stop or due or done or evaluating:
+        if stop or due or done or eval_every and state["step"] % eval_every == 0:
             vit.save(args, model, optimizer, state,
                      {**describe, "samples": state["step"] * args.batch})
             log.saved()
         if stop and not done:
             return say(f"stopped after step {state['step']} of {steps}; the same command goes on")
-        if evaluating and not done:
-            log.evaluated(draw_and_evaluate())
 
     # ---- end
     metrics = draw_and_evaluate()

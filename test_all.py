@@ -1344,9 +1344,11 @@ def test_damaged_checkpoint_falls_back_to_the_one_before():
     assert again == losses and equal(saved, weights)
     assert sorted(path.name for path in after.glob("checkpoints/*")) == [
         "step-00000003", "step-00000004.damaged", "step-00000005.damaged", "step-00000010"]
+    (out / "finished").unlink()
     for part in out.glob("checkpoints/*/.metadata"):
         part.write_bytes(part.read_bytes()[:-1])
-    refused("is damaged; --resume none starts again", resumed, out, ("--data", photos()))
+    for _ in range(2):                      # not the second time either
+        refused("is damaged; --resume none starts again", train, out, "--data", photos())
 
 
 def fewer_photos():
@@ -1371,7 +1373,7 @@ def test_resume_rules():
                                          "--allow-changed"))
     state = vit.read_json(vit.checkpoints(half)[0] / "complete.json")["state"]
     assert state["half"] and state["scale"] > 1
-    refused("is of another model than these flags make", resumed, stepwise(),
+    refused("start another from its weights, by --init", resumed, stepwise(),
             ("--data", photos(), "--decoder-depth", 1, "--allow-changed"))
     refused("what --data holds 20 images (CRC", resumed, stepwise(), ("--data", fewer_photos()))
     for flag in ((), ("--resume", "none")):
@@ -1639,14 +1641,14 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_end_the_run():
     assert half["scale"] == 32 and half["calm"] == 0
 
 
-def poisoned(flags):
-    """Stage 1 with pictures that turn the fourth step's gradient on the last rank to NaN."""
+def poisoned(flags, step=3):
+    """Stage 1 with pictures that turn a step's gradient on the last rank to NaN."""
     usual, rank = data.normalise, int(os.environ["RANK"])
     calls = itertools.count()
 
     def normalise(images):
         last = rank == int(os.environ["WORLD_SIZE"]) - 1
-        return usual(images) * (math.nan if last and next(calls) == 3 else 1)
+        return usual(images) * (math.nan if last and next(calls) == step else 1)
 
     data.normalise = normalise
     try:
@@ -1682,6 +1684,28 @@ def wait_for(condition, seconds=120):
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def test_a_save_changes_nothing_even_before_the_first_sound_step():
+    runs = []
+    for minutes in (15, 0):
+        out = folder() / "run"
+        flags = [*QUICK, "--out", str(out), "--data", str(photos()), "--save-every", str(minutes)]
+        on_ranks(1, poisoned, flags, 0)
+        lines = (out / "log.jsonl").read_text().splitlines()
+        runs.append([json.loads(line)["loss"] for line in lines])
+    assert runs[0] == runs[1] and runs[0][0] is None and None not in runs[0][1:]
+
+
+def test_an_interrupted_evaluation_is_made_up_for():
+    out = folder() / "run"
+    flags = ("--data", photos(), "--eval-every", 5, "--save-every", 0, "--keep", 99)
+    train(out, *flags)
+    first = (out / "log.jsonl").read_text()
+    evaluated = lambda text: [json.loads(line) for line in text.splitlines() if "val_loss" in line]
+    again = resumed(out, flags, at=5)[3]
+    assert evaluated((again / "log.jsonl").read_text()) == evaluated(first)
+    assert [line["step"] for line in evaluated(first)] == [5, 10]
 
 
 def test_signal_saves_and_the_same_command_goes_on():
@@ -1745,14 +1769,30 @@ def test_full_disk_is_told_in_one_line_and_leaves_nothing_half():
     assert "could not be written" in run.stderr.splitlines()[-1]
     assert (out / "model.pt").exists() and not list(out.rglob("*.tmp"))
 
+    def half(path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    (out / "whole").write_text("whole")
+    refused("whole could not be written", vit.write_aside, out / "whole", half)
+    assert (out / "whole").read_text() == "whole" and not list(out.rglob("*.tmp"))
+
 
 # ======================================================================================
 # As a user sees it
 # ======================================================================================
 
-def disagree():
-    batch = "12" if os.environ["RANK"] == "0" else "24"
-    mae.main([*QUICK, "--out", str(folder() / "x"), "--batch", batch])
+def disagree(flag, *values):
+    mae.main([*QUICK, "--out", str(HERE / "never"), flag, values[int(os.environ["RANK"])]])
+
+
+def at_place(name):
+    """A weights file whose content depends on the rank, under one name: as on nodes' own disks."""
+    path = folder() / name
+    os.chdir(path.parent)
+    torch.save(MAE(Config.named("nano"), 96, 2, 4).state_dict() | {
+        "cls_token": torch.full((1, 1, 128), float(os.environ["RANK"]))}, name)
+    mae.main([*QUICK, "--out", str(HERE / "never"), "--init", name, "--image-size", "64"])
 
 
 def test_mistakes_get_one_line():
@@ -1781,8 +1821,11 @@ def test_mistakes_get_one_line():
     broken = folder()
     (broken / "finished").touch()
     (broken / "config.json").write_text("{")
-    refused("config.json is damaged", on_ranks, 1, mae.main, [*QUICK, "--out", str(broken)])
-    refused("rank 1 was started with --batch 24, this one with 12", on_ranks, 2, disagree)
+    refused("config.json is missing, damaged or not of a run", on_ranks, 1, mae.main,
+            [*QUICK, "--out", str(broken)])
+    refused("rank 1 has --batch 24, this one 12: start all with the same", on_ranks, 2, disagree,
+            "--batch", "12", "24")
+    refused("rank 1 has a file for --init of", on_ranks, 2, at_place, "weights.pt")
     os.environ["SLURM_STEP_NUM_TASKS"] = "8"
     refused("let it start one torchrun a node", vit.start, argparse.Namespace())
     del os.environ["SLURM_STEP_NUM_TASKS"]

@@ -66,6 +66,10 @@ class UserError(ValueError):
     """A mistake that the user can mend: shown as its one line, without a traceback."""
 
 
+class RankError(UserError):
+    """One that a rank may have met alone, so that it has to show it itself."""
+
+
 # ======================================================================================
 # Part 1: the Vision Transformer
 # ======================================================================================
@@ -555,13 +559,16 @@ def start(args):
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         threading.Thread(target=watch_torchrun, daemon=True).start()
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-                                device_id=device if kind == "cuda" else None)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     global hosts
     # For what ranks tell each other as Python objects. It is patient: some wait while others index
     # their part of the data or write a checkpoint, longer than one waits for lost gradients.
     hosts = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if world > 1 else None
-    require_same_flags(args)
+    same = {f"--{flag.replace('_', '-')}": value for flag, value in vars(args).items()}
+    same |= {"device": kind, "precision": str(autocast_dtype(args, device)),
+             "a file for --init of": args.init and file_mark(args.init),
+             "ranks on its node": args.parallel == "hsdp" and neighbours}
+    require_same(same)
     if args.workers is None:
         args.workers = 1 if kind != "cuda" else min(8, max(1, cpu_cores() // neighbours))
     return device, rank, world
@@ -607,6 +614,14 @@ def watch_torchrun():
         time.sleep(1)
 
 
+def file_mark(path):
+    """Size and CRC of both ends of a file: a zip, as torch writes, has CRCs of all of it there."""
+    with open(path, "rb") as file:
+        size, ends = os.fstat(file.fileno()).st_size, file.read(1 << 20)
+        file.seek(max(0, size - (1 << 20)))
+        return f"{size:,} bytes (CRC {zlib.crc32(ends + file.read()):08x})"
+
+
 def cpu_cores():
     """CPU cores that this process may use (a container or SLURM may allow fewer than exist)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -633,13 +648,13 @@ def joined():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def require_same_flags(args):
-    """Raise UserError, on every rank, unless all ranks were started with the same flags."""
-    for rank, theirs in enumerate(from_all_ranks(vars(args))):
-        for flag, value in vars(args).items():
-            if theirs[flag] != value:
-                raise UserError(f"rank {rank} was started with --{flag.replace('_', '-')} "
-                                f"{theirs[flag]}, this one with {value}")
+def require_same(values):
+    """Raise UserError, on every rank, unless all ranks have the same {name: value}."""
+    for rank, theirs in enumerate(from_all_ranks(values)):
+        for name, value in values.items():
+            if theirs[name] != value:
+                raise UserError(f"rank {rank} has {name} {theirs[name]}, this one {value}: start "
+                                "all with the same command, files and devices")
 
 
 def on_rank_0(action):
@@ -667,13 +682,14 @@ def run(main):
         main(sys.argv[1:])
     except UserError as error:          # met by every rank: told once a node
         code = 2
-        if environment().local == 0:
+        if environment().local == 0 or isinstance(error, RankError):
             print(f"{name}: {error}", file=sys.stderr)
     except BrokenPipeError:             # as by `| head`
         os._exit(141)
     except OSError as error:            # of this rank's files
         code = 2
-        if error.filename is None and error.errno != errno.ENOSPC:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
+                                                          errno.EIO):
             traceback.print_exc()       # not about a file that the user could mend
         else:
             print(f"{name}: rank {environment().rank}: {error}", file=sys.stderr)
@@ -751,6 +767,9 @@ def derive(args, images, world):
     samples = args.samples or (args.epochs * images if args.epochs else args.steps * args.batch)
     steps = max(1, int(samples // args.batch))
     lr = args.lr if args.lr is not None else args.base_lr * args.batch / 256
+    if 2 * micro < min(share, args.micro_batch):
+        say(f"NOTE: {share} images a rank have no divisor near --micro-batch {args.micro_batch}: "
+            f"{share // micro} parts of {micro} will be slow")
     say(f"batch {args.batch} = {world} ranks x {micro} x {share // micro}; lr {lr:.3g}"
         + (f" = {args.base_lr:.3g} x {args.batch}/256" if args.lr is None else "")
         + f"; {steps:,} steps = {steps * args.batch / images:.3g} epochs of {images:,} images")
@@ -926,19 +945,21 @@ def write_aside(path, write):
             os.fsync(file.fileno())         # or a crash may keep the new name and not the content
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:        # torch.save's is a RuntimeError
-        raise UserError(f"{path} could not be written: {error}".split("\n")[0]) from error
+        raise RankError(f"{path} could not be written: {error}".split("\n")[0]) from error
     finally:
         aside.unlink(missing_ok=True)
 
 
-def open_run(args, stage, found):
+def open_run(args, stage, found, model):
     """Prepare --out: True where there is a run to do, False where it is finished already.
 
     `found` tells what the data are, {name: fingerprint}. An interrupted run goes on if its flags
     and data are those of now (FREE_FLAGS aside); with --resume none the folder is moved to NAME.1
     first. Raises UserError on every rank."""
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    found = {**found, "weights": f"{len(shapes)} (CRC {zlib.crc32(repr(shapes).encode()):08x})"}
     work = on_rank_0(lambda: prepare_folder(args, stage, found))
-    if not all(from_all_ranks((Path(args.out) / "config.json").is_file())):
+    if len(set(from_all_ranks(read_json(Path(args.out) / "config.json").get("started")))) > 1:
         raise UserError(f"--out {args.out} is not the same folder on every node; use a shared one")
     listen_for_signals()
     return work
@@ -982,23 +1003,28 @@ def prepare_folder(args, stage, found):
             (moved / "index").rename(out / "index")
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
-    for torn in [*out.glob("*.tmp"), *out.glob("checkpoints/*.tmp")]:
+    for torn in (*out.glob("*.[0-9]*.tmp"), *out.glob("*-[0-9]*.tmp"),
+                 *out.glob("checkpoints/step-*.tmp")):
         shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
     config, finished = out / "config.json", out / "finished"
-    if config.is_file() and (finished.exists() or checkpoints(out)):
+    if config.is_file() or finished.exists() or checkpoints(out):
         old = read_json(config)
-        if not old:
-            raise UserError(f"{config} is damaged; --resume none starts again")
+        if "started" not in old:
+            raise UserError(f"{config} is missing, damaged or not of a run; --resume none moves "
+                            f"{out} aside")
         before, now = fixed(old["flags"], old["found"]), fixed(flags, found)
         changed = [f"{name} {before.get(name)} → {now[name]}" for name in now
                    if before.get(name) != now[name]]
         if old["stage"] != stage:
             raise UserError(f"--out {out} holds a run of {old['stage']}, not of {stage}; choose "
                             "another --out")
-        if before["--batch"] != args.batch:
-            raise UserError(f"the run in {out} has --batch {before['--batch']}, not {args.batch}, "
-                            "and counts its steps in it; start another from its weights, by --init")
-        if changed and not args.allow_changed:
+        begun = finished.exists() or checkpoints(out)
+        # Steps count batches, and a checkpoint fits one model: these cannot change within a run.
+        for name in ("--batch", "weights"):
+            if begun and before[name] != now[name]:
+                raise UserError(f"the run in {out} has {name} {before[name]}, not {now[name]}; "
+                                "start another from its weights, by --init")
+        if begun and changed and not args.allow_changed:
             raise UserError(f"the run in {out} has other flags: {', '.join(changed)}; give the old "
                             "ones, another --out, --resume none or --allow-changed")
         if finished.exists() and not changed:
@@ -1006,7 +1032,8 @@ def prepare_folder(args, stage, found):
             return False
         finished.unlink(missing_ok=True)
     content = {"stage": stage, "flags": flags, "found": found, "ranks": environment().world,
-               "torch": torch.__version__, "python": sys.version.split()[0]}
+               "started": time.time_ns(), "torch": torch.__version__,
+               "python": sys.version.split()[0]}
     write_aside(config, lambda path: path.write_text(json.dumps(content, indent=1)))
     return True
 
@@ -1047,7 +1074,6 @@ def save(args, model, optimizer, state, about):
 
     def complete():
         content = {"state": state,
-                   "weights": {name: list(value.shape) for name, value in weights.items()},
                    "crc": {name: value for part in sums for name, value in part.items()}}
         write_aside(aside / "complete.json", lambda path: path.write_text(json.dumps(content)))
         shutil.rmtree(folder, ignore_errors=True)
@@ -1056,7 +1082,10 @@ def save(args, model, optimizer, state, about):
             shutil.rmtree(old, ignore_errors=True)
 
     on_rank_0(begin)
+    fresh = not optimizer.state
     weights, moments = get_state_dict(model, optimizer)
+    for values in optimizer.state.values() if fresh else ():
+        values["step"].zero_()      # to have something to save, torch has made an empty step
     try:
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
     except CheckpointException as error:        # torch raises one rank's failure on every rank
@@ -1079,8 +1108,8 @@ def restore(args, model, optimizer, state):
     damaged one is set aside, so that it does not count as one of --keep. Raises UserError where all
     are damaged: a run never starts again without being told to."""
     rank, _, world, _ = environment()
-    found = on_rank_0(lambda: checkpoints(args.out))
-    for folder in found:
+    damaged = []
+    for folder in on_rank_0(lambda: checkpoints(args.out)):
         complete = on_rank_0(lambda folder=folder: read_json(folder / "complete.json"))
         sums = complete.get("crc", {})
         broken = [name for name in sorted(sums)[rank::world]
@@ -1089,35 +1118,40 @@ def restore(args, model, optimizer, state):
         if broken or not sums:
             say(f"{folder} is damaged ({', '.join(broken) or 'complete.json'}): going back to the "
                 "one before")
-            on_rank_0(lambda folder=folder: folder.rename(folder.with_suffix(".damaged")))
+            damaged.append(folder)
             continue
         # The optimizer's numbers are this command's, which may have been allowed to change.
         numbers = [{key: value for key, value in group.items() if key != "params"}
                    for group in optimizer.param_groups]
         weights, moments = get_state_dict(model, optimizer)
-        if complete["weights"] != {name: list(value.shape) for name, value in weights.items()}:
-            raise UserError(f"{folder} is of another model than these flags make; give the old "
-                            "ones, or start another run from its weights: --init")
         content = {"model": weights, "optimizer": moments}
         dcp.load(content, checkpoint_id=folder)
         set_state_dict(model, optimizer, model_state_dict=content["model"],
                        optim_state_dict=content["optimizer"])
         for group, values in zip(optimizer.param_groups, numbers):
             group.update(values)
+        on_rank_0(lambda: set_aside(damaged))
         say(f"going on from {folder}")
-        old = complete["state"]
+        old = {**complete["state"], "skipped_in_a_row": 0}
         return old if old["half"] == state["half"] else {
             **old, **{key: state[key] for key in ("half", "scale", "calm")}}
-    if found:
+    if damaged:
         raise UserError(f"every checkpoint in {args.out} is damaged; --resume none starts again")
     return state
 
 
+def set_aside(damaged):
+    """Rename damaged checkpoints, so that they do not count among those to --keep."""
+    for folder in damaged:
+        shutil.rmtree(folder.with_suffix(".damaged"), ignore_errors=True)
+        folder.rename(folder.with_suffix(".damaged"))
+
+
 def read_json(path):
-    """What a JSON file of ours holds, a dict; an empty one where it is damaged."""
+    """What a JSON file of ours holds, a dict; an empty one where it is missing or damaged."""
     try:
         content = json.loads(path.read_text())
-    except ValueError:
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -1156,7 +1190,8 @@ class Log:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = next((PEAKS[key] for key in PEAKS if key in name), None)
         if self.rank == 0:      # what came after the checkpoint is done, and written, again
-            kept = [line for line in self.records() if line["step"] <= step]
+            kept = [line for line in self.records() if line["step"] < step
+                    or line["step"] == step and "loss" in line]
             write_aside(self.path, lambda path: path.write_text(
                 "".join(json.dumps(line) + "\n" for line in kept)))
         self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True,
@@ -1170,10 +1205,10 @@ class Log:
     def records(self):
         """The lines of log.jsonl; one torn by a crash is left out."""
         lines = []
-        for line in self.path.read_text().splitlines() if self.path.is_file() else ():
-            with contextlib.suppress(json.JSONDecodeError):
+        for line in self.path.read_bytes().splitlines() if self.path.is_file() else ():
+            with contextlib.suppress(ValueError):
                 lines.append(json.loads(line))
-        return lines
+        return [line for line in lines if isinstance(line, dict) and "step" in line]
 
     def write(self, record):
         """Append a line; a number that is not finite becomes null, since JSON has no NaN."""
