@@ -1098,7 +1098,7 @@ def index_alone(spec):
 
 
 def index_together(spec):
-    vit.start(argparse.Namespace(device="cpu", workers=0))
+    vit.start(mae.parse_flags(["--device", "cpu"])[0])
     source = data.open_data(spec)
     return [source[i]["caption"] for i in range(len(source))]
 
