@@ -1065,11 +1065,12 @@ def index_shards(paths, stats, place):
                 label_names.update(string_at(labels, i) for i in range(len(labels[1])))
     except (UserError, OSError) as error:
         problem = str(error)
-    parts = from_all_ranks((problem, found, left_out, label_names))
-    for problem, *_ in parts:
+    parts = from_all_ranks((problem, found[:, rank::world], left_out, label_names))
+    for other, (problem, their_found, *_) in enumerate(parts):
         if problem:
             raise UserError(problem)
-    return (*sum(part[1] for part in parts), sum((part[2] for part in parts), Counter()),
+        found[:, other::world] = their_found
+    return (*found, sum((part[2] for part in parts), Counter()),
             set().union(*(part[3] for part in parts)))
 
 

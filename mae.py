@@ -224,7 +224,7 @@ def evaluate(model, val, args, device, rank, world):
         sums += torch.stack([(losses * batch["weight"]).sum(), batch["weight"].sum().double()])
         bad += batch["bad"]
     model.train()
-    total, count = vit.sum_over_ranks(sums).tolist()
+    total, count = sum(vit.from_all_ranks(sums)).tolist()
     bad = data.list_bad(args, bad, "bad_val_samples.txt", "w")
     if not count:
         raise UserError(f"none of the {len(bad)} images of --val can be read: the last: "

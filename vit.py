@@ -524,7 +524,7 @@ def add_plan_flags(add):
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 stop_requests = []      # signals received
 PARENT = os.getppid()
-hosts = None            # the process group of from_rank_0 and from_all_ranks; made by start
+hosts = None            # the process group of on_rank_0 and from_all_ranks; made by start
 
 
 def start(args):
@@ -536,15 +536,12 @@ def start(args):
     if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         raise UserError("srun has started several processes that know nothing of each other; let "
                         "it start one torchrun a node (--ntasks-per-node 1)")
-    kind = args.device
-    if kind == "auto":
-        kind = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    if not found[kind]:
-        raise UserError(f"--device {kind} is not available here; found: "
-                        f"{', '.join(name for name in found if found[name])}")
+    here = [kind for kind, there in (("cuda", torch.cuda.is_available()),
+                                     ("mps", torch.backends.mps.is_available() and world == 1),
+                                     ("cpu", True)) if there]
+    kind = here[0] if args.device == "auto" else args.device
+    if kind not in here:
+        raise UserError(f"--device {kind} is not available here; found: {', '.join(here)}")
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         if neighbours > torch.cuda.device_count():
@@ -627,14 +624,6 @@ def cpu_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def from_rank_0(value):
-    """Rank 0's value, on every rank."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, group=hosts)
-    return box[0]
-
-
 def from_all_ranks(value):
     """Every rank's value, in a list, on every rank."""
     values = [value] * joined()[1]
@@ -659,13 +648,15 @@ def require_same(values):
 
 def on_rank_0(action):
     """The result of action(), called by rank 0 alone; what it raises, every rank raises."""
-    result, problem = None, None
+    told = [None, None]
     if joined()[0] == 0:
         try:
-            result = action()
+            told[0] = action()
         except (UserError, OSError) as error:
-            problem = str(error)
-    result, problem = from_rank_0((result, problem))
+            told[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(told, group=hosts)
+    result, problem = told
     if problem:
         raise UserError(problem)
     return result
@@ -754,16 +745,22 @@ def fill_recipe(args, recipe):
                             + (f"between {low} and {high}" if high == 1 else f"from {low} on"))
 
 
-def derive(args, images, world):
-    """The numbers of the loop: (steps, micro-batch, accumulation, peak learning rate), printed.
-
-    `images` is the length of the data. Raises UserError where the batch does not divide."""
+def micro_batch(args, world):
+    """The images of one rank in a step, and the largest part of them to hold at once."""
     if args.batch % world:
         below = args.batch // world * world
         raise UserError(f"--batch {args.batch} is not divisible by {world} ranks; the nearest that "
                         f"are: {f'{below} and ' if below else ''}{below + world}")
     share = args.batch // world
-    micro = max(size for size in range(1, min(share, args.micro_batch) + 1) if share % size == 0)
+    return share, max(size for size in range(1, min(share, args.micro_batch) + 1)
+                      if share % size == 0)
+
+
+def derive(args, images, world):
+    """The numbers of the loop: (steps, micro-batch, accumulation, peak learning rate), printed.
+
+    `images` is the length of the data. Raises UserError where the batch does not divide."""
+    share, micro = micro_batch(args, world)
     samples = args.samples or (args.epochs * images if args.epochs else args.steps * args.batch)
     steps = max(1, int(samples // args.batch))
     lr = args.lr if args.lr is not None else args.base_lr * args.batch / 256
@@ -840,17 +837,13 @@ def autocast(args, device):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-@contextlib.contextmanager
 def accumulating(wrapped, last):
-    """Around forward and backward of a micro-batch: gradients are exchanged after the last only."""
+    """The context of a micro-batch's forward and backward: only the last exchanges gradients."""
     if isinstance(wrapped, FSDPModule):
         wrapped.set_requires_gradient_sync(last)
-        yield
     elif isinstance(wrapped, DistributedDataParallel) and not last:
-        with wrapped.no_sync():
-            yield
-    else:
-        yield
+        return wrapped.no_sync()
+    return contextlib.nullcontext()
 
 
 def clip_gradients(model, limit=0.0, scale=1.0):
@@ -881,37 +874,24 @@ def agree(tensors, numbers):
     return word.tolist()
 
 
-def sum_over_ranks(values):
-    """Sum a float64 tensor on the CPU over all ranks, for evaluations: returned on every rank."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
 def fresh_state(half):
     """Everything of a run that changes besides weights and optimizer; `half`: it is in fp16."""
     return {"step": 0, "bad_samples": 0, "skipped": 0, "skipped_in_a_row": 0,
             "half": half, "scale": 65536.0 if half else 1.0, "calm": 0}
 
 
-def next_scale(scale, calm, finite, grow_after=2000):
-    """The loss scale of fp16 after a step: (scale, finite steps since it changed).
-
-    Halved by an overflow, doubled after 2,000 steps without (the values of torch's GradScaler).
-    Ours, since the decision is then the same on every rank in every mode."""
-    if not finite:
-        return max(scale / 2, 1.0), 0
-    return (scale * 2, 0) if calm + 1 >= grow_after else (scale, calm + 1)
-
-
 def note_step(state, finite, batch):
     """Count a step in the run's state; one whose gradient is not finite was skipped by all ranks.
 
-    With fp16 the loss scale is adapted, and its overflows are no fault. Raises UserError
-    after ten faults in a row: the run ends with its last good checkpoint."""
+    With fp16 the loss scale is halved by an overflow, which is no fault, and doubled after 2,000
+    steps without (the values of torch's GradScaler; ours, to be decided alike by all ranks). Raises
+    UserError after ten faults in a row: the run ends with its last good checkpoint."""
     overflow = state["half"] and not finite and state["scale"] > 1
-    if state["half"]:
-        state["scale"], state["calm"] = next_scale(state["scale"], state["calm"], finite)
+    if state["half"] and not finite:
+        state["scale"], state["calm"] = max(state["scale"] / 2, 1.0), 0
+    elif state["half"]:
+        state["calm"] = (state["calm"] + 1) % 2000
+        state["scale"] *= 1 if state["calm"] else 2
     state["step"] += 1
     if finite or overflow:
         state["skipped_in_a_row"] = 0
@@ -1361,10 +1341,7 @@ def plan(args, make, example):
               if isinstance(module, Block)]
     dtype = {"fp32": None, "fp16": torch.float16}.get(args.precision, torch.bfloat16)
     half = 4 if dtype is None else 2
-    if args.batch % args.ranks:
-        raise UserError(f"--batch {args.batch} is not divisible by --ranks {args.ranks}")
-    share = args.batch // args.ranks
-    micro = max(m for m in range(1, min(share, args.micro_batch) + 1) if share % m == 0)
+    share, micro = micro_batch(args, args.ranks)
     one, two = (kept_bytes(make, example, batch, dtype) for batch in (1, 2))
     image, fixed = two - one, 2 * one - two         # a batch of b keeps fixed + b * image
     rows = []
