@@ -35,6 +35,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import unicodedata
 import warnings
 import zipfile
 import zlib
@@ -53,7 +54,7 @@ from tqdm import tqdm
 
 from vit import (
     RankError, UserError, cpu_cores, environment, from_all_ranks, joined, on_rank_0, positive,
-    read_json, run, say, write_aside)
+    read_json, run, say, sum_over_ranks, write_aside)
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -628,7 +629,7 @@ def list_folder(root):
 # Shards and manifests: indexed once, then any sample is read by seek
 # --------------------------------------------------------------------------------------
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 MOST_TEXT = 1 << 20     # bytes of a .json, .txt or .cls; what is larger is not read
 MOST_IMAGE = 1 << 30    # bytes of an encoded image; what is larger is bad
 RECORD = 20 * 512       # a tar's length is a multiple of this, by custom
@@ -793,12 +794,23 @@ def csv_header(path):
     return header
 
 
+# A hashtag in running text ends at white space, another # or any other punctuation.
+HASHTAG = re.compile(r"[#＃]([^\s#＃!\"$%&'()*+,./:;<=>?@\[\\\]^`{|}~、。，！？]+)")
+
+
 def tags_of(record):
-    """The tags of a record: a list, or words in one string."""
-    tags = record.get("tags") or ()
+    """The tags of a record: a list, words in one string, or else the hashtags in its caption.
+
+    Raises ValueError where they are anything else."""
+    tags = record.get("tags")
+    if tags is None or tags == "" or tags != tags:      # as tables write it: NaN
+        tags = []
     if isinstance(tags, str):
         tags = json.loads(tags) if tags.startswith("[") else re.split(r"[\s,;]+", tags)
-    return [str(tag) for tag in tags if tag not in (None, "")]
+    if not isinstance(tags, list) or any(isinstance(tag, (list, dict)) for tag in tags):
+        raise ValueError("tags are a list of words")
+    return [str(tag) for tag in tags if tag not in (None, "")] or HASHTAG.findall(
+        str(record.get("caption") or ""))
 
 
 def name_of(label):
@@ -813,22 +825,26 @@ def name_of(label):
 def label_of(file, header, places, i, left_out):
     """What sample i says of itself: (name of its label or None, tags)."""
     label, tags = None, []
-    for part in ("json", "cls"):
+    for part in ("json", "cls", "txt"):
         offset, size = places[part][i].tolist()
-        if offset < 0:
+        if offset < 0 or part == "txt" and tags:
             continue
         try:
+            problem = "unreadable records"
             if size > MOST_TEXT:
                 raise ValueError("too large")
             text = os.pread(file.fileno(), size, offset)
             if part == "cls":
                 label = name_of(text.decode().strip()) or label
+            elif part == "txt":
+                tags = HASHTAG.findall(text.decode("utf-8", "replace"))
             else:
                 record = read_record(text, header)
                 label = name_of(record.get("label"))
+                problem = "records whose tags are no words"
                 tags = tags_of(record)
         except RECORD_ERRORS:
-            left_out["unreadable records"] += 1
+            left_out[problem] += 1
     return label, tags
 
 
@@ -1110,6 +1126,21 @@ def open_shards(paths, index_dir, fallback):
 # From specs to one source
 # --------------------------------------------------------------------------------------
 
+def chunk_tags(source, c):
+    """The tags of a chunk's samples: (different ones, int32 codes into them, for each sample where
+    its codes end)."""
+    if isinstance(source, Shards) and source.tars:
+        shard = source.shard(c)
+        return ([source.text(shard, "tag_names", i) for i in range(len(shard["tag_names_ends"]))],
+                shard["tags"], shard["tag_ends"])
+    table, codes, ends = {}, [], []
+    last = int(np.sum(source.chunks[:c + 1]))
+    for i in range(last - int(source.chunks[c]), last):
+        codes += [table.setdefault(tag, len(table)) for tag in source.about(i).get("tags", ())]
+        ends.append(len(codes))
+    return list(table), np.array(codes, np.int32), np.array(ends, np.int64)
+
+
 class Joined:
     """Several sources, one after another; classes are joined by name."""
 
@@ -1135,6 +1166,12 @@ class Joined:
         which = int(np.searchsorted(self.ends, i, side="right"))
         return (self.sources[which], int(i) - (int(self.ends[which - 1]) if which else 0),
                 self.labels[which])
+
+    def chunk_tags(self, c):
+        for source in self.sources:
+            if c < len(source.chunks):
+                return chunk_tags(source, c)
+            c -= len(source.chunks)
 
     def about(self, i):
         source, i, labels = self.find(i)
@@ -1235,6 +1272,147 @@ def open_data(*specs, index_dir=None, fallback=None):
     return Joined(sources)
 
 
+# --------------------------------------------------------------------------------------
+# Hashtags: from what people write to numbers in a vocabulary (stage 2)
+# --------------------------------------------------------------------------------------
+
+def canonical(tag):
+    """The form in which hashtags are compared: Unicode NFKC, casefold, no # and no separators.
+
+    "#Beach_Life" and "beach-life" are one; accents, CJK and emoji stay, but not the marks that
+    choose how an emoji is drawn. "" where nothing is left."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", str(tag)).casefold())
+    # Letters, marks, numbers and symbols; punctuation, spaces and control characters separate.
+    return "".join(c for c in text if unicodedata.category(c)[0] in "LMNS"
+                   and c not in "\ufe0e\ufe0f")
+
+
+def read_synonyms(path):
+    """A file of lines "alias TAB canonical" as {alias: what it means in the end}, both canonical.
+
+    Raises UserError for a line of another form, an alias of two meanings, and a cycle."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--synonyms {path} cannot be read as UTF-8 text: {error}") from error
+    meaning = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("# "):
+            continue
+        words = [canonical(word) for word in line.split("\t")]
+        if len(words) != 2 or not all(words):
+            raise UserError(f"{path}, line {number}: not an alias, a TAB and a tag: {line!r}")
+        alias, tag = words
+        if alias != tag and meaning.setdefault(alias, tag) != tag:
+            raise UserError(f"{path}, line {number}: {alias} means {meaning[alias]} and {tag}")
+    for alias in meaning:
+        path_of, at = [alias], meaning[alias]
+        while at in meaning:
+            path_of.append(at)
+            if (at := meaning[at]) in path_of:
+                raise UserError(f"{path}: a cycle: {' → '.join([*path_of, at])}")
+    final = lambda tag: final(meaning[tag]) if tag in meaning else tag
+    return {alias: final(tag) for alias, tag in meaning.items()}
+
+
+def tag_pairs(source, c, number):
+    """Which samples of a chunk have which tags: (row, number of the tag) [m], each pair once.
+
+    `number(tag)` of a tag as it was written is its number, -1 for one that does not count."""
+    tags, codes, ends = source.chunk_tags(c)
+    numbers = np.array([number(tag) for tag in tags] or [-1], np.int64)[codes]
+    rows = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
+    pairs = np.unique((rows << 32 | numbers)[numbers >= 0])
+    return pairs >> 32, pairs & 0xFFFFFFFF
+
+
+def my_chunks(source, what):
+    """The chunks that this rank goes through, with a bar."""
+    rank, world = joined()
+    return tqdm(range(rank, len(source.chunks), world), desc=what, unit="shard",
+                disable=rank > 0 or not sys.stderr.isatty())
+
+
+def count_tags(source, synonyms):
+    """On how many images each canonical tag is: a Counter, over all ranks."""
+    table, counts = {}, Counter()
+
+    def number(tag):
+        tag = canonical(tag)
+        return table.setdefault(synonyms.get(tag, tag), len(table)) if tag else -1
+
+    for c in my_chunks(source, "counting tags"):
+        which, images = np.unique(tag_pairs(source, c, number)[1], return_counts=True)
+        counts.update(dict(zip(which.tolist(), images.tolist())))
+    mine = {tag: counts[i] for tag, i in table.items()}
+    return sum(map(Counter, from_all_ranks(mine)), Counter())
+
+
+class Tagged:
+    """The images of a source that have known tags, those with rare ones several times: a source.
+
+    `vocabulary` is in the order of falling frequency; repeats(numbers) is how often, on average, an
+    image is shown whose rarest tag has that number; None: once. It is what Order permutes, so that
+    resampling too is a pure function of the position: memory holds the `sums` of the chunks, and
+    the images of those chunks that were used last."""
+
+    def __init__(self, source, vocabulary, synonyms, repeats=None, sums=None):
+        self.source, self.synonyms, self.repeats = source, synonyms, repeats
+        self.number = {tag: i for i, tag in enumerate(vocabulary)}
+        self.starts, self.known = np.cumsum(source.chunks) - source.chunks, OrderedDict()
+        if sums is None:
+            sums = torch.zeros(len(source.chunks), dtype=torch.int64)
+            for c in my_chunks(source, "resampling"):
+                sums[c] = int(self.stands(c)[-1:].sum())
+            sums = sum_over_ranks(sums).numpy()
+        self.chunks, self.ends = sums, np.cumsum(sums)
+
+    def number_of(self, tag):
+        """The number of a tag as it was written; -1 for one that is not in the vocabulary."""
+        tag = canonical(tag)
+        return self.number.get(self.synonyms.get(tag, tag), -1)
+
+    def times(self, c):
+        """How often each sample of a chunk is shown: int64 [n]. A fraction is rounded up with its
+        own probability, by a hash of the sample, in every epoch alike."""
+        rows, numbers = tag_pairs(self.source, c, self.number_of)
+        times = np.zeros(int(self.source.chunks[c]), np.int64)
+        # The rarest tag of an image: numbers rise as counts fall.
+        first = np.flatnonzero(np.diff(rows, prepend=-1))
+        rows, rarest = rows[first], np.maximum.reduceat(numbers, first) if len(first) else numbers
+        times[rows] = 1
+        if self.repeats:
+            chance = uniform(0, self.starts[c] + rows, "repeat", 1)[:, 0]
+            times[rows] = self.repeats(rarest) + chance
+        return times
+
+    def stands(self, c):
+        """Where in the chunk the times of each sample end."""
+        if c not in self.known:
+            self.known[c] = np.cumsum(self.times(c)).astype(np.int32)
+            while len(self.known) > 1 and sum(map(len, self.known.values())) > 1 << 24:
+                self.known.popitem(last=False)
+        self.known.move_to_end(c)
+        return self.known[c]
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def find(self, i):
+        """The sample of the source that stands at i."""
+        c = int(np.searchsorted(self.ends, i, "right"))
+        place = i - (int(self.ends[c]) - int(self.chunks[c]))
+        return int(self.starts[c]) + int(np.searchsorted(self.stands(c), place, "right"))
+
+    def about(self, i):
+        return self.source.about(self.find(i))
+
+    def open(self, i):
+        sample = self.source.open(self.find(i))
+        numbers = {self.number_of(tag) for tag in sample.get("tags", ())} - {-1}
+        return {**sample, "tag_numbers": sorted(numbers)}
+
+
 # ======================================================================================
 # From a file to pixels
 # ======================================================================================
@@ -1317,6 +1495,16 @@ def read_pixels(image, choose_box, size, channels=3, max_pixels=178_956_970):
     return np.asarray(pixels).reshape(H, W, channels)
 
 
+def read_picture(name, config, max_pixels):
+    """A user's picture, as much as fits a model's Config: a tensor [H,W,C]. Raises UserError."""
+    try:
+        return torch.tensor(read_pixels(
+            name, lambda w, h: centre_crop(w, h, None, config.image, share=1), config.image,
+            config.channels, max_pixels))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--predict {name} cannot be read: {error}") from error
+
+
 class Samples(Dataset):
     """What stands at given positions: positions [B] to a batch of pixels.
 
@@ -1338,13 +1526,15 @@ class Samples(Dataset):
 
     def __getitems__(self, positions):
         """Returns {"images": uint8 [B,H,W,C], "position": int64 [B], "label": int64 [B] (-1: none),
-        "weight": float32 [B], "bad": [(position, where, why)]}."""
+        "tags": int64 [B,k] (a source's "tag_numbers", filled up with -1), "weight": float32 [B],
+        "bad": [(position, where, why)]}."""
         positions = np.asarray(positions, dtype=np.int64)
         count = len(self.source)
         index = self.order(positions) if self.order else positions
         numbers = uniform(self.seed, positions, "crop", 22).tolist()
         images = np.zeros((len(positions), *self.size, self.channels), dtype=np.uint8)
         labels, weights, bad = np.full(len(positions), -1), np.zeros(len(positions)), []
+        tags = [[] for _ in positions]
         for row, (position, i) in enumerate(zip(positions.tolist(), index.tolist())):
             if i >= count:
                 continue
@@ -1362,10 +1552,13 @@ class Samples(Dataset):
                     bad.append((position, self.source.about(i)["where"], why))
                     continue
                 labels[row], weights[row] = sample.get("label", -1), 1
+                tags[row] = sample.get("tag_numbers", [])
                 break
+        most = max(map(len, tags), default=0)
+        tags = [some + [-1] * (most - len(some)) for some in tags]
         return {"images": torch.from_numpy(images), "position": torch.from_numpy(positions),
-                "label": torch.from_numpy(labels), "weight": torch.from_numpy(weights).float(),
-                "bad": bad}
+                "label": torch.from_numpy(labels), "tags": torch.tensor(tags, dtype=torch.int64),
+                "weight": torch.from_numpy(weights).float(), "bad": bad}
 
 
 # ======================================================================================

@@ -224,7 +224,7 @@ def evaluate(model, val, args, device, rank, world):
         sums += torch.stack([(losses * batch["weight"]).sum(), batch["weight"].sum().double()])
         bad += batch["bad"]
     model.train()
-    total, count = sum(vit.from_all_ranks(sums)).tolist()
+    total, count = vit.sum_over_ranks(sums).tolist()
     bad = data.list_bad(args, bad, "bad_val_samples.txt", "w")
     if not count:
         raise UserError(f"none of the {len(bad)} images of --val can be read: the last: "
@@ -268,14 +268,7 @@ def draw_reconstruction(model, pixels, positions, args, device, path):
 
 def predict(model, args, device):
     """--predict: reconstruct the user's pictures into OUT/reconstruction.png."""
-    config, rows = model.config, []
-    for name in args.predict:
-        try:
-            rows.append(torch.tensor(data.read_pixels(
-                name, lambda w, h: data.centre_crop(w, h, None, config.image, share=1),
-                config.image, config.channels, args.max_pixels)))
-        except (OSError, ValueError) as error:
-            raise UserError(f"--predict {name} cannot be read: {error}") from error
+    rows = [data.read_picture(name, model.config, args.max_pixels) for name in args.predict]
     path = Path(args.out) / "reconstruction.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_reconstruction(model, torch.stack(rows), torch.arange(len(rows)), args, device, path)

@@ -252,19 +252,37 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(width)
         self.mlp = MLP(width)
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x, keep=None):
+        """`keep` [B,2] multiplies what the two branches add, for drop path; None: they stay."""
+        a, b = (None, None) if keep is None else keep.to(x.dtype)[..., None, None].unbind(1)
+        x = x + times(self.attn(self.norm1(x)), a)
+        return x + times(self.mlp(self.norm2(x)), b)
 
 
-def run_blocks(blocks, x, recompute=False):
-    """Send tokens [B,N,D] through blocks; `recompute` trades a second forward for memory."""
-    for block in blocks:
+def times(branch, keep):
+    return branch if keep is None else branch * keep
+
+
+def drop_path(numbers, rate):
+    """What multiplies the two branches of each block, [B,L,2], for uniform numbers [B,L,2].
+
+    An image skips a branch of block i = 0 … L-1 with probability rate * i / (L-1), and the others
+    are scaled up so that the mean stays (stochastic depth, arXiv 1603.09382, its linear rule)."""
+    skipped = torch.linspace(0, rate, numbers.shape[1], device=numbers.device)[:, None]     # [L,1]
+    return (numbers >= skipped) / (1 - skipped)                             # [B,L,2]
+
+
+def run_blocks(blocks, x, recompute=False, keep=None):
+    """Send tokens [B,N,D] through blocks; `recompute` trades a second forward for memory.
+
+    `keep` [B,L,2] is drop_path's; None drops nothing."""
+    for i, block in enumerate(blocks):
+        block_keep = None if keep is None else keep[:, i]                   # [B,2]
         if recompute and torch.is_grad_enabled():
             # Here and not in a wrapper module: wrappers rename the parameters.
-            x = checkpoint(block, x, use_reentrant=False)
+            x = checkpoint(block, x, block_keep, use_reentrant=False)
         else:
-            x = block(x)
+            x = block(x, block_keep)
     return x
 
 
@@ -272,14 +290,14 @@ class ViT(nn.Module):
     """The Vision Transformer as the released MAWS trunks use it: images [B,C,H,W] to logits [B,K].
 
     pool "cls" reads the class token after `norm`; "mean" averages the patches, then `fc_norm`
-    (MAE's finetuning). With classes=0 the result is the pooled feature [B,D]. Parameters have the
-    names of the released files and of timm."""
+    (MAE's finetuning). With classes=0 the result is the pooled feature [B,D]. The head starts as
+    N(0, head_std). Parameters have the names of the released files and of timm."""
 
-    def __init__(self, config, classes=0, pool="cls"):
+    def __init__(self, config, classes=0, pool="cls", head_std=0.0):
         super().__init__()
         if pool not in ("cls", "mean"):
             raise UserError(f"pool is 'cls' or 'mean'; found {pool!r}")
-        self.config, self.pool, self.recompute = config, pool, False
+        self.config, self.pool, self.head_std, self.recompute = config, pool, head_std, False
         D = config.width
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
@@ -293,14 +311,16 @@ class ViT(nn.Module):
         self.head = nn.Linear(D, classes) if classes else nn.Identity()
         init_weights(self)
 
-    def tokens(self, images):
-        """Images [B,C,H,W] to the last block's tokens [B,1+N,D], class token first, no norm yet."""
+    def tokens(self, images, keep=None):
+        """Images [B,C,H,W] to the last block's tokens [B,1+N,D], class token first, no norm yet.
+
+        `keep` [B,L,2] is drop_path's."""
         x = self.patch_embed(patchify(images, self.config.patch))           # [B,N,D]
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)        # [B,1+N,D]
-        return run_blocks(self.blocks, x + self.pos_embed, self.recompute)  # [B,1+N,D]
+        return run_blocks(self.blocks, x + self.pos_embed, self.recompute, keep)
 
-    def forward(self, images):
-        x = self.tokens(images)
+    def forward(self, images, keep=None):
+        x = self.tokens(images, keep)
         x = self.norm(x[:, 0]) if self.pool == "cls" else self.fc_norm(x[:, 1:].mean(1))  # [B,D]
         return self.head(x)                                                 # [B,K]
 
@@ -309,7 +329,7 @@ class ViT(nn.Module):
 # Initialisation
 # --------------------------------------------------------------------------------------
 
-def initial_value(name, shape, grid, seed):
+def initial_value(name, shape, grid, seed, head_std=0.0):
     """The start value of one tensor, on the CPU: a pure function of its name, its shape and `seed`.
 
     | what                              | value                                                   |
@@ -317,18 +337,20 @@ def initial_value(name, shape, grid, seed):
     | pos_embed, decoder_pos_embed      | sine-cosine table                                       |
     | cls_token, mask_token             | N(0, 0.02)                                              |
     | LayerNorm weights, all biases     | 1, 0                                                    |
+    | head.weight                       | N(0, head_std); 0 for stage 2 (SWAG)                    |
     | other weights                     | xavier uniform; the patch kernel as a linear map [D,P]  |
 
-    All MAE's. A generator for each name (not one for the model) makes the value independent of the
-    order of construction, so that every rank and every layout starts from the same weights."""
+    The others are MAE's. A generator for each name (not one for the model) makes the value
+    independent of the order of construction: every rank and layout starts from the same weights."""
     if name.endswith("pos_embed"):
         return sincos_positions(shape[-1], grid)
     if len(shape) == 1:
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    if name.endswith("token"):
-        return torch.empty(shape).normal_(0, 0.02, generator=generator)
+    if name.endswith("token") or name == "head.weight":
+        std = head_std if name == "head.weight" else 0.02
+        return torch.empty(shape).normal_(0, std, generator=generator)
     fan_out, fan_in = shape[0], math.prod(shape[1:])
     bound = math.sqrt(6 / (fan_in + fan_out))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
@@ -349,9 +371,10 @@ def init_weights(model, seed=0):
     """Initialise every parameter and buffer of a model in place, by `initial_value`.
 
     A model on the meta device has nothing to fill and is left alone: `build` comes back to it."""
+    head_std = getattr(model, "head_std", 0.0)
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if not tensor.is_meta:
-            copy_into(tensor, initial_value(name, tensor.shape, model.config.grid, seed))
+            copy_into(tensor, initial_value(name, tensor.shape, model.config.grid, seed, head_std))
 
 
 # --------------------------------------------------------------------------------------
@@ -368,11 +391,14 @@ def learning_rate(at, total, peak, warmup, final=0.0):
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def decay_groups(model, weight_decay):
-    """Parameter groups for an optimizer: no weight decay on 1-D parameters (norms, biases; MAE)."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [{"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}]
+def decay_groups(model, weight_decay, exempt=()):
+    """Parameter groups for an optimizer: no weight decay on 1-D parameters (norms, biases; MAE) and
+    on those that are named in `exempt`."""
+    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.dim() <= 1 or name in exempt]["params"].append(parameter)
+    return groups
 
 
 # ======================================================================================
@@ -536,6 +562,11 @@ def start(args):
     if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         raise UserError("srun has started several processes that know nothing of each other; let "
                         "it start one torchrun a node (--ntasks-per-node 1)")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(
+            os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        # Restarted ranks would look for each other where the dead ones were (pytorch issue 135712).
+        raise UserError("torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
+                        "environment, or its restarted ranks never meet: set it, on all nodes")
     here = [kind for kind, there in (("cuda", torch.cuda.is_available()),
                                      ("mps", torch.backends.mps.is_available() and world == 1),
                                      ("cpu", True)) if there]
@@ -630,6 +661,13 @@ def from_all_ranks(value):
     if dist.is_initialized():
         dist.all_gather_object(values, value, group=hosts)
     return values
+
+
+def sum_over_ranks(tensor):
+    """The sum of a CPU tensor over all ranks, on every rank."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, group=hosts)
+    return tensor
 
 
 def joined():
@@ -1000,8 +1038,8 @@ def prepare_folder(args, stage, found):
                             "another --out")
         begun = finished.exists() or checkpoints(out)
         # Steps count batches, and a checkpoint fits one model: these cannot change within a run.
-        for name in ("--batch", "weights"):
-            if begun and before[name] != now[name]:
+        for name in ("--batch", "weights", "vocabulary"):
+            if begun and before.get(name) != now.get(name):
                 raise UserError(f"the run in {out} has {name} {before[name]}, not {now[name]}; "
                                 "start another from its weights, by --init")
         if begun and changed and not args.allow_changed:
@@ -1249,24 +1287,27 @@ class Log:
 
 
 def draw_curves(records, path):
-    """Draw the log's numbers over images seen into a PNG: one panel each, validation in red."""
+    """Draw the log's numbers over images seen into a PNG: one panel each, validation in red, and in
+    grey what knowing nothing scores."""
     width, height, left, top = 480, 300, 60, 30
-    fields = ("loss", "lr", "grad_norm", "images_per_second")
+    fields = ["loss", "lr", "grad_norm", "images_per_second"]
+    fields += dict.fromkeys(name[4:] for record in records for name in record if name[:4] == "val_"
+                            and name not in ("val_loss", "val_count", "val_bad", "val_entropy"))
     sheet = Image.new("RGB", (2 * width, (len(fields) + 1) // 2 * height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, field in enumerate(fields):
         lines = [[(record["samples"], record[name]) for record in records
                   if isinstance(record.get(name), (int, float)) and math.isfinite(record[name])]
-                 for name in (field, f"val_{field}")]
+                 for name in (field, f"val_{field}", *(["entropy"] if field == "loss" else []))]
         x0, y0 = i % 2 * width + left, i // 2 * height + top
         x1, y1 = x0 + width - left - 20, y0 + height - top - 30
         draw.rectangle((x0, y0, x1, y1), outline="#999999")
         draw.text((x0, y0 - 18), field, "black")
         if not any(lines):
             continue
-        xs, ys = zip(*lines[0], *lines[1])
+        xs, ys = zip(*itertools.chain(*lines))
         low, high = min(ys), max(ys) if max(ys) > min(ys) else min(ys) + 1e-9
-        for line, colour in zip(lines, ("#1f5fb4", "#c03028")):
+        for line, colour in zip(lines, ("#1f5fb4", "#c03028", "#909090")):
             draw.line([(x0 + (x1 - x0) * x / max(xs), y1 - (y1 - y0) * (y - low) / (high - low))
                        for x, y in line], colour, 2)
         for y, value in ((y1, low), (y0, high)):
@@ -1539,11 +1580,12 @@ def summary(names):
 
 
 @torch.no_grad()
-def load_weights(model, path, new=(), say=say):
+def load_weights(model, path, new=(), renew=(), say=say):
     """Fill a model from a file, whoever wrote it, and print what was done in one line.
 
-    `new` lists patterns of tensors that the file may lack ("decoder_*"); they keep their values.
-    Positions are resized to the model's grid. Returns {"loaded", "new", "unused"}: lists of names.
+    `new` lists patterns of tensors that the file may lack ("decoder_*"); they keep their values, as
+    do those of `renew`, whether the file has them or not. Positions are resized to the model's
+    grid. Returns {"loaded", "new", "unused"}: lists of names.
     Raises UserError, before anything is changed, where a tensor outside `new` is missing or has
     another shape: weights that match nothing must never pass for loaded."""
     tensors, about = read_weights(path)
@@ -1552,6 +1594,8 @@ def load_weights(model, path, new=(), say=say):
     values, missing, wrong = {}, [], []
     for name, target in targets.items():
         value = tensors.get(name)
+        if any(fnmatch(name, pattern) for pattern in renew):
+            continue
         if value is None:
             if not any(fnmatch(name, pattern) for pattern in new):
                 missing.append(name)

@@ -1,0 +1,478 @@
+"""Stage 2: weakly supervised pretraining (WSP), on hashtags.
+
+People have written billions of hashtags under pictures. They are noisy, many say nothing of what
+is seen, and nobody was paid for them. A Vision Transformer learns to predict them: hashtags are
+merged to a vocabulary, pictures with rare ones are shown more often, and the loss is a softmax over
+all tags ("The effectiveness of MAE pre-pretraining for billion-scale pretraining", arXiv
+2303.13496, section 3; the lineage is SWAG, arXiv 2201.08371). Done after stage 1, from its
+encoder, the result is better than that of either stage alone: the paper's claim.
+
+    torchrun wsp.py --init runs/mae/model.pt              # built-in world, nano: minutes on a CPU
+    torchrun wsp.py                                       # from scratch, to compare: same values
+    torchrun wsp.py --data 'shards/*.tar' --vocabulary-only --synonyms words.tsv   # look first
+    torchrun --nnodes 8 --nproc-per-node 8 … wsp.py --init runs/mae/model.pt --data '/data/*.tar'
+    python wsp.py --init runs/wsp/model.pt --predict cat.jpg dog.jpg               # their tags
+
+Nobody has published the recipe of this stage: what is ours is marked so. The next stage is
+finetune.py, which starts from runs/wsp/model.pt.
+"""
+
+import argparse
+import functools
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+import data
+import vit
+from vit import UserError, ViT, say
+
+RECIPES = {
+    #        batch; length; base lr; smallest crop: not published; base and up: 4e-4 at 8192 (I)
+    "nano":  (64,   {"samples": 100e3}, 0.004,   0.5),      # ours, for a classroom
+    "tiny":  (256,  {"samples": 2e6},   1e-3,    0.35),     # ours
+    "small": (1024, {"epochs": 30},     2.5e-4,  0.2),      # ours
+    "base":  (8192, {"epochs": 1},      1.25e-5, 0.08),
+    "large": (8192, {"epochs": 1},      1.25e-5, 0.08),
+    "huge":  (8192, {"epochs": 1},      1.25e-5, 0.08),
+    "2b":    (8192, {"epochs": 1},      1.25e-5, 0.08),
+    "6.5b":  (8192, {"epochs": 1},      1.25e-5, 0.08),
+}   # One epoch: paper. All else: not published, the usual values of such runs.
+COMMON = {"weight_decay": 0.1, "clip_grad": 1.0, "warmup": 0.05}
+BETAS = 0.9, 0.999          # not published; AdamW's own
+SHOWN = 5 / 3               # 3 billion images make an epoch of 5 billion (paper)
+EXEMPT = "pos_embed", "cls_token"       # from weight decay, as in MAE's finetuning
+
+
+def parse_flags(argv):
+    """All flags, with the recipe filled in: (args, Config, what --init's file says of itself)."""
+    parser = argparse.ArgumentParser(
+        prog="wsp.py", allow_abbrev=False, description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="defaults by model (sources: RECIPES in wsp.py):\n" + "".join(
+            f"  {name:6} --batch {batch} {' '.join(f'--{u} {n:g}' for u, n in length.items())} "
+            f"--base-lr {lr:g} --smallest-crop {crop:g}\n"
+            for name, (batch, length, lr, crop) in RECIPES.items()) + "  all    "
+        + " ".join(f"--{flag.replace('_', '-')} {value:g}" for flag, value in COMMON.items()))
+    vit.add_run_flags(parser)
+    parser.set_defaults(data=["world:100000"])
+    add = parser.add_argument_group("hashtags").add_argument
+    add("--synonyms", metavar="FILE", help="lines of: alias, TAB, canonical tag; the paper merges "
+        "by WordNet, see README; default: none, and the world's own for the world")
+    add("--min-count", type=vit.positive, default=5, metavar="IMAGES",
+        help="leave out tags of fewer; default 5 (ours)")
+    add("--vocabulary-size", type=vit.positive, default=28_000, metavar="TAGS",
+        help="the most frequent are kept; default 28,000 (paper)")
+    add("--vocabulary-only", action="store_true", help="print the vocabulary and stop")
+    add("--resample", choices=("sqrt", "none"), default="sqrt",
+        help="sqrt (default): show images of rare tags more often, by the root of the frequency, "
+        "so that an epoch has 5/3 of the images (its size: paper; its rule: ours); none: each once")
+    add("--max-repeat", type=vit.positive, default=10, metavar="TIMES",
+        help="the most often that one image is shown in an epoch; default 10 (ours)")
+    add("--loss", choices=("softmax", "bce"), default="softmax", help="softmax (default; the "
+        "authors): cross-entropy with 1/k on each of k tags; bce: a yes or no for every tag")
+    add("--drop-path", type=float, default=0.0, metavar="SHARE",
+        help="of images that skip a branch of the last block; default 0, off (ours)")
+    add("--smallest-crop", type=float, metavar="SHARE",
+        help="of the image's area that a random crop has; default by model, below")
+    args = parser.parse_args(argv)
+    if (args.predict or args.eval_only) and not args.init:
+        raise UserError("--predict and --eval-only use a trained model: give its file as --init")
+    args.out = args.out or ("runs/wsp-predict" if args.predict else
+                            "runs/wsp-eval" if args.eval_only else "runs/wsp")
+    config, name, about = vit.choose_config(args)
+    batch, length, base_lr, crop = RECIPES[name]
+    vit.fill_recipe(args, {"batch": batch, **length, "base_lr": base_lr, "smallest_crop": crop,
+                           **COMMON})
+    for flag, low, value in (("--drop-path", 0, args.drop_path),
+                             ("--smallest-crop", 1e-6, args.smallest_crop)):
+        if not low <= value <= 1 - (flag == "--drop-path") * 1e-6:
+            raise UserError(f"{flag} is a share; found {value}")
+    if args.max_repeat < 2:
+        raise UserError("--max-repeat 1 leaves nothing to resample; give --resample none")
+    if args.val is None and all(map(data.is_world, args.data)):
+        args.val = ["world-val"]
+    return args, config, about
+
+
+# ======================================================================================
+# Vocabulary and resampling
+# ======================================================================================
+
+def choose_vocabulary(counts, min_count, size):
+    """The most frequent tags [(tag, images)], those of many images first."""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    kept = [(tag, count) for tag, count in ranked[:size] if count >= min_count]
+    if not kept:
+        raise UserError("the vocabulary is empty: " + (
+            f"the most frequent tag, {ranked[0][0]}, is on {ranked[0][1]} images, --min-count is "
+            f"{min_count}" if ranked else "no image of --data has a hashtag (.json tags, a "
+            "manifest's tags, or # in a caption)"))
+    return kept
+
+
+def repeats(numbers, counts, scale, most):
+    """How often, on average, an image is shown whose rarest tag is on counts[number] images.
+
+    clip(sqrt(t / f), 1, most): the inverse square root of the hashtag's frequency (the lineage's;
+    the paper's own rule is not published); scale is t, in images."""
+    return np.clip(np.sqrt(scale / counts[numbers]), 1, most)
+
+
+def solve_scale(counts, rarest, most):
+    """The scale with which an epoch shows 5/3 of the images (paper: 5B samples of 3B images).
+
+    `rarest` [K]: how many images have each tag, of `counts` images, as their rarest."""
+    low, high, all_tags = min(counts), max(counts) * most ** 2, np.arange(len(counts))
+    for _ in range(100):
+        middle = math.sqrt(low * high)
+        if (repeats(all_tags, counts, middle, most) * rarest).sum() < SHOWN * rarest.sum():
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def open_tags(args, source, places):
+    """Count the tags of --data and resample it: (Tagged, what is known of the tags).
+
+    What was found is kept beside the indexes of shards: a resumed run starts at once."""
+    synonyms = data.read_synonyms(args.synonyms) if args.synonyms else {}
+    if not args.synonyms and all(map(data.is_world, args.data)):
+        synonyms = {data.canonical(alias): tag for alias, tag in data.SYNONYMS.items()}
+    key = data.crc(json.dumps([source.fingerprint(), synonyms, args.min_count, args.resample,
+                               args.vocabulary_size, args.max_repeat]))
+    cache = Path(places["index_dir"] or places["fallback"]) / f"tags-{key:08x}.npz"
+    found = vit.on_rank_0(lambda: data.read_arrays(cache))
+    if not found:
+        found = count_and_resample(args, source, synonyms)
+
+        def keep():
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            data.write_arrays(cache, found)
+        vit.on_rank_0(keep)
+    about = json.loads(found["about"].tobytes())
+    tagged = data.Tagged(source, about["vocabulary"], synonyms, rule(args, about), found["sums"])
+    say(f"{len(about['vocabulary']):,} tags on {about['tagged']:,} of {len(source):,} images, the "
+        f"others are left out; an epoch shows {len(tagged):,}"
+        + (f" (t is {about['scale']:.4g} images)" if about["scale"] else "")
+        + f"; knowing nothing scores {about['entropy']:.4f}")
+    return tagged, about
+
+
+def rule(args, about):
+    """How often images are shown, as data.Tagged takes it."""
+    counts = np.array(about["counts"], np.float64)
+    return about["scale"] and functools.partial(repeats, counts=counts, scale=about["scale"],
+                                                most=args.max_repeat)
+
+
+def count_and_resample(args, source, synonyms):
+    """The work of open_tags: {"sums" of the chunks, "about": the rest, as JSON}."""
+    pairs = choose_vocabulary(data.count_tags(source, synonyms), args.min_count,
+                              args.vocabulary_size)
+    vocabulary, counts = map(list, zip(*pairs))
+    K, about = len(counts), {"vocabulary": vocabulary, "counts": counts, "scale": 0.0}
+    once = data.Tagged(source, vocabulary, synonyms, sums=source.chunks)
+    rarest, lengths = torch.zeros(2, max(K, 65), dtype=torch.float64)
+    for c in data.my_chunks(source, "rarest tags"):
+        rows, numbers = data.tag_pairs(source, c, once.number_of)
+        last = np.diff(rows, append=-1) != 0        # pairs are sorted: an image's rarest tag
+        rarest += torch.from_numpy(np.bincount(numbers[last], minlength=len(rarest)))
+        most = np.bincount(rows, minlength=1).clip(max=64)
+        lengths += torch.from_numpy(np.bincount(most, minlength=len(rarest)))
+    rarest, lengths = vit.sum_over_ranks(torch.stack([rarest, lengths])).numpy()
+    if args.resample == "sqrt":
+        about["scale"] = solve_scale(np.array(counts, np.float64), rarest[:K], args.max_repeat)
+    tagged = data.Tagged(source, vocabulary, synonyms, rule(args, about))
+    mass = torch.zeros(K, dtype=torch.float64)
+    for c in data.my_chunks(source, "frequencies"):
+        rows, numbers = data.tag_pairs(source, c, once.number_of)
+        times = np.diff(tagged.stands(c), prepend=0)
+        weights = times[rows] / np.bincount(rows, minlength=len(times))[rows]
+        mass += torch.from_numpy(np.bincount(numbers, weights, K))
+    about |= {"entropy": entropy(vit.sum_over_ranks(mass)), "tagged": int(rarest.sum()),
+              "tags_an_image": [len(source) - int(rarest.sum()), *map(int, lengths[1:65])]}
+    return {"sums": tagged.chunks,
+            "about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
+
+
+def entropy(mass):
+    """The entropy, in nats, of frequencies [K]: the softmax loss of the best constant answer."""
+    return float(torch.special.entr(mass / mass.sum()).sum())
+
+
+def show_vocabulary(about):
+    """--vocabulary-only: the most frequent and the rarest tags, and how many an image has."""
+    pairs = [f"{tag} ({count:,})" for tag, count in zip(about["vocabulary"], about["counts"])]
+    say("most frequent: " + " ".join(pairs[:40]))
+    say("rarest: " + " ".join(pairs[-40:]))
+    for k, images in enumerate(about["tags_an_image"]):
+        if images:
+            say(f"{images:12,} images have {k if k < 64 else '64 or more'} known tags")
+
+
+# ======================================================================================
+# The loss
+# ======================================================================================
+
+def tag_losses(logits, tags, kind="softmax"):
+    """The loss of each image [B] from logits [B,K] and the numbers of its tags [B,k], -1 for none.
+
+    softmax: cross-entropy against 1/k on each of the image's k tags (the authors, on SWAG), so
+    logsumexp less the mean logit of its tags: no multi-hot matrix [B,K] is made. bce: the mean over
+    all K of the binary cross-entropy."""
+    logits, known = logits.float(), tags >= 0                               # [B,K] [B,k]
+    picked = (logits.gather(1, tags.clamp(min=0)) * known).sum(1)           # [B]
+    if kind == "bce":
+        return (F.softplus(logits).sum(1) - picked) / logits.shape[1]
+    return logits.logsumexp(1) - picked / known.sum(1).clamp(min=1)
+
+
+# ======================================================================================
+# Evaluation, predictions, pictures
+# ======================================================================================
+
+@torch.no_grad()
+def evaluate(model, val, args, device, rank, world, about):
+    """Loss and recall over a source, every image with a known tag once, whatever the ranks.
+
+    Recall at k is the share of an image's tags that are among the k most probable, averaged over
+    images; "entropy" is that of val's tags. OUT/tags.txt gets each tag's recall at 5. Images that
+    cannot be read have no weight, and are listed in OUT/bad_val_samples.txt."""
+    K, bad = len(about["vocabulary"]), []
+    sums, tops = torch.zeros(5, dtype=torch.float64), (1, 5, 10)
+    by_tag = torch.zeros(3, K, dtype=torch.float64)     # images with it, of those found, mass
+    positions = data.validation_positions(len(val.source), args.micro_batch, rank, world)
+    model.eval()
+    for batch in data.load(val, positions, args.workers, device):
+        images, weight = data.normalise(batch["images"].to(device)), batch["weight"].double()
+        with vit.autocast(args, device):
+            logits = model(images)                                          # [B,K]
+        tags = batch["tags"].to(device)                                     # [B,k]
+        losses = tag_losses(logits, tags, args.loss).cpu().double()         # [B]
+        top = logits.topk(min(10, K)).indices                               # [B,10]
+        hits = ((tags[:, :, None] == top[:, None]) & (tags >= 0)[..., None]).cpu()  # [B,k,10]
+        tags = tags.cpu()
+        share = (tags >= 0) / (tags >= 0).sum(1, keepdim=True).clamp(min=1)     # [B,k]: 1/k
+        recalls = [(hits[..., :k].any(-1) * share).sum(1) for k in tops]    # 3 x [B]
+        sums += torch.stack([weight, losses * weight,
+                             *(recall * weight for recall in recalls)]).sum(1)
+        known, found = tags[tags >= 0], hits[..., :5].any(-1)[tags >= 0].double()
+        for row, value in zip(by_tag, (torch.ones_like(found), found, share[tags >= 0].double())):
+            row.index_add_(0, known, value)
+        bad += batch["bad"]
+    model.train()
+    (count, *sums), by_tag = vit.sum_over_ranks(sums).tolist(), vit.sum_over_ranks(by_tag)
+    bad = data.list_bad(args, bad, "bad_val_samples.txt", "w")
+    if not count:
+        raise UserError(f"none of the {len(bad)} images of --val can be read: the last: "
+                        f"{bad[-1][1]}: {bad[-1][2]}")
+    if rank == 0:
+        write_tags(Path(args.out) / "tags.txt", about, *by_tag[:2].tolist())
+    metrics = {name: value / count for name, value in zip(
+        ("loss", *(f"recall{k}" for k in tops)), sums)}
+    return {**metrics, "entropy": entropy(by_tag[2]), "count": int(count), "bad": len(bad)}
+
+
+def write_tags(path, about, images, found):
+    """tags.txt: the best and the worst recalls, then every tag by its number."""
+    rows = [(tag, count, int(n), hits / n if n else math.nan) for tag, count, n, hits in zip(
+        about["vocabulary"], about["counts"], images, found)]
+    ranked = sorted((row for row in rows if row[2] >= 5), key=lambda row: -row[3])
+    lines = ["# tag, images of --data, images of --val, recall at 5 on them"]
+    for title, part in (("best (of 5 images or more)", ranked[:10]),
+                        ("worst", ranked[:-11:-1]), ("all", rows)):
+        lines += [f"# {title}", *(f"{tag}\t{count}\t{n}\t{recall:.3f}"
+                                  for tag, count, n, recall in part)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    vit.write_aside(path, lambda aside: aside.write_text("\n".join(lines) + "\n"))
+
+
+@torch.no_grad()
+def most_probable(model, pixels, args, device, about, k=5):
+    """The k most probable tags of pictures [B,H,W,C]: [[(tag, probability)]]. On every rank."""
+    model.eval()
+    with vit.autocast(args, device):
+        logits = torch.cat([model(data.normalise(part.to(device)))
+                            for part in pixels.split(args.micro_batch)]).float()    # [B,K]
+    model.train()
+    chances = logits.sigmoid() if args.loss == "bce" else logits.softmax(1)
+    top = chances.topk(min(k, len(about["vocabulary"])))
+    return [[(about["vocabulary"][i], chance) for i, chance in zip(*row)]
+            for row in zip(top.indices.tolist(), top.values.tolist())]
+
+
+def draw_predictions(model, examples, args, device, about, path):
+    """Pictures with their tags and the most probable ones, right ones green, into a PNG."""
+    predicted = most_probable(model, examples["images"], args, device, about)
+    if vit.environment().rank:
+        return
+    side, rows = 112, len(predicted)
+    sheet = Image.new("RGB", (620, rows * (side + 8)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for y, (pixels, tags, best) in enumerate(zip(examples["images"], examples["tags"], predicted)):
+        top, pixels = y * (side + 8) + 4, pixels.numpy()
+        picture = Image.fromarray(pixels[..., :3].squeeze())
+        height, width = pixels.shape[:2]
+        scale = side / max(height, width)
+        sheet.paste(picture.resize((round(width * scale), round(height * scale)), 0), (4, top))
+        true = [about["vocabulary"][i] for i in tags.tolist() if i >= 0]
+        draw.text((side + 16, top), "written: " + ", ".join(true), "black")
+        for line, (tag, chance) in enumerate(best, 1):
+            draw.text((side + 16, top + 18 * line), f"{chance:.2f}  {tag}",
+                      "#108030" if tag in true else "#606060")
+    vit.write_aside(Path(path), lambda aside: sheet.save(aside, "PNG"))
+
+
+def predict(model, args, device, about):
+    """--predict: print the most probable tags of the user's pictures."""
+    config = model.config
+    for name in args.predict:
+        pixels = data.read_picture(name, config, args.max_pixels)
+        best, = most_probable(model, pixels[None], args, device, about)
+        say(f"{name}: " + ", ".join(f"{tag} {chance:.3f}" for tag, chance in best))
+
+
+# ======================================================================================
+# Main
+# ======================================================================================
+
+def main(argv):
+    args, config, told = parse_flags(argv)
+    example = lambda batch: (torch.empty(batch, config.channels, *config.image),)
+    if args.plan:
+        return vit.plan(args, lambda: ViT(config, args.vocabulary_size), example)
+    device, rank, world = vit.start(args)
+    using = bool(args.predict or args.eval_only)
+
+    # ---- data, and the vocabulary, which decides how many outputs the model has
+    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
+    if using:
+        if "vocabulary" not in told:
+            raise UserError(f"{args.init} has no vocabulary: --predict and --eval-only need a file "
+                            "of this stage, as runs/wsp/model.pt")
+        about, args.loss = told, told["config"].get("loss", args.loss)
+        synonyms = dict(told["synonyms"])
+    else:
+        train_data = data.open_data(*args.data, **places)
+        tagged, about = open_tags(args, train_data, places)
+        synonyms = tagged.synonyms
+    if args.vocabulary_only:
+        return show_vocabulary(about)
+    val = None
+    if args.val and not args.predict:
+        val_data = data.Tagged(data.open_data(*args.val, **places), about["vocabulary"], synonyms)
+        if not len(val_data):
+            raise UserError("no image of --val has a tag of the vocabulary, "
+                            f"{' '.join(about['vocabulary'][:8])} …")
+        val = data.Samples(val_data, config.image, config.channels, data.centre_crop,
+                           shuffle=False, max_pixels=args.max_pixels)
+
+    # ---- model: a checkpoint in --out, else --init, else random weights
+    make = lambda: ViT(config, len(about["vocabulary"]))
+    model, wrapped = vit.build(make, args, device)
+    if args.init:
+        same = told.get("vocabulary") == about["vocabulary"]
+        vit.load_weights(model, args.init, renew=() if same else ("head.*",))
+    if args.predict:
+        return predict(model, args, device, about)
+    if args.eval_only:
+        if val is None:
+            raise UserError("--eval-only needs --val: the images to evaluate on")
+        return vit.report(args, evaluate(model, val, args, device, rank, world, about))
+    crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
+    train = data.Samples(tagged, config.image, config.channels, crop, args.seed,
+                         max_pixels=args.max_pixels)
+    steps, micro, accumulate, peak = vit.derive(args, len(tagged), world)
+    words = data.crc(json.dumps([about["vocabulary"], sorted(synonyms.items())]))
+    if not vit.open_run(args, "wsp", {
+            "what --data holds": train_data.fingerprint(),
+            "what --val holds": val and val_data.source.fingerprint(),
+            "vocabulary": f"{len(about['vocabulary'])} tags (CRC {words:08x})"}, model):
+        return
+    shown = val or data.Samples(tagged, config.image, config.channels, data.centre_crop,
+                                shuffle=False, max_pixels=args.max_pixels)
+    spread = np.linspace(0, len(shown.source) - 1, min(8, len(shown.source))).astype(np.int64)
+    examples = next(data.load(shown, [spread], 0, device))
+
+    # ---- optimizer and state
+    groups = vit.decay_groups(model, args.weight_decay, EXEMPT)
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=BETAS, fused=True)
+    half = vit.autocast_dtype(args, device) == torch.float16
+    state = vit.restore(args, model, optimizer, vit.fresh_state(half))
+    data.cut_bad_list(args, state)
+    log = vit.Log(args, device, state["step"], steps, 3 * vit.forward_flops(make, example))
+    eval_every = max(1, steps // 10) if args.eval_every is None else args.eval_every
+    positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
+    batches = data.load(train, positions, args.workers, device)
+    describe = {"config": {**asdict(config), "loss": args.loss}, "stage": "wsp",
+                "vocabulary": about["vocabulary"], "counts": about["counts"],
+                "synonyms": sorted(synonyms.items())}
+
+    def draw_and_evaluate():
+        draw_predictions(model, examples, args, device, about, Path(args.out) / "predictions.png")
+        return evaluate(model, val, args, device, rank, world, about) if val else {}
+
+    # ---- loop
+    while state["step"] < steps:
+        if eval_every and state["step"] and state["step"] % eval_every == 0:
+            log.evaluated(draw_and_evaluate())
+        lr = vit.learning_rate(state["step"], steps, peak, args.warmup * steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss, bad = torch.zeros((), device=device), []
+        for part in range(accumulate):
+            batch = log.wait(batches)
+            bad += batch["bad"]
+            position = batch["position"].to(device, non_blocking=True)      # [B]
+            tags = batch["tags"].to(device, non_blocking=True)              # [B,k]
+            images = batch["images"].to(device, non_blocking=True)          # [B,H,W,C]
+            images = data.flip(images, data.uniform(args.seed, position, "flip", 1))
+            images, keep = data.normalise(images), None                     # [B,C,H,W]
+            if args.drop_path:
+                numbers = data.uniform(args.seed, position, "drop path", 2 * config.depth)
+                keep = vit.drop_path(numbers.reshape(len(images), -1, 2), args.drop_path)
+            with vit.accumulating(wrapped, last=part == accumulate - 1):
+                with vit.autocast(args, device):
+                    logits = wrapped(images, keep)                          # [B,K]
+                part_loss = tag_losses(logits, tags, args.loss).mean() / accumulate
+                (part_loss * state["scale"]).backward()
+            loss += part_loss.detach()
+        norm = vit.clip_gradients(model, args.clip_grad, state["scale"])
+        loss, norm, stop, due, found = vit.agree(
+            (loss / world, norm / world), (vit.asked_to_stop(), log.save_due(), len(bad)))
+        finite = math.isfinite(norm)
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        vit.note_step(state, finite, args.batch)
+        if found:
+            data.note_bad(bad, args, state)
+        log.step(state["step"], {"loss": loss, "entropy": about["entropy"], "lr": lr,
+                                 "grad_norm": norm, "bad_samples": state["bad_samples"]})
+
+        done = state["step"] == steps
+        # Before an evaluation too: what interrupts it costs no step.
+        if stop or due or done or eval_every and state["step"] % eval_every == 0:
+            vit.save(args, model, optimizer, state,
+                     {**describe, "samples": state["step"] * args.batch})
+            log.saved()
+        if stop and not done:
+            return say(f"stopped after step {state['step']} of {steps}; the same command goes on")
+
+    # ---- end
+    metrics = draw_and_evaluate()
+    log.evaluated(metrics)
+    vit.report(args, {**metrics, "samples": steps * args.batch})
+    vit.finish(args)
+
+
+if __name__ == "__main__":
+    vit.run(main)
