@@ -1915,7 +1915,7 @@ def test_evening_path_is_short():
     evening = len((HERE / "vit.py").read_text().split("# Part 2:")[0].splitlines())
     for stage in ("mae.py", "wsp.py"):
         evening += len((HERE / stage).read_text().splitlines())
-    assert evening < 1270, evening      # of the 1,500 lines that all stages may take
+    assert evening < 1290, evening      # of the 1,500 lines that all stages may take
 
 
 # ======================================================================================
