@@ -54,7 +54,8 @@ from tqdm import tqdm
 
 from vit import (
     RankError, UserError, cpu_cores, environment, from_all_ranks, joined, on_rank_0, positive,
-    read_json, run, say, sum_over_ranks, write_aside)
+    read_json, run, say, sum_over_ranks, to_rank_0,
+    write_aside)
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -1334,8 +1335,8 @@ def my_chunks(source, what):
 
 
 def count_tags(source, synonyms):
-    """On how many images each canonical tag is: a Counter, over all ranks."""
-    table, counts = {}, Counter()
+    """On how many images each canonical tag is: a Counter, on rank 0; None on the others."""
+    table, counts, total = {}, Counter(), Counter()
 
     def number(tag):
         tag = canonical(tag)
@@ -1345,7 +1346,10 @@ def count_tags(source, synonyms):
         which, images = np.unique(tag_pairs(source, c, number)[1], return_counts=True)
         counts.update(dict(zip(which.tolist(), images.tolist())))
     mine = {tag: counts[i] for tag, i in table.items()}
-    return sum(map(Counter, from_all_ranks(mine)), Counter())
+    parts = to_rank_0(mine)         # only there: rare tags may be many millions
+    for part in parts or ():
+        total.update(part)
+    return parts and total
 
 
 class Tagged:

@@ -467,7 +467,8 @@ def add_model_flags(add):
     add("--channels", type=int, choices=(1, 3, 4), help="grey, colour, colour and alpha; default 3")
     add("--data", nargs="+", default=["world"], metavar="SPEC",
         help="images to train on: world, world:COUNT, a folder, .tar shards ('x-{000..127}.tar', "
-        "'dir/*.tar'), a .jsonl or .csv; several are joined; default world")
+        "'dir/*.tar'), a .jsonl or .csv; several are joined; default world (stage 2: 100,000 of "
+        "it, since tags are counted first)")
     add("--val", nargs="+", metavar="SPEC",
         help="images to evaluate on; default world-val where --data is the world, else none")
     add("--index-dir", metavar="DIR", help="where indexes of shards are kept; default: beside the "
@@ -660,6 +661,15 @@ def from_all_ranks(value):
     values = [value] * joined()[1]
     if dist.is_initialized():
         dist.all_gather_object(values, value, group=hosts)
+    return values
+
+
+def to_rank_0(value):
+    """Every rank's value, in a list, on rank 0; None on the others."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * joined()[1] if joined()[0] == 0 else None
+    dist.gather_object(value, values, group=hosts)
     return values
 
 

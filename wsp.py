@@ -175,8 +175,9 @@ def rule(args, about):
 
 def count_and_resample(args, source, synonyms):
     """The work of open_tags: {"sums" of the chunks, "about": the rest, as JSON}."""
-    pairs = choose_vocabulary(data.count_tags(source, synonyms), args.min_count,
-                              args.vocabulary_size)
+    counted = data.count_tags(source, synonyms)
+    pairs = vit.on_rank_0(
+        lambda: choose_vocabulary(counted, args.min_count, args.vocabulary_size))
     vocabulary, counts = map(list, zip(*pairs))
     K, about = len(counts), {"vocabulary": vocabulary, "counts": counts, "scale": 0.0}
     once = data.Tagged(source, vocabulary, synonyms, sums=source.chunks)
