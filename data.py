@@ -54,8 +54,7 @@ from tqdm import tqdm
 
 from vit import (
     RankError, UserError, cpu_cores, environment, from_all_ranks, joined, on_rank_0, positive,
-    read_json, run, say, sum_over_ranks, to_rank_0,
-    write_aside)
+    read_json, run, say, sum_over_ranks, to_rank_0, write_aside)
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -1306,14 +1305,15 @@ def read_synonyms(path):
         alias, tag = words
         if alias != tag and meaning.setdefault(alias, tag) != tag:
             raise UserError(f"{path}, line {number}: {alias} means {meaning[alias]} and {tag}")
+    final = {}
     for alias in meaning:
-        path_of, at = [alias], meaning[alias]
-        while at in meaning:
-            path_of.append(at)
-            if (at := meaning[at]) in path_of:
-                raise UserError(f"{path}: a cycle: {' → '.join([*path_of, at])}")
-    final = lambda tag: final(meaning[tag]) if tag in meaning else tag
-    return {alias: final(tag) for alias, tag in meaning.items()}
+        chain, tag = [alias], meaning[alias]
+        while tag in meaning:
+            chain.append(tag)
+            if (tag := meaning[tag]) in chain:
+                raise UserError(f"{path}: a cycle: {' → '.join([*chain, tag])}")
+        final[alias] = tag
+    return final
 
 
 def tag_pairs(source, c, number):
@@ -1325,6 +1325,12 @@ def tag_pairs(source, c, number):
     rows = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
     pairs = np.unique((rows << 32 | numbers)[numbers >= 0])
     return pairs >> 32, pairs & 0xFFFFFFFF
+
+
+def rarest_tags(rows, numbers):
+    """Of tag_pairs, the last of each row: (row, number), since numbers rise as counts fall."""
+    last = np.diff(rows, append=-1) != 0
+    return rows[last], numbers[last]
 
 
 def my_chunks(source, what):
@@ -1381,9 +1387,7 @@ class Tagged:
         own probability, by a hash of the sample, in every epoch alike."""
         rows, numbers = tag_pairs(self.source, c, self.number_of)
         times = np.zeros(int(self.source.chunks[c]), np.int64)
-        # The rarest tag of an image: numbers rise as counts fall.
-        first = np.flatnonzero(np.diff(rows, prepend=-1))
-        rows, rarest = rows[first], np.maximum.reduceat(numbers, first) if len(first) else numbers
+        rows, rarest = rarest_tags(rows, numbers)
         times[rows] = 1
         if self.repeats:
             chance = uniform(0, self.starts[c] + rows, "repeat", 1)[:, 0]

@@ -184,8 +184,8 @@ def count_and_resample(args, source, synonyms):
     rarest, lengths = torch.zeros(2, max(K, 65), dtype=torch.float64)
     for c in data.my_chunks(source, "rarest tags"):
         rows, numbers = data.tag_pairs(source, c, once.number_of)
-        last = np.diff(rows, append=-1) != 0        # pairs are sorted: an image's rarest tag
-        rarest += torch.from_numpy(np.bincount(numbers[last], minlength=len(rarest)))
+        _, ends = data.rarest_tags(rows, numbers)
+        rarest += torch.from_numpy(np.bincount(ends, minlength=len(rarest)))
         most = np.bincount(rows, minlength=1).clip(max=64)
         lengths += torch.from_numpy(np.bincount(most, minlength=len(rarest)))
     rarest, lengths = vit.sum_over_ranks(torch.stack([rarest, lengths])).numpy()
@@ -345,36 +345,40 @@ def predict(model, args, device, about):
 # Main
 # ======================================================================================
 
-def main(argv):
-    args, config, told = parse_flags(argv)
-    example = lambda batch: (torch.empty(batch, config.channels, *config.image),)
-    if args.plan:
-        return vit.plan(args, lambda: ViT(config, args.vocabulary_size), example)
-    device, rank, world = vit.start(args)
-    using = bool(args.predict or args.eval_only)
-
-    # ---- data, and the vocabulary, which decides how many outputs the model has
-    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
-    if using:
+def open_all(args, config, told):
+    """The data with their tags: (--data as data.Tagged, --val as data.Samples, what is known of
+    the tags); None for what is not needed. A trained model brings its vocabulary."""
+    places, tagged = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}, None
+    if args.predict or args.eval_only:
         if "vocabulary" not in told:
             raise UserError(f"{args.init} has no vocabulary: --predict and --eval-only need a file "
                             "of this stage, as runs/wsp/model.pt")
         about, args.loss = told, told["config"].get("loss", args.loss)
         synonyms = dict(told["synonyms"])
     else:
-        train_data = data.open_data(*args.data, **places)
-        tagged, about = open_tags(args, train_data, places)
+        tagged, about = open_tags(args, data.open_data(*args.data, **places), places)
         synonyms = tagged.synonyms
+    if not args.val or args.predict or args.vocabulary_only:
+        return tagged, None, about
+    val = data.Tagged(data.open_data(*args.val, **places), about["vocabulary"], synonyms)
+    if not len(val):
+        raise UserError("no image of --val has a tag of the vocabulary, "
+                        f"{' '.join(about['vocabulary'][:8])} …")
+    return tagged, data.Samples(val, config.image, config.channels, data.centre_crop,
+                                shuffle=False, max_pixels=args.max_pixels), about
+
+
+def main(argv):
+    args, config, told = parse_flags(argv)
+    example = lambda batch: (torch.empty(batch, config.channels, *config.image),)
+    if args.plan:
+        return vit.plan(args, lambda: ViT(config, args.vocabulary_size), example)
+    device, rank, world = vit.start(args)
+
+    # ---- data, and the vocabulary, which decides how many outputs the model has
+    tagged, val, about = open_all(args, config, told)
     if args.vocabulary_only:
         return show_vocabulary(about)
-    val = None
-    if args.val and not args.predict:
-        val_data = data.Tagged(data.open_data(*args.val, **places), about["vocabulary"], synonyms)
-        if not len(val_data):
-            raise UserError("no image of --val has a tag of the vocabulary, "
-                            f"{' '.join(about['vocabulary'][:8])} …")
-        val = data.Samples(val_data, config.image, config.channels, data.centre_crop,
-                           shuffle=False, max_pixels=args.max_pixels)
 
     # ---- model: a checkpoint in --out, else --init, else random weights
     make = lambda: ViT(config, len(about["vocabulary"]))
@@ -392,10 +396,11 @@ def main(argv):
     train = data.Samples(tagged, config.image, config.channels, crop, args.seed,
                          max_pixels=args.max_pixels)
     steps, micro, accumulate, peak = vit.derive(args, len(tagged), world)
-    words = data.crc(json.dumps([about["vocabulary"], sorted(synonyms.items())]))
+    synonyms = sorted(tagged.synonyms.items())
+    words = data.crc(json.dumps([about["vocabulary"], synonyms]))
     if not vit.open_run(args, "wsp", {
-            "what --data holds": train_data.fingerprint(),
-            "what --val holds": val and val_data.source.fingerprint(),
+            "what --data holds": tagged.source.fingerprint(),
+            "what --val holds": val and val.source.source.fingerprint(),
             "vocabulary": f"{len(about['vocabulary'])} tags (CRC {words:08x})"}, model):
         return
     shown = val or data.Samples(tagged, config.image, config.channels, data.centre_crop,
@@ -415,7 +420,7 @@ def main(argv):
     batches = data.load(train, positions, args.workers, device)
     describe = {"config": {**asdict(config), "loss": args.loss}, "stage": "wsp",
                 "vocabulary": about["vocabulary"], "counts": about["counts"],
-                "synonyms": sorted(synonyms.items())}
+                "synonyms": synonyms}
 
     def draw_and_evaluate():
         draw_predictions(model, examples, args, device, about, Path(args.out) / "predictions.png")
