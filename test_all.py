@@ -2015,6 +2015,15 @@ def test_images_of_rare_tags_are_shown_more_often():
     assert (once == 1).all()
 
 
+def test_an_image_has_each_of_its_tags_once():
+    source = data.open_data(tagged_photos()[0])
+    tagged = data.Tagged(source, ["cat", "dog", "nice", "rare"], {"dogs": "dog"})
+    assert [tagged.open(i)["tag_numbers"] for i in (0, 1, 5, 6)] == [[1, 2], [0], [0, 3],
+                                                                     [1, 2, 3]]
+    batch = data.Samples(tagged, (32, 32), 3, data.centre_crop, shuffle=False).__getitems__([0, 1])
+    assert batch["tags"].tolist() == [[1, 2], [0, -1]] and len(tagged) == 18
+
+
 def test_many_shards_are_counted_together():
     root = folder()
     for shard in range(5):
@@ -2130,6 +2139,12 @@ def test_both_arms_of_stage_2_share_every_value():
     assert "unused: mask_token, decoder_" in said and "new: head.*" in said
     assert torch.equal(weights["pos_embed"], scratch_weights["pos_embed"])
     assert close(losses[0], math.log(4)) and not weights["head.weight"].any()
+    _, other, _ = train(folder() / "run", *flags, "--steps", 2, "--lr", 0.1, "--weight-decay", 1,
+                        stage=wsp)
+    _, third, _ = train(folder() / "run", *flags, "--steps", 2, "--lr", 0.1, "--weight-decay", 0,
+                        stage=wsp)
+    moved = {name for name in other if not torch.equal(other[name], third[name])}
+    assert "blocks.0.mlp.fc1.weight" in moved and not moved & {"pos_embed", "cls_token"}
     mae_weights = torch.load(first, weights_only=True)["model"]
     assert torch.equal(weights["blocks.3.attn.qkv.weight"], mae_weights["blocks.3.attn.qkv.weight"])
     _, _, said = train(folder() / "run", *flags, "--init", tagging()[0] / "model.pt", stage=wsp)
