@@ -48,7 +48,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -629,7 +629,7 @@ def list_folder(root):
 # Shards and manifests: indexed once, then any sample is read by seek
 # --------------------------------------------------------------------------------------
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 MOST_TEXT = 1 << 20     # bytes of a .json, .txt or .cls; what is larger is not read
 MOST_IMAGE = 1 << 30    # bytes of an encoded image; what is larger is bad
 RECORD = 20 * 512       # a tar's length is a multiple of this, by custom
@@ -823,7 +823,9 @@ def name_of(label):
 
 
 def label_of(file, header, places, i, left_out):
-    """What sample i says of itself: (name of its label or None, tags)."""
+    """What sample i says of itself: (name of its label or None, tags).
+
+    Several labels, a list, count as tags: stage 3 takes them as an image's classes."""
     label, tags = None, []
     for part in ("json", "cls", "txt"):
         offset, size = places[part][i].tolist()
@@ -840,9 +842,11 @@ def label_of(file, header, places, i, left_out):
                 tags = HASHTAG.findall(text.decode("utf-8", "replace"))
             else:
                 record = read_record(text, header)
-                label = name_of(record.get("label"))
+                several = isinstance(record.get("label"), list)
+                label = None if several else name_of(record.get("label"))
                 problem = "records whose tags are no words"
-                tags = tags_of(record)
+                tags = tags_of({"tags": [name_of(one) for one in record["label"]]} if several
+                               else record)
         except RECORD_ERRORS:
             left_out[problem] += 1
     return label, tags
@@ -1126,19 +1130,31 @@ def open_shards(paths, index_dir, fallback):
 # From specs to one source
 # --------------------------------------------------------------------------------------
 
-def chunk_tags(source, c):
-    """The tags of a chunk's samples: (different ones, int32 codes into them, for each sample where
-    its codes end)."""
+def chunk_names(source, c, what):
+    """The tags ("tags") or classes ("label") of a chunk's samples as they are written: (different
+    ones, int32 codes into them, for each sample where its codes end)."""
     if isinstance(source, Shards) and source.tars:
         shard = source.shard(c)
-        return ([source.text(shard, "tag_names", i) for i in range(len(shard["tag_names_ends"]))],
-                shard["tags"], shard["tag_ends"])
+        column = "tag_names" if what == "tags" else "label_names"
+        names = [source.text(shard, column, i) for i in range(len(shard[f"{column}_ends"]))]
+        if what == "tags":
+            return names, shard["tags"], shard["tag_ends"]
+        labels = np.asarray(shard["labels"])
+        return names, labels[labels >= 0], np.cumsum(labels >= 0)
     table, codes, ends = {}, [], []
     last = int(np.sum(source.chunks[:c + 1]))
     for i in range(last - int(source.chunks[c]), last):
-        codes += [table.setdefault(tag, len(table)) for tag in source.about(i).get("tags", ())]
+        for name in names_of(source, source.about(i), what):
+            codes.append(table.setdefault(name, len(table)))
         ends.append(len(codes))
     return list(table), np.array(codes, np.int32), np.array(ends, np.int64)
+
+
+def names_of(source, about, what):
+    """The tags or classes of one sample, as they are written."""
+    if what == "tags":
+        return about.get("tags", [])
+    return [source.classes[about["label"]]] if "label" in about else []
 
 
 class Joined:
@@ -1167,10 +1183,10 @@ class Joined:
         return (self.sources[which], int(i) - (int(self.ends[which - 1]) if which else 0),
                 self.labels[which])
 
-    def chunk_tags(self, c):
+    def chunk_names(self, c, what):
         for source in self.sources:
             if c < len(source.chunks):
-                return chunk_tags(source, c)
+                return chunk_names(source, c, what)
             c -= len(source.chunks)
 
     def about(self, i):
@@ -1316,11 +1332,11 @@ def read_synonyms(path):
     return final
 
 
-def tag_pairs(source, c, number):
+def tag_pairs(source, c, number, what="tags"):
     """Which samples of a chunk have which tags: (row, number of the tag) [m], each pair once.
 
     `number(tag)` of a tag as it was written is its number, -1 for one that does not count."""
-    tags, codes, ends = source.chunk_tags(c)
+    tags, codes, ends = source.chunk_names(c, what)
     numbers = np.array([number(tag) for tag in tags] or [-1], np.int64)[codes]
     rows = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
     pairs = np.unique((rows << 32 | numbers)[numbers >= 0])
@@ -1358,34 +1374,41 @@ def count_tags(source, synonyms):
     return parts and total
 
 
+def tag_numbers(tag, number, synonyms):
+    """The numbers of a tag as it was written, in a vocabulary {canonical tag: number}: one or none.
+
+    What Tagged takes in stage 2, with the last two arguments filled in."""
+    tag = canonical(tag)
+    return [number[tag]] if (tag := synonyms.get(tag, tag)) in number else []
+
+
 class Tagged:
     """The images of a source that have known tags, those with rare ones several times: a source.
 
-    `vocabulary` is in the order of falling frequency; repeats(numbers) is how often, on average, an
-    image is shown whose rarest tag has that number; None: once. It is what Order permutes, so that
-    resampling too is a pure function of the position: memory holds the `sums` of the chunks, and
-    the images of those chunks that were used last."""
+    numbers(tag) lists the numbers of a tag as it was written; stage 3 asks it the same of an
+    image's class (what="label"). repeats(numbers) is how often, on average, an image is shown whose
+    rarest tag has that number; None: once. It is what Order permutes, so that resampling too is a
+    pure function of the position: memory holds the `sums` of the chunks, and the images of those
+    chunks that were used last."""
 
-    def __init__(self, source, vocabulary, synonyms, repeats=None, sums=None):
-        self.source, self.synonyms, self.repeats = source, synonyms, repeats
-        self.number = {tag: i for i, tag in enumerate(vocabulary)}
+    def __init__(self, source, numbers, repeats=None, sums=None, what="tags"):
+        self.source, self.numbers, self.repeats, self.what = source, numbers, repeats, what
         self.starts, self.known = np.cumsum(source.chunks) - source.chunks, OrderedDict()
         if sums is None:
             sums = torch.zeros(len(source.chunks), dtype=torch.int64)
-            for c in my_chunks(source, "resampling"):
+            for c in my_chunks(source, "tagged images"):
                 sums[c] = int(self.stands(c)[-1:].sum())
             sums = sum_over_ranks(sums).numpy()
         self.chunks, self.ends = sums, np.cumsum(sums)
 
     def number_of(self, tag):
-        """The number of a tag as it was written; -1 for one that is not in the vocabulary."""
-        tag = canonical(tag)
-        return self.number.get(self.synonyms.get(tag, tag), -1)
+        """The number by which a tag as it was written is counted; -1 for an unknown one."""
+        return (self.numbers(tag) or [-1])[0]
 
     def times(self, c):
         """How often each sample of a chunk is shown: int64 [n]. A fraction is rounded up with its
         own probability, by a hash of the sample, in every epoch alike."""
-        rows, numbers = tag_pairs(self.source, c, self.number_of)
+        rows, numbers = tag_pairs(self.source, c, self.number_of, self.what)
         times = np.zeros(int(self.source.chunks[c]), np.int64)
         rows, rarest = rarest_tags(rows, numbers)
         times[rows] = 1
@@ -1417,8 +1440,8 @@ class Tagged:
 
     def open(self, i):
         sample = self.source.open(self.find(i))
-        numbers = {self.number_of(tag) for tag in sample.get("tags", ())} - {-1}
-        return {**sample, "tag_numbers": sorted(numbers)}
+        names = names_of(self.source, sample, self.what)
+        return {**sample, "numbers": sorted({n for name in names for n in self.numbers(name) or ()})}
 
 
 # ======================================================================================
@@ -1453,6 +1476,11 @@ def centre_crop(width, height, numbers, size, share=224 / 256):
     shape = size[1] / size[0]
     w, h = share * min(width, height * shape), share * min(height, width / shape)
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+
+
+def whole(width, height, numbers, size):
+    """The box of the whole image: squashed, where its aspect is not the output's."""
+    return 0, 0, width, height
 
 
 def with_channels(image, channels):
@@ -1503,12 +1531,12 @@ def read_pixels(image, choose_box, size, channels=3, max_pixels=178_956_970):
     return np.asarray(pixels).reshape(H, W, channels)
 
 
-def read_picture(name, config, max_pixels):
-    """A user's picture, as much as fits a model's Config: a tensor [H,W,C]. Raises UserError."""
+def read_picture(name, config, max_pixels, choose_box=functools.partial(centre_crop, share=1)):
+    """A user's picture at the size of a model's Config, a tensor [H,W,C]; without a `choose_box`,
+    as much of it as fits. Raises UserError."""
     try:
-        return torch.tensor(read_pixels(
-            name, lambda w, h: centre_crop(w, h, None, config.image, share=1), config.image,
-            config.channels, max_pixels))
+        return torch.tensor(read_pixels(name, lambda w, h: choose_box(w, h, None, config.image),
+                                        config.image, config.channels, max_pixels))
     except (OSError, ValueError) as error:
         raise UserError(f"--predict {name} cannot be read: {error}") from error
 
@@ -1516,14 +1544,15 @@ def read_picture(name, config, max_pixels):
 class Samples(Dataset):
     """What stands at given positions: positions [B] to a batch of pixels.
 
-    `choose_box(width, height, numbers, size)` is the crop. In training the order is shuffled and an
+    `choose_box(width, height, numbers, size)` is the crop; augment(pixels [H,W,C], seed, position)
+    changes what was cropped. In training the order is shuffled and an
     image that cannot be read is replaced, by one that depends on the position alone; in validation
     (shuffle=False) it has weight 0, as have positions past the end, which fill up batches."""
 
     def __init__(self, source, size, channels, choose_box, seed=0, shuffle=True,
-                 max_pixels=178_956_970):
+                 max_pixels=178_956_970, augment=None):
         self.source, self.size, self.channels, self.choose_box = source, size, channels, choose_box
-        self.seed, self.max_pixels = seed, max_pixels
+        self.seed, self.max_pixels, self.augment = seed, max_pixels, augment
         self.order = Order(source.chunks, seed) if shuffle else None
 
     def candidates(self, position, i):
@@ -1534,7 +1563,7 @@ class Samples(Dataset):
 
     def __getitems__(self, positions):
         """Returns {"images": uint8 [B,H,W,C], "position": int64 [B], "label": int64 [B] (-1: none),
-        "tags": int64 [B,k] (a source's "tag_numbers", filled up with -1), "weight": float32 [B],
+        "tags": int64 [B,k] (the "numbers" of Tagged, filled up with -1), "weight": float32 [B],
         "bad": [(position, where, why)]}."""
         positions = np.asarray(positions, dtype=np.int64)
         count = len(self.source)
@@ -1549,10 +1578,12 @@ class Samples(Dataset):
             for i in self.candidates(position, i):
                 try:
                     sample = self.source.open(i)
-                    images[row] = read_pixels(
+                    pixels = read_pixels(
                         sample["image"], functools.partial(self.choose_box, numbers=numbers[row],
                                                            size=self.size),
                         self.size, self.channels, self.max_pixels)
+                    images[row] = (self.augment(pixels, self.seed, position) if self.augment
+                                   else pixels)
                 except UserError as error:      # a shard is gone or changed: nothing to replace
                     return {"fault": str(error)}
                 except Exception as error:      # what decoders raise on damage has no common class
@@ -1560,7 +1591,7 @@ class Samples(Dataset):
                     bad.append((position, self.source.about(i)["where"], why))
                     continue
                 labels[row], weights[row] = sample.get("label", -1), 1
-                tags[row] = sample.get("tag_numbers", [])
+                tags[row] = sample.get("numbers", [])
                 break
         most = max(map(len, tags), default=0)
         tags = [some + [-1] * (most - len(some)) for some in tags]
@@ -1617,6 +1648,35 @@ def load(samples, positions, workers, device):
         yield batch
 
 
+def unshuffled(source, args, config, choose_box=centre_crop):
+    """The images of a source one after another, for an evaluation."""
+    return Samples(source, config.image, config.channels, choose_box, shuffle=False,
+                   max_pixels=args.max_pixels)
+
+
+def examples(samples, device, count=8):
+    """A batch of pictures from all over a source, to be shown."""
+    last = len(samples.source) - 1
+    spread = np.linspace(0, last, min(count, last + 1)).astype(np.int64)
+    return next(load(samples, [spread], 0, device))
+
+
+def validate(val, args, device, rank, world):
+    """Every image of --val once, whatever the ranks: yields (images [B,C,H,W], normalised; batch).
+
+    Those that cannot be read have no weight; at the end they are listed in
+    OUT/bad_val_samples.txt. Raises UserError where none can be read."""
+    seen, bad = torch.zeros(1), []
+    positions = validation_positions(len(val.source), args.micro_batch, rank, world)
+    for batch in load(val, positions, args.workers, device):
+        seen, bad = seen + batch["weight"].sum(), bad + batch["bad"]
+        yield normalise(batch["images"].to(device)), batch
+    bad = list_bad(args, bad, "bad_val_samples.txt", "w")
+    if not sum_over_ranks(seen):
+        raise UserError(f"none of the {len(bad)} images of --val can be read: the last: "
+                        f"{bad[-1][1]}: {bad[-1][2]}")
+
+
 def flip(images, numbers):
     """Mirror those of images [B,H,W,C] whose number [B,1] is below a half."""
     return torch.where(numbers[..., None, None] < 0.5, images.flip(2), images)
@@ -1643,6 +1703,24 @@ def denormalise(images):
     mean, std = statistics(images.shape[1], images.device)
     pixels = ((images.float() * std + mean) * 255).round().clamp(0, 255)
     return pixels.to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def draw_predictions(path, pixels, right, predicted):
+    """Draw pictures [B,H,W,C] with the names that are right, [[name]], and those that a model
+    thinks most probable, [[(name, probability)]], right ones green, into a PNG. For rank 0."""
+    side = 112
+    sheet = Image.new("RGB", (620, len(pixels) * (side + 8)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (image, names, best) in enumerate(zip(pixels.numpy(), right, predicted)):
+        top, picture = row * (side + 8) + 4, Image.fromarray(image[..., :3].squeeze())
+        scale = side / max(picture.size)
+        picture = picture.resize([round(length * scale) for length in picture.size], 0)
+        sheet.paste(picture, (4, top))
+        draw.text((side + 16, top), "true: " + ", ".join(names), "black")
+        for line, (name, chance) in enumerate(best, 1):
+            draw.text((side + 16, top + 18 * line), f"{chance:.2f}  {name}",
+                      "#108030" if name in names else "#606060")
+    write_aside(Path(path), lambda aside: sheet.save(aside, "PNG"))
 
 
 def list_bad(args, bad, name, mode):
@@ -1724,11 +1802,6 @@ def info(args):
               f"once; head: {' '.join(f'{tag} ({n})' for tag, n in counted[:8])}; tail: "
               f"{' '.join(f'{tag} ({n})' for tag, n in counted[-4:])}")
     print(json.dumps(result))
-
-
-def whole(width, height, numbers, size):
-    """The box of the whole image."""
-    return 0, 0, width, height
 
 
 def verify(args):

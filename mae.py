@@ -33,8 +33,7 @@ import vit
 from vit import (
     Block, LayerNorm, PatchEmbed, UserError, patchify, run_blocks, say, take, unpatchify)
 
-RECIPES = {
-    #        decoder width, depth, heads; batch; length; base lr
+RECIPES = vit.table("decoder_width decoder_depth decoder_heads batch length base_lr", {
     "nano":  (96,   2,    4,        32,  {"samples": 72e3},  0.012),    # ours, for a classroom
     "tiny":  (192,  4,    6,       256,  {"samples": 2e6},   6e-4),     # ours
     "small": (256,  4,    8,      1024,  {"epochs": 100},    3e-4),     # ours
@@ -43,7 +42,7 @@ RECIPES = {
     "huge":  (512,  8,   16,      4096,  {"epochs": 1},      1.5e-4),   # MAE
     "2b":    (512,  8,   16,      4096,  {"epochs": 1},      1.5e-4),   # decoder not published:
     "6.5b":  (512,  8,   16,      4096,  {"epochs": 1},      1.5e-4),   # MAE's
-}
+})
 # AdamW's betas and weight decay, no clipping: MAE. Warmup of 5%: not published for one epoch, ours.
 BETAS, COMMON = (0.9, 0.95), {"weight_decay": 0.05, "clip_grad": 0.0, "warmup": 0.05}
 
@@ -53,15 +52,7 @@ OWN = ("decoder_width", "decoder_depth", "decoder_heads", "norm_pix", "mask_rati
 
 def parse_flags(argv):
     """All flags, with the recipe filled in: (args, Config, what --init's file says of itself)."""
-    parser = argparse.ArgumentParser(
-        prog="mae.py", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="defaults by model (sources: RECIPES in mae.py):\n" + "".join(
-            f"  {name:6} decoder {w} wide, {d} deep, {h} heads; --batch {batch} "
-            f"{' '.join(f'--{unit} {n:g}' for unit, n in length.items())} --base-lr {lr:g}\n"
-            for name, (w, d, h, batch, length, lr) in RECIPES.items()) + "  all    "
-        + " ".join(f"--{flag.replace('_', '-')} {value:g}" for flag, value in COMMON.items()))
-    vit.add_run_flags(parser)
+    parser = vit.stage_parser("mae.py", __doc__, {**RECIPES, "all": COMMON})
     add = parser.add_argument_group("masked autoencoder").add_argument
     add("--mask-ratio", type=float, metavar="SHARE",
         help="of patches that are hidden, from 0 to below 1; default 0.75 (MAE)")
@@ -70,17 +61,9 @@ def parse_flags(argv):
     for part in ("width", "depth", "heads"):
         add(f"--decoder-{part}", type=vit.positive, help="default by model, below")
     args = parser.parse_args(argv)
-    if (args.predict or args.eval_only) and not args.init:
-        raise UserError("--predict and --eval-only use a trained model: give its file as --init")
-    # A training run's pictures and numbers are not overwritten by a use of it.
-    args.out = args.out or ("runs/mae-predict" if args.predict else
-                            "runs/mae-eval" if args.eval_only else "runs/mae")
-
-    config, name, about = vit.choose_config(args)
-    width, depth, heads, batch, length, base_lr = RECIPES[name]
-    own = dict(zip(OWN, (width, depth, heads, True, 0.75)))
-    own |= {flag: value for flag, value in about.get("config", {}).items() if flag in OWN}
-    vit.fill_recipe(args, {**own, "batch": batch, **length, "base_lr": base_lr, **COMMON})
+    config, name, about = vit.choose_config(args, "mae")
+    told = {flag: value for flag, value in about.get("config", {}).items() if flag in OWN}
+    vit.fill_recipe(args, {"norm_pix": True, "mask_ratio": 0.75, **RECIPES[name], **COMMON, **told})
     if not 0 <= args.mask_ratio < 1:
         raise UserError(f"--mask-ratio is from 0 to below 1; found {args.mask_ratio}")
     if args.decoder_width % args.decoder_heads or args.decoder_width % 4:
@@ -211,25 +194,15 @@ class MAE(nn.Module):
 def evaluate(model, val, args, device, rank, world):
     """Mean loss over a source, every image once, whatever the ranks: {"loss", "count", "bad"}.
 
-    Central crops, and a mask that depends on the image's number alone. Images that cannot be read
-    have no weight, and are listed in OUT/bad_val_samples.txt."""
-    sums, bad = torch.zeros(2, dtype=torch.float64), []
-    positions = data.validation_positions(len(val.source), args.micro_batch, rank, world)
-    model.eval()
-    for batch in data.load(val, positions, args.workers, device):
-        images = data.normalise(batch["images"].to(device))
+    Central crops, and a mask that depends on the image's number alone."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for images, batch in data.validate(val, args, device, rank, world):
         noise = data.uniform(args.seed, batch["position"].to(device), "val", model.config.patches)
         with vit.autocast(args, device):
-            losses = model.losses(images, noise).cpu().double()
+            losses = model.losses(images, noise).cpu().double()             # [B]
         sums += torch.stack([(losses * batch["weight"]).sum(), batch["weight"].sum().double()])
-        bad += batch["bad"]
-    model.train()
     total, count = vit.sum_over_ranks(sums).tolist()
-    bad = data.list_bad(args, bad, "bad_val_samples.txt", "w")
-    if not count:
-        raise UserError(f"none of the {len(bad)} images of --val can be read: the last: "
-                        f"{bad[-1][1]}: {bad[-1][2]}")
-    return {"loss": total / count, "count": int(count), "bad": len(bad)}
+    return {"loss": total / count, "count": int(count), "bad": len(val.source) - int(count)}
 
 
 @torch.no_grad()
@@ -308,8 +281,7 @@ def main(argv):
     # ---- data
     places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
     val_data = data.open_data(*args.val, **places) if args.val else None
-    val = val_data and data.Samples(val_data, config.image, config.channels, data.centre_crop,
-                                    shuffle=False, max_pixels=args.max_pixels)
+    val = val_data and data.unshuffled(val_data, args, config)
     if args.eval_only:
         if val is None:
             raise UserError("--eval-only needs --val: the images to evaluate on")
@@ -326,9 +298,7 @@ def main(argv):
     if not vit.open_run(args, "mae", {"what --data holds": train_data.fingerprint(),
                                       "what --val holds": val and val_data.fingerprint()}, model):
         return
-    shown = val or data.Samples(train_data, config.image, config.channels, data.centre_crop,
-                                shuffle=False, max_pixels=args.max_pixels)
-    examples = next(data.load(shown, [range(min(8, len(shown.source)))], 0, device))
+    examples = data.examples(val or data.unshuffled(train_data, args, config), device)
 
     # ---- optimizer and state
     optimizer = torch.optim.AdamW(vit.decay_groups(model, args.weight_decay), lr=peak, betas=BETAS,

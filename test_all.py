@@ -2017,8 +2017,8 @@ def test_images_of_rare_tags_are_shown_more_often():
 
 def test_an_image_has_each_of_its_tags_once():
     source = data.open_data(tagged_photos()[0])
-    tagged = data.Tagged(source, ["cat", "dog", "nice", "rare"], {"dogs": "dog"})
-    assert [tagged.open(i)["tag_numbers"] for i in (0, 1, 5, 6)] == [[1, 2], [0], [0, 3],
+    tagged = data.Tagged(source, wsp.numbers_in(["cat", "dog", "nice", "rare"], {"dogs": "dog"}))
+    assert [tagged.open(i)["numbers"] for i in (0, 1, 5, 6)] == [[1, 2], [0], [0, 3],
                                                                      [1, 2, 3]]
     batch = data.Samples(tagged, (32, 32), 3, data.centre_crop, shuffle=False).__getitems__([0, 1])
     assert batch["tags"].tolist() == [[1, 2], [0, -1]] and len(tagged) == 18

@@ -450,13 +450,33 @@ def positive(text):
     return int(text)
 
 
-def add_run_flags(parser):
-    """Add the flags that every stage shares. None as a default: the stage's recipe decides."""
+def table(columns, rows):
+    """Rows of a recipe, {name: (value, …)}, as {name: {flag: value}}; a length has its own flag."""
+    recipes = {}
+    for name, values in rows.items():
+        recipes[name] = dict(zip(columns.split(), values))
+        recipes[name] |= recipes[name].pop("length", {})
+    return recipes
+
+
+def stage_parser(program, doc, recipes):
+    """A stage's parser, with the flags that every stage shares; `recipes`, {name: {flag: value}},
+    are their defaults and told at the end of --help."""
+    lines = [f"  {name:6} " + " ".join(f"--{flag.replace('_', '-')} "
+                                       f"{value:g}" if isinstance(value, (int, float)) else
+                                       f"--{flag.replace('_', '-')} {value}"
+                                       for flag, value in recipe.items())
+             for name, recipe in recipes.items()]
+    parser = argparse.ArgumentParser(
+        prog=program, allow_abbrev=False, description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"defaults by model (sources: in {program.split()[0]}):\n" + "\n".join(lines))
     add_model_flags(parser.add_argument_group("model and data").add_argument)
     add_recipe_flags(parser.add_argument_group("recipe (defaults by model: at the end)"))
     add_folder_flags(parser.add_argument_group("run").add_argument)
     add_machine_flags(parser.add_argument_group("machine").add_argument)
     add_plan_flags(parser.add_argument_group("plan").add_argument)
+    return parser
 
 
 def add_model_flags(add):
@@ -748,11 +768,16 @@ def run(main):
 # From flags to numbers
 # --------------------------------------------------------------------------------------
 
-def choose_config(args):
+def choose_config(args, stage):
     """The model of --model or --init, with --image-size, --patch-size and --channels applied.
 
-    Returns (Config, name of the recipe's row, what --init's file says of itself). Raises UserError
-    where they contradict each other."""
+    Also gives --out its default. Returns (Config, name of the recipe's row, what --init's file says
+    of itself). Raises UserError where flags contradict each other."""
+    if (args.predict or args.eval_only) and not args.init:
+        raise UserError("--predict and --eval-only use a trained model: give its file as --init")
+    # A training run's pictures and numbers are not overwritten by a use of it.
+    use = "-predict" if args.predict else "-eval" if args.eval_only else ""
+    args.out = args.out or f"runs/{stage}{use}"
     if args.image_size and len(args.image_size) > 2:
         raise UserError(f"--image-size takes one or two numbers; found {args.image_size}")
     about, name = {}, args.model or "nano"

@@ -17,7 +17,6 @@ Nobody has published the recipe of this stage: what is ours is marked so. The ne
 finetune.py, which starts from runs/wsp/model.pt.
 """
 
-import argparse
 import functools
 import json
 import math
@@ -27,23 +26,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 
 import data
 import vit
 from vit import UserError, ViT, say
 
-RECIPES = {
-    #        batch; length; base lr; smallest crop: not published; base and up: 4e-4 at 8192 (I)
+RECIPES = vit.table("batch length base_lr smallest_crop", {
+    # not published; base and up: 4e-4 at a batch of 8192, the usual values of such runs
     "nano":  (64,   {"samples": 100e3}, 0.004,   0.5),      # ours, for a classroom
     "tiny":  (256,  {"samples": 2e6},   1e-3,    0.35),     # ours
     "small": (1024, {"epochs": 30},     2.5e-4,  0.2),      # ours
-    "base":  (8192, {"epochs": 1},      1.25e-5, 0.08),
+    "base":  (8192, {"epochs": 1},      1.25e-5, 0.08),     # one epoch: paper
     "large": (8192, {"epochs": 1},      1.25e-5, 0.08),
     "huge":  (8192, {"epochs": 1},      1.25e-5, 0.08),
     "2b":    (8192, {"epochs": 1},      1.25e-5, 0.08),
     "6.5b":  (8192, {"epochs": 1},      1.25e-5, 0.08),
-}   # One epoch: paper. All else: not published, the usual values of such runs.
+})
 COMMON = {"weight_decay": 0.1, "clip_grad": 1.0, "warmup": 0.05}
 BETAS = 0.9, 0.999          # not published; AdamW's own
 SHOWN = 5 / 3               # 3 billion images make an epoch of 5 billion (paper)
@@ -52,15 +50,7 @@ EXEMPT = "pos_embed", "cls_token"       # from weight decay, as in MAE's finetun
 
 def parse_flags(argv):
     """All flags, with the recipe filled in: (args, Config, what --init's file says of itself)."""
-    parser = argparse.ArgumentParser(
-        prog="wsp.py", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="defaults by model (sources: RECIPES in wsp.py):\n" + "".join(
-            f"  {name:6} --batch {batch} {' '.join(f'--{u} {n:g}' for u, n in length.items())} "
-            f"--base-lr {lr:g} --smallest-crop {crop:g}\n"
-            for name, (batch, length, lr, crop) in RECIPES.items()) + "  all    "
-        + " ".join(f"--{flag.replace('_', '-')} {value:g}" for flag, value in COMMON.items()))
-    vit.add_run_flags(parser)
+    parser = vit.stage_parser("wsp.py", __doc__, {**RECIPES, "all": COMMON})
     parser.set_defaults(data=["world:100000"])
     add = parser.add_argument_group("hashtags").add_argument
     add("--synonyms", metavar="FILE", help="lines of: alias, TAB, canonical tag; the paper merges "
@@ -82,14 +72,8 @@ def parse_flags(argv):
     add("--smallest-crop", type=float, metavar="SHARE",
         help="of the image's area that a random crop has; default by model, below")
     args = parser.parse_args(argv)
-    if (args.predict or args.eval_only) and not args.init:
-        raise UserError("--predict and --eval-only use a trained model: give its file as --init")
-    args.out = args.out or ("runs/wsp-predict" if args.predict else
-                            "runs/wsp-eval" if args.eval_only else "runs/wsp")
-    config, name, about = vit.choose_config(args)
-    batch, length, base_lr, crop = RECIPES[name]
-    vit.fill_recipe(args, {"batch": batch, **length, "base_lr": base_lr, "smallest_crop": crop,
-                           **COMMON})
+    config, name, about = vit.choose_config(args, "wsp")
+    vit.fill_recipe(args, {**RECIPES[name], **COMMON})
     for flag, low, value in (("--drop-path", 0, args.drop_path),
                              ("--smallest-crop", 1e-6, args.smallest_crop)):
         if not low <= value <= 1 - (flag == "--drop-path") * 1e-6:
@@ -140,7 +124,7 @@ def solve_scale(counts, rarest, most):
 
 
 def open_tags(args, source, places):
-    """Count the tags of --data and resample it: (Tagged, what is known of the tags).
+    """Count the tags of --data and resample it: (Tagged, what is known of the tags, also synonyms).
 
     What was found is kept beside the indexes of shards: a resumed run starts at once."""
     synonyms = data.read_synonyms(args.synonyms) if args.synonyms else {}
@@ -157,13 +141,20 @@ def open_tags(args, source, places):
             cache.parent.mkdir(parents=True, exist_ok=True)
             data.write_arrays(cache, found)
         vit.on_rank_0(keep)
-    about = json.loads(found["about"].tobytes())
-    tagged = data.Tagged(source, about["vocabulary"], synonyms, rule(args, about), found["sums"])
+    about = {**json.loads(found["about"].tobytes()), "synonyms": sorted(synonyms.items())}
+    numbers = numbers_in(about["vocabulary"], synonyms)
+    tagged = data.Tagged(source, numbers, rule(args, about), found["sums"])
     say(f"{len(about['vocabulary']):,} tags on {about['tagged']:,} of {len(source):,} images, the "
         f"others are left out; an epoch shows {len(tagged):,}"
         + (f" (t is {about['scale']:.4g} images)" if about["scale"] else "")
         + f"; knowing nothing scores {about['entropy']:.4f}")
     return tagged, about
+
+
+def numbers_in(vocabulary, synonyms):
+    """The numbers of a tag as it was written, as data.Tagged takes it."""
+    number = {tag: i for i, tag in enumerate(vocabulary)}
+    return functools.partial(data.tag_numbers, number=number, synonyms=synonyms)
 
 
 def rule(args, about):
@@ -180,7 +171,7 @@ def count_and_resample(args, source, synonyms):
         lambda: choose_vocabulary(counted, args.min_count, args.vocabulary_size))
     vocabulary, counts = map(list, zip(*pairs))
     K, about = len(counts), {"vocabulary": vocabulary, "counts": counts, "scale": 0.0}
-    once = data.Tagged(source, vocabulary, synonyms, sums=source.chunks)
+    once = data.Tagged(source, numbers_in(vocabulary, synonyms), sums=source.chunks)
     rarest, lengths = torch.zeros(2, max(K, 65), dtype=torch.float64)
     for c in data.my_chunks(source, "rarest tags"):
         rows, numbers = data.tag_pairs(source, c, once.number_of)
@@ -191,7 +182,7 @@ def count_and_resample(args, source, synonyms):
     rarest, lengths = vit.sum_over_ranks(torch.stack([rarest, lengths])).numpy()
     if args.resample == "sqrt":
         about["scale"] = solve_scale(np.array(counts, np.float64), rarest[:K], args.max_repeat)
-    tagged = data.Tagged(source, vocabulary, synonyms, rule(args, about))
+    tagged = data.Tagged(source, once.numbers, rule(args, about))
     mass = torch.zeros(K, dtype=torch.float64)
     for c in data.my_chunks(source, "frequencies"):
         rows, numbers = data.tag_pairs(source, c, once.number_of)
@@ -247,16 +238,13 @@ def evaluate(model, val, args, device, rank, world, about):
     Recall at k is the share of an image's tags that are among the k most probable, averaged over
     images; "entropy" is that of val's tags. OUT/tags.txt gets each tag's recall at 5. Images that
     cannot be read have no weight, and are listed in OUT/bad_val_samples.txt."""
-    K, bad = len(about["vocabulary"]), []
+    K = len(about["vocabulary"])
     sums, tops = torch.zeros(5, dtype=torch.float64), (1, 5, 10)
     by_tag = torch.zeros(3, K, dtype=torch.float64)     # images with it, of those found, mass
-    positions = data.validation_positions(len(val.source), args.micro_batch, rank, world)
-    model.eval()
-    for batch in data.load(val, positions, args.workers, device):
-        images, weight = data.normalise(batch["images"].to(device)), batch["weight"].double()
+    for images, batch in data.validate(val, args, device, rank, world):
+        tags, weight = batch["tags"].to(device), batch["weight"].double()   # [B,k] [B]
         with vit.autocast(args, device):
             logits = model(images)                                          # [B,K]
-        tags = batch["tags"].to(device)                                     # [B,k]
         losses = tag_losses(logits, tags, args.loss).cpu().double()         # [B]
         top = logits.topk(min(10, K)).indices                               # [B,10]
         hits = ((tags[:, :, None] == top[:, None]) & (tags >= 0)[..., None]).cpu()  # [B,k,10]
@@ -268,18 +256,13 @@ def evaluate(model, val, args, device, rank, world, about):
         known, found = tags[tags >= 0], hits[..., :5].any(-1)[tags >= 0].double()
         for row, value in zip(by_tag, (torch.ones_like(found), found, share[tags >= 0].double())):
             row.index_add_(0, known, value)
-        bad += batch["bad"]
-    model.train()
     (count, *sums), by_tag = vit.sum_over_ranks(sums).tolist(), vit.sum_over_ranks(by_tag)
-    bad = data.list_bad(args, bad, "bad_val_samples.txt", "w")
-    if not count:
-        raise UserError(f"none of the {len(bad)} images of --val can be read: the last: "
-                        f"{bad[-1][1]}: {bad[-1][2]}")
     if rank == 0:
         write_tags(Path(args.out) / "tags.txt", about, *by_tag[:2].tolist())
     metrics = {name: value / count for name, value in zip(
         ("loss", *(f"recall{k}" for k in tops)), sums)}
-    return {**metrics, "entropy": entropy(by_tag[2]), "count": int(count), "bad": len(bad)}
+    return {**metrics, "entropy": entropy(by_tag[2]), "count": int(count),
+            "bad": len(val.source) - int(count)}
 
 
 def write_tags(path, about, images, found):
@@ -299,37 +282,13 @@ def write_tags(path, about, images, found):
 @torch.no_grad()
 def most_probable(model, pixels, args, device, about, k=5):
     """The k most probable tags of pictures [B,H,W,C]: [[(tag, probability)]]. On every rank."""
-    model.eval()
     with vit.autocast(args, device):
         logits = torch.cat([model(data.normalise(part.to(device)))
                             for part in pixels.split(args.micro_batch)]).float()    # [B,K]
-    model.train()
     chances = logits.sigmoid() if args.loss == "bce" else logits.softmax(1)
     top = chances.topk(min(k, len(about["vocabulary"])))
     return [[(about["vocabulary"][i], chance) for i, chance in zip(*row)]
             for row in zip(top.indices.tolist(), top.values.tolist())]
-
-
-def draw_predictions(model, examples, args, device, about, path):
-    """Pictures with their tags and the most probable ones, right ones green, into a PNG."""
-    predicted = most_probable(model, examples["images"], args, device, about)
-    if vit.environment().rank:
-        return
-    side, rows = 112, len(predicted)
-    sheet = Image.new("RGB", (620, rows * (side + 8)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for y, (pixels, tags, best) in enumerate(zip(examples["images"], examples["tags"], predicted)):
-        top, pixels = y * (side + 8) + 4, pixels.numpy()
-        picture = Image.fromarray(pixels[..., :3].squeeze())
-        height, width = pixels.shape[:2]
-        scale = side / max(height, width)
-        sheet.paste(picture.resize((round(width * scale), round(height * scale)), 0), (4, top))
-        true = [about["vocabulary"][i] for i in tags.tolist() if i >= 0]
-        draw.text((side + 16, top), "written: " + ", ".join(true), "black")
-        for line, (tag, chance) in enumerate(best, 1):
-            draw.text((side + 16, top + 18 * line), f"{chance:.2f}  {tag}",
-                      "#108030" if tag in true else "#606060")
-    vit.write_aside(Path(path), lambda aside: sheet.save(aside, "PNG"))
 
 
 def predict(model, args, device, about):
@@ -354,18 +313,16 @@ def open_all(args, config, told):
             raise UserError(f"{args.init} has no vocabulary: --predict and --eval-only need a file "
                             "of this stage, as runs/wsp/model.pt")
         about, args.loss = told, told["config"].get("loss", args.loss)
-        synonyms = dict(told["synonyms"])
     else:
         tagged, about = open_tags(args, data.open_data(*args.data, **places), places)
-        synonyms = tagged.synonyms
     if not args.val or args.predict or args.vocabulary_only:
         return tagged, None, about
-    val = data.Tagged(data.open_data(*args.val, **places), about["vocabulary"], synonyms)
+    val = data.Tagged(data.open_data(*args.val, **places),
+                      numbers_in(about["vocabulary"], dict(about["synonyms"])))
     if not len(val):
         raise UserError("no image of --val has a tag of the vocabulary, "
                         f"{' '.join(about['vocabulary'][:8])} …")
-    return tagged, data.Samples(val, config.image, config.channels, data.centre_crop,
-                                shuffle=False, max_pixels=args.max_pixels), about
+    return tagged, data.unshuffled(val, args, config), about
 
 
 def main(argv):
@@ -396,17 +353,15 @@ def main(argv):
     train = data.Samples(tagged, config.image, config.channels, crop, args.seed,
                          max_pixels=args.max_pixels)
     steps, micro, accumulate, peak = vit.derive(args, len(tagged), world)
-    synonyms = sorted(tagged.synonyms.items())
-    words = data.crc(json.dumps([about["vocabulary"], synonyms]))
+    words = data.crc(json.dumps([about["vocabulary"], about["synonyms"]]))
     if not vit.open_run(args, "wsp", {
             "what --data holds": tagged.source.fingerprint(),
             "what --val holds": val and val.source.source.fingerprint(),
             "vocabulary": f"{len(about['vocabulary'])} tags (CRC {words:08x})"}, model):
         return
-    shown = val or data.Samples(tagged, config.image, config.channels, data.centre_crop,
-                                shuffle=False, max_pixels=args.max_pixels)
-    spread = np.linspace(0, len(shown.source) - 1, min(8, len(shown.source))).astype(np.int64)
-    examples = next(data.load(shown, [spread], 0, device))
+    examples = data.examples(val or data.unshuffled(tagged, args, config), device)
+    written = [[about["vocabulary"][i] for i in tags if i >= 0]
+               for tags in examples["tags"].tolist()]
 
     # ---- optimizer and state
     groups = vit.decay_groups(model, args.weight_decay, EXEMPT)
@@ -420,10 +375,13 @@ def main(argv):
     batches = data.load(train, positions, args.workers, device)
     describe = {"config": {**asdict(config), "loss": args.loss}, "stage": "wsp",
                 "vocabulary": about["vocabulary"], "counts": about["counts"],
-                "synonyms": synonyms}
+                "synonyms": about["synonyms"]}
 
     def draw_and_evaluate():
-        draw_predictions(model, examples, args, device, about, Path(args.out) / "predictions.png")
+        predicted = most_probable(model, examples["images"], args, device, about)
+        if rank == 0:
+            data.draw_predictions(Path(args.out) / "predictions.png", examples["images"], written,
+                                  predicted)
         return evaluate(model, val, args, device, rank, world, about) if val else {}
 
     # ---- loop
