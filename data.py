@@ -1356,6 +1356,12 @@ def my_chunks(source, what):
                 disable=rank > 0 or not sys.stderr.isatty())
 
 
+def all_names(source, what):
+    """All classes or tags of a source as they are written, sorted; all ranks have to call it."""
+    mine = {name for c in my_chunks(source, "names") for name in source.chunk_names(c, what)[0]}
+    return class_names_of(set().union(*from_all_ranks(mine)))
+
+
 def count_tags(source, synonyms):
     """On how many images each canonical tag is: a Counter, on rank 0; None on the others."""
     table, counts, total = {}, Counter(), Counter()
@@ -1386,8 +1392,8 @@ class Tagged:
     """The images of a source that have known tags, those with rare ones several times: a source.
 
     numbers(tag) lists the numbers of a tag as it was written; stage 3 asks it the same of an
-    image's class (what="label"). repeats(numbers) is how often, on average, an image is shown whose
-    rarest tag has that number; None: once. It is what Order permutes, so that resampling too is a
+    image's class (what="label"). `repeats` [K] is how often, on average, an image is shown whose
+    rarest tag it is; None: once. It is what Order permutes, so that resampling too is a
     pure function of the position: memory holds the `sums` of the chunks, and the images of those
     chunks that were used last."""
 
@@ -1412,9 +1418,9 @@ class Tagged:
         times = np.zeros(int(self.source.chunks[c]), np.int64)
         rows, rarest = rarest_tags(rows, numbers)
         times[rows] = 1
-        if self.repeats:
+        if self.repeats is not None:
             chance = uniform(0, self.starts[c] + rows, "repeat", 1)[:, 0]
-            times[rows] = self.repeats(rarest) + chance
+            times[rows] = self.repeats[rarest] + chance
         return times
 
     def stands(self, c):
@@ -1440,8 +1446,8 @@ class Tagged:
 
     def open(self, i):
         sample = self.source.open(self.find(i))
-        names = names_of(self.source, sample, self.what)
-        return {**sample, "numbers": sorted({n for name in names for n in self.numbers(name) or ()})}
+        known = [self.numbers(name) or () for name in names_of(self.source, sample, self.what)]
+        return {**sample, "numbers": sorted({number for some in known for number in some})}
 
 
 # ======================================================================================
@@ -1539,6 +1545,89 @@ def read_picture(name, config, max_pixels, choose_box=functools.partial(centre_c
                                         config.image, config.channels, max_pixels))
     except (OSError, ValueError) as error:
         raise UserError(f"--predict {name} cannot be read: {error}") from error
+
+
+# --------------------------------------------------------------------------------------
+# Augmentations of finetuning
+# --------------------------------------------------------------------------------------
+
+def outside(image):
+    """The colour that comes in from outside: ImageNet's mean (as timm's)."""
+    return 116 if image.mode == "L" else tuple(round(255 * mean) for mean in IMAGENET_MEAN)
+
+
+def moved(image, *matrix):
+    """An image through an affine map (a, b, c, d, e, f)."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC,
+                           fillcolor=outside(image))
+
+
+def enhanced(kind):
+    """An operation that multiplies colour, contrast, brightness or sharpness by 0.1 to 1.9."""
+    return lambda image, level, sign: kind(image).enhance(max(0.1, 1 + sign * 0.9 * level))
+
+
+# Of an image, a level from 0 to 1 and a sign: timm's "increasing" set, of MAE's finetuning
+OPERATIONS = {
+    "autocontrast": lambda image, level, sign: ImageOps.autocontrast(image),
+    "equalize": lambda image, level, sign: ImageOps.equalize(image),
+    "invert": lambda image, level, sign: ImageOps.invert(image),
+    "rotate": lambda image, level, sign: image.rotate(
+        sign * 30 * level, Image.Resampling.BICUBIC, fillcolor=outside(image)),
+    "posterize": lambda image, level, sign: ImageOps.posterize(
+        image, max(1, 4 - int(4 * level))),
+    "solarize": lambda image, level, sign: ImageOps.solarize(image, 256 - int(256 * level)),
+    "solarize_add": lambda image, level, sign: image.point(
+        [min(255, i + int(110 * level)) if i < 128 else i for i in range(256)]
+        * len(image.getbands())),
+    "colour": enhanced(ImageEnhance.Color),
+    "contrast": enhanced(ImageEnhance.Contrast),
+    "brightness": enhanced(ImageEnhance.Brightness),
+    "sharpness": enhanced(ImageEnhance.Sharpness),
+    "shear_x": lambda image, level, sign: moved(image, 1, sign * 0.3 * level, 0, 0, 1, 0),
+    "shear_y": lambda image, level, sign: moved(image, 1, 0, 0, sign * 0.3 * level, 1, 0),
+    "translate_x": lambda image, level, sign: moved(
+        image, 1, 0, sign * 0.45 * level * image.width, 0, 1, 0),
+    "translate_y": lambda image, level, sign: moved(
+        image, 1, 0, 0, 0, 1, sign * 0.45 * level * image.height)}
+
+
+def rand_augment(pixels, seed, position, magnitude):
+    """RandAugment (arXiv 1909.13719) of pixels uint8 [H,W,1 or 3]: two operations of OPERATIONS,
+    drawn with replacement, each done with probability 0.5.
+
+    The level of each is N(magnitude, 0.5) within 0 … 10, over 10: timm's "rand-m9-mstd0.5-inc1" for
+    9, MAE's finetuning. A pure function of the position."""
+    image = Image.fromarray(pixels.squeeze())
+    numbers = uniform(seed, np.array([position]), "randaugment", 10).reshape(2, 5)
+    for which, done, a, b, sign in numbers.tolist():
+        if done < 0.5:
+            normal = math.sqrt(-2 * math.log(1 - a)) * math.cos(2 * math.pi * b)    # Box, Muller
+            level = min(max(magnitude + 0.5 * normal, 0), 10) / 10
+            operation = list(OPERATIONS.values())[int(which * len(OPERATIONS))]
+            image = operation(image, level, 1 if sign < 0.5 else -1)
+    return np.asarray(image).reshape(pixels.shape)
+
+
+def erase(images, position, seed, share):
+    """Random erasing (arXiv 1708.04896): in a `share` of images [B,C,H,W] a rectangle of 2% to a
+    third of the area, of an aspect from 0.3 to 3.3, becomes normal noise (timm's, MAE's)."""
+    B, C, H, W = images.shape
+    numbers = uniform(seed, position, "erase", 23)                          # [B,23]
+    area = H * W * (0.02 + (1 / 3 - 0.02) * numbers[:, :10])                # [B,10]: ten tries
+    aspect = torch.exp(math.log(0.3) + (math.log(1 / 0.3) - math.log(0.3)) * numbers[:, 10:20])
+    h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()   # [B,10]
+    fits = (h < H) & (w < W)
+    first = fits.int().argmax(1, keepdim=True)                              # [B,1]
+    h, w, fits = (value.gather(1, first) for value in (h, w, fits))
+    top = (numbers[:, 20:21] * (H - h + 1)).floor()                         # [B,1]
+    left = (numbers[:, 21:22] * (W - w + 1)).floor()
+    y, x = (torch.arange(side, device=images.device) for side in (H, W))
+    inside = (((y >= top) & (y < top + h))[:, :, None] & ((x >= left) & (x < left + w))[:, None]
+              & (fits & (numbers[:, 22:] < share))[..., None])              # [B,H,W]
+    noise = uniform(seed, position, "erased pixels", C * H * W) + 2.0 ** -25    # [B,C*H*W]
+    noise = math.sqrt(2) * torch.erfinv(2 * noise - 1)
+    return torch.where(inside[:, None], noise.reshape(images.shape), images)
 
 
 class Samples(Dataset):
@@ -1714,7 +1803,7 @@ def draw_predictions(path, pixels, right, predicted):
     for row, (image, names, best) in enumerate(zip(pixels.numpy(), right, predicted)):
         top, picture = row * (side + 8) + 4, Image.fromarray(image[..., :3].squeeze())
         scale = side / max(picture.size)
-        picture = picture.resize([round(length * scale) for length in picture.size], 0)
+        picture = picture.resize([max(1, round(length * scale)) for length in picture.size], 0)
         sheet.paste(picture, (4, top))
         draw.text((side + 16, top), "true: " + ", ".join(names), "black")
         for line, (name, chance) in enumerate(best, 1):

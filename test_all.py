@@ -27,7 +27,6 @@ import resource
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tarfile
@@ -48,6 +47,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
 import data
+import finetune
 import mae
 import vit
 import wsp
@@ -403,18 +403,6 @@ def test_learning_rate_and_decay_groups():
 # Weights from files
 # ======================================================================================
 
-def write_safetensors(path, tensors):
-    header, content = {"__metadata__": {"format": "pt"}}, b""
-    kinds = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"}
-    for name, tensor in tensors.items():
-        raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [len(content), len(content) + len(raw)]}
-        content += raw
-    text = json.dumps(header).encode()
-    Path(path).write_bytes(struct.pack("<Q", len(text)) + text + content)
-
-
 def hugging_face_vitmae(version):
     """The tensors of a ViTMAEForPreTraining with the reference weights, under its own names."""
     D, d, P = 64, 48, 192
@@ -458,7 +446,7 @@ def test_hugging_face_vitmae_gives_its_own_loss():
     """1.3166285490526304 is what transformers 5.23 computes for these weights, image and noise."""
     for version, ending in ((4, ".safetensors"), (5, ".bin")):
         path, tensors = folder() / f"model{ending}", hugging_face_vitmae(version)
-        write_safetensors(path, tensors) if ending == ".safetensors" else torch.save(tensors, path)
+        vit.write_safetensors(path, tensors) if ending == ".safetensors" else torch.save(tensors, path)
         with float64():
             model = MAE(SMALL, 48, 1, 4)
         done = vit.load_weights(model, path, say=str)
@@ -476,7 +464,7 @@ def test_weights_load_whatever_wraps_them():
             ({"model": state, "args": argparse.Namespace(lr=1.0), "epoch": 3}, ".pth"),
             ({"state_dict": {"model": wrapped}}, ".pt"), (wrapped, ".safetensors")):
         path, other = folder() / f"file{ending}", MAE(SMALL, 48, 1, 4)
-        write_safetensors(path, content) if ending == ".safetensors" else torch.save(content, path)
+        vit.write_safetensors(path, content) if ending == ".safetensors" else torch.save(content, path)
         vit.load_weights(other, path, say=said.append)
         assert equal(state, other.state_dict())
         assert "(100.0% of parameters)" in said[-1] and "new: none; unused: none" in said[-1]
@@ -509,7 +497,7 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing():
         bad.write_bytes(content)
         refused("cannot be read as weights", vit.load_weights, model, bad)
     good = folder() / "cut.safetensors"
-    write_safetensors(good, before)
+    vit.write_safetensors(good, before)
     good.write_bytes(good.read_bytes()[:-9])
     refused("do not fit the file", vit.load_weights, model, good)
 
@@ -2008,7 +1996,10 @@ def test_images_of_rare_tags_are_shown_more_often():
         assert set(shown) <= {math.floor(expected[k]), math.ceil(expected[k])}
         assert abs(shown.mean() - expected[k]) < 4 * 0.5 / math.sqrt(frequencies[k])
     mass = [sum(s / (r + 1) for s, r in zip(stands, rarest) if r >= k) for k in range(6)]
-    assert close(about["entropy"], -sum(m / sum(mass) * math.log(m / sum(mass)) for m in mass))
+    assert close(about["softmax"], -sum(m / sum(mass) * math.log(m / sum(mass)) for m in mass))
+    share = [stands[rarest >= k].sum() / stands.sum() for k in range(1, 6)]     # all have t0
+    assert close(about["bce"], -sum(s * math.log(s) + (1 - s) * math.log(1 - s)
+                                    for s in share) / 6)
     for (other, theirs), _ in on_ranks(3, counted, path, folder()):
         assert np.array_equal(other, stands) and theirs == about
     (once, _), _ = on_ranks(1, counted, path, folder(), 2, ("--resample", "none"))[0]
@@ -2183,6 +2174,408 @@ def folder_with(path, text):
     new = folder() / path.name
     new.write_text(text)
     return new
+
+
+# ======================================================================================
+# Stage 3: full finetuning
+# ======================================================================================
+
+def test_layer_decay_follows_the_formula():
+    """d^(L+1) for patches and positions, d^(L-i) for block i, 1 for the last norm and the head."""
+    for size, pool in itertools.product(vit.SIZES, ("cls", "mean")):
+        with torch.device("meta"):
+            model = ViT(Config.named(size), 10, pool)
+        L, names = model.config.depth, {p: name for name, p in model.named_parameters()}
+        groups, seen = vit.decay_groups(model, 0.05, finetune.EXEMPT, 0.65), 0
+        for group in groups:
+            for p in group["params"]:
+                first, *rest = names[p].split(".")
+                layer = int(rest[0]) + 1 if first == "blocks" else \
+                    0 if first in ("patch_embed", "cls_token", "pos_embed") else L + 1
+                assert close(group["scale"], 0.65 ** (L + 1 - layer))
+                free = p.dim() == 1 or first in ("cls_token", "pos_embed")
+                assert group["weight_decay"] == (0 if free else 0.05)
+                seen += 1
+        assert seen == len(names) and len(groups) == 2 * (L + 2)
+        assert {group["scale"] for group in vit.decay_groups(model, 0.05)} == {1.0}
+
+
+def test_targets_are_smoothed_and_shared():
+    logits, classes = torch.randn(4, 6), torch.tensor([[0], [5], [2], [2]])
+    for smoothing in (0.0, 0.1):
+        wanted = finetune.targets(classes, 6, smoothing, "ce")
+        assert close(finetune.losses(logits, wanted, "ce"), F.cross_entropy(
+            logits, classes[:, 0], label_smoothing=smoothing, reduction="none"), 1e-5)
+    several = torch.tensor([[0, 3, -1], [5, -1, -1]])
+    shared = finetune.targets(several, 6, 0.0, "softmax")
+    assert shared.tolist() == [[0.5, 0, 0, 0.5, 0, 0], [0, 0, 0, 0, 0, 1]]
+    assert close(finetune.losses(logits[:2], shared, "softmax"),
+                 wsp.tag_losses(logits[:2], several), 1e-5)
+    each = finetune.targets(several, 6, 0.0, "bce")
+    assert each.tolist() == [[1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1]]
+    assert close(finetune.losses(logits[:2], each, "bce"),
+                 wsp.tag_losses(logits[:2], several, "bce"), 1e-5)
+
+
+def test_mixing_weighs_targets_as_it_weighs_pixels():
+    images = torch.arange(40.0)[:, None, None, None].expand(-1, 3, 24, 16)     # image i is i
+    wanted, positions = torch.eye(40), torch.arange(0, 40, 2)
+    for mixup, cutmix in ((0.8, 0.0), (0.0, 1.0), (0.8, 1.0)):
+        numbers = data.uniform(0, positions, "mix", 35)
+        mixed, shares = finetune.mix(images, wanted, numbers, mixup, cutmix)
+        for i in range(40):
+            partner = i ^ 1
+            assert close(shares[i].sum(), 1) and shares[i].nonzero().numel() <= 2
+            mean = shares[i, i] * i + shares[i, partner] * partner      # by area, exactly
+            assert close(mixed[i].mean(), mean, 1e-4)
+            assert close(shares[i, i], shares[partner, partner], 1e-5)
+            values = set(mixed[i].unique().tolist())
+            assert values <= {i, partner} or mixup and len(values) == 1
+        pasted = sum(len(image.unique()) == 2 for image in mixed)
+        assert (pasted == 0) == (cutmix == 0) and (mixup == 0 or pasted < 30)
+    # Cutmix against loops: a rectangle around a point, cut at the edges
+    numbers = data.uniform(0, positions, "mix", 35)
+    mixed, _ = finetune.mix(images, wanted, numbers, 0.0, 1.0)
+    share = finetune.beta(numbers[:, 3:].reshape(20, 2, 16), 1.0)
+    for pair in range(20):
+        h, w = (int(side * math.sqrt(1 - share[pair])) // 2 for side in (24, 16))
+        y, x = int(24 * numbers[pair, 1]), int(16 * numbers[pair, 2])
+        expected = torch.full((24, 16), 2.0 * pair)
+        expected[max(0, y - h):y + h, max(0, x - w):x + w] = 2 * pair + 1
+        assert torch.equal(mixed[2 * pair, 0], expected)
+
+
+def test_beta_numbers_are_distributed_so():
+    for alpha in (0.1, 0.8, 1.0):
+        found = finetune.beta(data.uniform(0, torch.arange(20000), "x", 32).reshape(-1, 2, 16),
+                              alpha)
+        theirs = torch.distributions.Beta(alpha, alpha).sample((20000,))
+        for level in (0.001, 0.05, 0.25, 0.5, 0.9):
+            assert abs((found < level).double().mean() - (theirs < level).double().mean()) < 0.02
+        assert found.min() >= 0 and found.max() <= 1 and found.isfinite().all()
+
+
+def test_randaugment_does_what_its_levels_say():
+    """Against Pillow and tables, at timm's magnitudes; two of fifteen, each half of the time."""
+    image = Image.fromarray(data.draw(data.scene(1, "val"), 40, 60))
+    do = lambda name, level, sign=1, image=image: np.asarray(
+        data.OPERATIONS[name](image, level, sign)).astype(int)
+    plain = np.asarray(image).astype(int)
+    for name in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y", "colour",
+                 "contrast", "brightness", "sharpness", "solarize", "solarize_add"):
+        assert (do(name, 0.0) == plain).all(), name
+    assert abs(do("brightness", 1.0) - (plain * 1.9).clip(0, 255)).max() <= 1
+    assert abs(do("brightness", 1.0, -1) - plain * 0.1).max() <= 1
+    assert abs(do("brightness", 0.5, -1) - plain * 0.55).max() <= 1
+    assert (do("invert", 0.3) == 255 - plain).all()
+    assert (do("posterize", 0.9) == (plain & 0x80)).all()       # 4 - int(3.6) = 1 bit
+    assert (do("posterize", 0.3) == (plain & 0xE0)).all()
+    assert (do("solarize", 0.5) == np.where(plain < 128, plain, 255 - plain)).all()
+    assert (do("solarize_add", 1.0) == np.where(plain < 128, plain + 110, plain)).all()
+    moved = do("translate_x", 0.5)                              # 0.225 of 60: 13.5 to the left
+    twice = do("translate_x", 20 / 60 / 0.45)
+    assert abs(twice[:, :40] - plain[:, 20:]).max() <= 1 and (twice[:, 41:] == [124, 116, 104]).all()
+    assert (moved[:, -12:] == [124, 116, 104]).all()
+    grid = np.zeros((41, 41, 3), np.uint8)
+    grid[20, 40] = 255                                          # to the right of the centre
+    up = do("rotate", 1.0, image=Image.fromarray(grid))[..., 0]     # 30 degrees, counter-clockwise
+    y, x = np.unravel_index(up.argmax(), up.shape)
+    assert (20 - y, x - 20) == (10, 17) and do(
+        "rotate", 1.0, -1, Image.fromarray(grid))[30, 37, 0] > 100
+    used, calls = Counter(), 3000
+    kept = dict(data.OPERATIONS)
+    try:
+        for name in kept:
+            data.OPERATIONS[name] = lambda image, level, sign, name=name: (
+                used.update([(name, sign, round(level, 1))]), image)[1]
+        for position in range(calls):
+            data.rand_augment(np.zeros((4, 4, 3), np.uint8), 0, position, 9.0)
+    finally:
+        data.OPERATIONS.update(kept)
+    names = Counter(name for name, _, _ in used.elements())
+    assert len(names) == 15 and all(abs(n - calls / 15) < 5 * math.sqrt(calls / 15)
+                                    for n in names.values())
+    levels = [level for _, _, level in used.elements()]
+    assert abs(sum(levels) / len(levels) - 0.9) < 0.01 and max(levels) == 1 and min(levels) < 0.8
+    pixels = np.asarray(image)
+    assert (data.rand_augment(pixels, 0, 5, 9.0) == data.rand_augment(pixels, 0, 5, 9.0)).all()
+    for position in range(200):                                 # grey too, and level 10
+        data.rand_augment(pixels[..., :1], 0, position, 10.0)
+
+
+def test_erasing_takes_a_rectangle_of_noise():
+    images, positions = torch.full((400, 3, 32, 48), 7.0), torch.arange(400)
+    erased = data.erase(images, positions, 0, 0.25)
+    gone = (erased != 7).any(1)                                             # [B,H,W]
+    some = gone.flatten(1).any(1)
+    assert abs(some.float().mean() - 0.25) < 0.07
+    areas = []
+    for mask in gone[some]:
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        h, w = (int(index.max() - index.min()) + 1 for index in (rows, columns))
+        assert mask.sum() == h * w and 0.25 < h / w < 4
+        areas.append(h * w / (32 * 48))
+    assert 0.015 < min(areas) and max(areas) < 0.35 and abs(np.mean(areas) - 0.17) < 0.03
+    noise = erased.permute(0, 2, 3, 1)[gone]
+    assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
+    assert torch.equal(erased, data.erase(images, positions, 0, 0.25))
+    assert torch.equal(data.erase(images, positions, 0, 0.0), images)
+    assert torch.equal(erased[7:9], data.erase(images[7:9], positions[7:9], 0, 0.25))
+
+
+def test_average_is_the_formula():
+    model = ViT(SMALL, 3)
+    ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+    expected, name = ema["blocks.0.mlp.fc1.weight"].clone(), "blocks.0.mlp.fc1.weight"
+    for step in range(200):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        vit.average(ema, model, 0.9, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * dict(model.named_parameters())[name]
+    assert close(ema[name], expected.detach(), 1e-5)
+    own = model.head.weight.clone()
+    with vit.averaged(model, ema):
+        assert close(model.blocks[0].mlp.fc1.weight.detach(), expected.detach(), 1e-5)
+    assert torch.equal(model.head.weight, own) and close(ema[name], expected.detach(), 1e-5)
+
+
+def test_average_precision_is_the_formula():
+    scores, right = torch.randn(50), torch.rand(50) < 0.3
+    ranked = right[scores.argsort(descending=True)].tolist()
+    hits = [sum(ranked[:i + 1]) / (i + 1) for i in range(50) if ranked[i]]
+    assert close(finetune.average_precision(scores, right), sum(hits) / len(hits))
+
+
+# Everything on: mixing, erasing, RandAugment, drop path, layer decay, averaging
+FINE = ("--mixup", 0.8, "--cutmix", 1.0, "--erasing", 0.5, "--randaugment", 9, "--drop-path", 0.2,
+        "--ema", 0.8, "--layer-decay", 0.7, "--smoothing", 0.1)
+
+
+@functools.lru_cache
+def finetuned():
+    """A run of `classify` with a checkpoint after every step: (folder, losses, weights, text)."""
+    out = folder() / "run"
+    flags = "--data", photos(), "--val", photos(), *FINE, "--save-every", 0, "--keep", 99
+    return (out, *train(out, *flags, stage=Task))
+
+
+class Task:
+    """`finetune.py classify` as the helpers for stages take it."""
+    @staticmethod
+    def main(argv):
+        finetune.main(["classify", *argv])
+
+
+def test_finetuning_trains_the_same_however_it_is_run():
+    out, losses, weights, said = finetuned()
+    flags = "--data", photos(), "--val", photos(), *FINE
+    assert abs(losses[0] - math.log(2)) < 1e-3
+    again = train(folder() / "run", *flags, "--workers", 2, stage=Task)
+    assert again[0] == losses and equal(again[1], weights)
+    for world, more in ((2, ()), (3, ("--parallel", "fsdp")), (1, ("--micro-batch", 5)),
+                        (2, ("--parallel", "fsdp", "--activation-checkpoint"))):
+        other, saved, _ = train(folder() / "run", *flags, *more, world=world, stage=Task)
+        assert close(other, losses, 1e-4), (world, more)
+        for name in ("head.weight", "fc_norm.weight"):
+            assert close(saved[name], weights[name], 2e-3), (world, more, name)
+    again, saved, _, _ = resumed(out, flags, at=6, stage=Task)
+    assert again == losses and equal(saved, weights)
+    again, saved, *_ = resumed(out, (*flags, "--parallel", "fsdp"), world=2, at=3, stage=Task)
+    assert close(again, losses, 1e-4) and close(saved["head.weight"], weights["head.weight"], 2e-3)
+    flags = "--data", photos(), "--val", photos(), "--recipe", "maws", "--image-size", 32, "--lr", 0.1
+    losses, weights, _ = train(folder() / "run", *flags, stage=Task)        # SGD
+    for world, more in ((2, ()), (2, ("--parallel", "fsdp"))):
+        assert close(train(folder() / "run", *flags, *more, world=world, stage=Task)[0], losses, 1e-4)
+
+
+def test_finetuning_leaves_what_others_rely_on():
+    out, _, weights, said = finetuned()
+    content = torch.load(out / "model.pt", weights_only=True)
+    assert content["classes"] == ["cat", "dog"] and content["stage"] == "classify"
+    assert content["config"]["pool"] == "mean" and "fc_norm.weight" in weights
+    best = torch.load(out / "best.pt", weights_only=True)
+    assert best["classes"] == ["cat", "dog"] and best["model"].keys() == weights.keys()
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["count"] == 20 and metrics["top5"] == 1 and metrics["best"] >= metrics["top1"]
+    assert "cat\t10\t" in (out / "classes.txt").read_text()
+    for name in ("curves.png", "predictions.png"):
+        Image.open(out / name).load()
+    said = on_ranks(1, Task.main, ["--init", str(out / "model.pt"), "--predict",
+                                   str(photos() / "cat" / "01.jpg"), "--device", "cpu"])[0][1]
+    chances = re.findall(r"(cat|dog) (0\.\d+)", said)
+    assert len(chances) == 2 and abs(sum(float(chance) for _, chance in chances) - 1) < 0.01
+    _, _, said = train(folder() / "run", "--data", photos(), "--init", out / "model.pt", "--val",
+                       photos(), stage=Task)
+    assert "(100.0% of parameters)" in said and "a new head" not in said
+    _, _, said = train(folder() / "run", "--data", photos(), "--init", tagging()[0] / "model.pt",
+                       "--val", photos(), stage=Task)
+    assert "a new head for 2 classes: the file's is for 4 hashtags" in said
+
+
+def evaluated(*flags, world=1):
+    out = folder()
+    said = on_ranks(world, Task.main, ["--eval-only", "--device", "cpu", "--out", str(out),
+                                       "--workers", "0", "--micro-batch", "3",
+                                       *map(str, flags)])[0][1]
+    return json.loads((out / "metrics.json").read_text()), said, out
+
+
+@functools.lru_cache
+def thirteen():
+    """13 of the photos as a manifest of one class each, and of several; some have none."""
+    lines, files = [], sorted(photos().glob("*/*.jpg"))[3:16]
+    for i, path in enumerate(files):
+        name = path.parent.name
+        lines.append({"image": str(path), "label": name, "several": [name, "bird"] if i % 3 else
+                      [] if i % 2 else ["dog"]})
+    one, several = folder() / "one.jsonl", folder() / "several.jsonl"
+    one.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    several.write_text("".join(json.dumps({"image": line["image"], "label": line["several"]}) + "\n"
+                               for line in lines))
+    return one, several
+
+
+def test_evaluation_does_not_depend_on_ranks():
+    model = finetuned()[0] / "model.pt"
+    for spec in thirteen()[:1]:
+        found, _, out = evaluated("--init", model, "--val", spec)
+        assert found["count"] == 13 and found["bad"] == 0
+        other, _, place = evaluated("--init", model, "--val", spec, world=4)
+        assert other["top1"] == found["top1"] and close(other["loss"], found["loss"], 1e-5)
+        assert (out / "classes.txt").read_text() == (place / "classes.txt").read_text()
+
+
+def test_images_with_several_classes_and_classes_of_others():
+    one, several = thirteen()
+    model = finetuned()[0] / "model.pt"
+    refused("--val has 1 classes that the model lacks: bird; the model has 2: cat, dog",
+            evaluated, "--init", model, "--val", several)
+    words = folder_with(one.parent / "map.tsv", "cat\tcat\ndog\tdog\n")
+    found, said, _ = evaluated("--init", model, "--val", several, "--class-map", words)
+    assert found["count"] == 11 and "2 of 13 images have no known class and are left out" in said
+    # Whatever is predicted is right where a class of the data stands for all of the model's
+    words = folder_with(one.parent / "map.tsv", "cat\tbird\ndog\tbird\ncat\tcat\ndog\tdog\n")
+    found, _, _ = evaluated("--init", model, "--val", several, "--class-map", words)
+    rows = [json.loads(line)["label"] for line in several.read_text().splitlines()]
+    assert found["top1"] >= sum("bird" in row for row in rows) / found["count"]
+    words = folder_with(one.parent / "map.tsv", "cat\tdog\n")
+    found, _, _ = evaluated("--init", model, "--val", one, "--class-map", words)
+    assert found["count"] == one.read_text().count('"label": "dog"')
+    out = folder() / "run"
+    for loss in ("bce", "softmax"):
+        train(out, "--data", several, "--val", several, "--loss", loss, "--resume", "none", "--ema",
+              0.9, stage=Task)
+        metrics = json.loads((out / "metrics.json").read_text())
+        assert metrics["count"] == 11 and 0 < metrics["map"] <= 1
+        assert torch.load(out / "model.pt", weights_only=True)["classes"] == ["bird", "cat", "dog"]
+        again, _, _ = evaluated("--init", out / "model.pt", "--val", several, world=3)
+        assert close(again["map"], metrics["map"], 1e-5)
+
+
+def test_released_files_are_evaluated_by_number_order_and_name():
+    path, model = folder() / "vit_ft.pth", ViT(Config.named("nano"), 2)
+    torch.nn.init.normal_(model.head.weight)
+    torch.save({"model": model.state_dict()}, path)
+    first, said, _ = evaluated("--init", path, "--val", photos(), "--crop", "squash")
+    assert "does not name its 2 outputs: taken as the 2 classes of --val, in alph" in said
+    names = folder_with(folder() / "names.txt", "felis, cat\ndog, hound\n")
+    second, _, _ = evaluated("--init", path, "--val", photos(), "--crop", "squash", "--classes",
+                             names)
+    third, _, _ = evaluated("--init", path, "--val", photos(), "--crop", "centre", "--classes",
+                            names)
+    assert first["top1"] == second["top1"] and first["loss"] == second["loss"] != third["loss"]
+    swapped = folder_with(folder() / "names.txt", "dog, hound\nfelis, cat\n")
+    other, _, _ = evaluated("--init", path, "--val", photos(), "--crop", "squash", "--classes",
+                            swapped)
+    assert close(other["top1"], 1 - first["top1"])
+    numbered = folder_with(folder() / "x.jsonl", "".join(
+        json.dumps({"image": str(file), "label": int("dog" in str(file))}) + "\n"
+        for file in sorted(photos().glob("*/*.jpg"))))
+    by_number, _, _ = evaluated("--init", path, "--val", numbered, "--crop", "squash")
+    assert by_number["top1"] == first["top1"]
+    pixels = data.read_picture(photos() / "cat" / "01.jpg", Config.named("nano"), 10 ** 9, data.whole)
+    whole = Image.open(photos() / "cat" / "01.jpg").resize((64, 64), Image.Resampling.BICUBIC)
+    assert np.abs(pixels.numpy().astype(int) - np.asarray(whole)).mean() < 3
+
+
+def test_mistakes_of_finetuning_get_one_line():
+    def tell(text, *flags):
+        refused(text, on_ranks, 1, finetune.main, ["classify", *QUICK, "--out", str(
+            folder() / "x"), *map(str, flags)])
+    tell("no weights file", "--init", "nowhere.pt")
+    fish = folder()
+    for name in ("cat", "fish"):
+        shutil.copytree(photos() / "cat", fish / name)
+    tell("--val has 1 classes that the model lacks: fish", "--data", photos(), "--val", fish)
+    one = folder()
+    shutil.copytree(photos() / "cat", one / "cat")
+    tell("there is nothing to tell apart", "--data", one)
+    tell("there is nothing to tell apart", "--data", photos() / "cat")      # no class at all
+    manifest = folder_with(folder() / "x.jsonl", json.dumps(
+        {"image": str(photos() / "cat" / "01.jpg"), "label": 7}) + "\n")
+    tell("--val has", "--data", photos(), "--val", manifest)
+    model = finetuned()[0] / "model.pt"
+    refused("--val has 6 classes that the model lacks: 2, 3, 4, 5, 6 and 1 more; the model has 2",
+            evaluated, "--init", model, "--val", manifest)
+    tell("image side 4 is not divisible by patch 8; the nearest that are: 8", "--data", photos(),
+         "--image-size", 4)
+    tell("labels of --data are lists", "--data", thirteen()[1])
+    tell("--mixup is from 0 to 1; found 2", "--data", photos(), "--mixup", 2)
+    tell("3 images a rank cannot be taken 2 at a time", "--data", photos(), "--batch", 3,
+         "--mixup", 1)
+    tell("no alpha channel", "--data", photos(), "--channels", 4, "--randaugment", 9)
+    tell("has no head", "--init", stepwise() / "model.pt", "--eval-only", "--val", photos())
+    empty = folder_with(folder() / "names.txt", "\n\n")
+    tell("is empty", "--data", photos(), "--classes", empty)
+    twice = folder_with(folder() / "names.txt", "cat\ndog\ncat\n")
+    tell("has 'cat' in 2 lines", "--data", photos(), "--classes", twice)
+    three = folder_with(folder() / "names.txt", "cat\ndog\ncow\n")
+    refused("has 3 lines, but", evaluated, "--init", model, "--val", photos(), "--classes", three)
+    wrong = folder_with(folder() / "map.tsv", "cow\tcat\n")
+    refused("line 1: not one of the model's classes", evaluated, "--init", model, "--val", photos(),
+            "--class-map", wrong)
+    refused("the first word is the task, one of: classify", finetune.main, ["clasify"])
+    out = finetuned()[0]
+    other = folder_with(folder() / "names.txt", "dog\ncat\n")
+    refused("classes 2", resumed, out, ("--data", photos(), "--val", photos(), *FINE, "--classes",
+                                        other, "--allow-changed"), 1, 5, Task)
+
+
+def test_weights_that_are_half_a_network_are_refused():
+    path = folder() / "x.pth"
+    torch.save({**ViT(SMALL).state_dict(), "blocks.0.ls1.gamma": torch.ones(64)}, path)
+    refused("unknown here: blocks.0.ls1.gamma", vit.load_weights, ViT(SMALL), path)
+    torch.save(ViT(Config(64, 3, 4, 8, 32)).state_dict(), path)
+    refused("unknown here: blocks.2.norm1.weight", vit.load_weights, ViT(SMALL), path)
+
+
+def test_conversion_to_hugging_face_and_back():
+    """The names are those that transformers 5.23 loads with equal logits (checked by hand)."""
+    place, model = folder(), ViT(SMALL, 5)
+    torch.nn.init.normal_(model.head.weight)
+    torch.save({"model": model.state_dict(), "config": vars(SMALL), "classes": list("abcde")},
+               place / "a.pt")
+    vit.main(["--convert", str(place / "a.pt"), str(place / "hf"), "--to", "huggingface"])
+    names = vit.read_safetensors(place / "hf" / "model.safetensors")
+    assert "vit.encoder.layer.1.attention.attention.key.bias" in names and len(names) == 40
+    told = json.loads((place / "hf" / "config.json").read_text())
+    assert told["id2label"]["4"] == "e" and told["architectures"] == ["ViTForImageClassification"]
+    assert told["num_attention_heads"] == 4 and told["layer_norm_eps"] == 1e-6
+    source = place / "hf" / "model.safetensors"
+    vit.main(["--convert", str(source), str(place / "b.pt"), "--to", "ours"])
+    back = torch.load(place / "b.pt", weights_only=True)
+    assert equal(back["model"], model.state_dict()) and back["config"]["heads"] == 4
+    decoder = stepwise() / "model.pt"
+    vit.main(["--convert", str(decoder), str(place / "mae"), "--to", "huggingface"])
+    vit.main(["--convert", str(place / "mae" / "model.safetensors"), str(place / "c.pt"), "--to",
+              "ours"])
+    assert equal(torch.load(place / "c.pt", weights_only=True)["model"],
+                 torch.load(decoder, weights_only=True)["model"])
+    torch.save({"model": ViT(SMALL, 5, "mean").state_dict(), "config": vars(SMALL)}, place / "m.pt")
+    refused("has no counterpart there", vit.main, ["--convert", str(place / "m.pt"),
+                                                   str(place / "x"), "--to", "huggingface"])
 
 
 # ======================================================================================

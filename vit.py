@@ -391,14 +391,24 @@ def learning_rate(at, total, peak, warmup, final=0.0):
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def decay_groups(model, weight_decay, exempt=()):
+def decay_groups(model, weight_decay, exempt=(), layer_decay=1.0):
     """Parameter groups for an optimizer: no weight decay on 1-D parameters (norms, biases; MAE) and
-    on those that are named in `exempt`."""
-    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    on those that are named in `exempt`.
+
+    A group's "scale" is what its learning rate is multiplied with: layer_decay to the power of how
+    many layers come after, 1 for the final norm and the head, the least for patches and positions
+    (MAE's finetuning; 1.0: all alike)."""
+    groups, last = {}, model.config.depth + 1
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[parameter.dim() <= 1 or name in exempt]["params"].append(parameter)
-    return groups
+        if not parameter.requires_grad:
+            continue
+        layer = (int(name.split(".")[1]) + 1 if name.startswith("blocks.") else
+                 0 if name.startswith(("patch_embed.", "cls_token", "pos_embed")) else last)
+        scale, decays = layer_decay ** (last - layer), parameter.dim() > 1 and name not in exempt
+        groups.setdefault((scale, decays), {
+            "params": [], "weight_decay": weight_decay * decays, "scale": scale,
+        })["params"].append(parameter)
+    return list(groups.values())
 
 
 # ======================================================================================
@@ -488,7 +498,7 @@ def add_model_flags(add):
     add("--data", nargs="+", default=["world"], metavar="SPEC",
         help="images to train on: world, world:COUNT, a folder, .tar shards ('x-{000..127}.tar', "
         "'dir/*.tar'), a .jsonl or .csv; several are joined; default world (stage 2: 100,000 of "
-        "it, since tags are counted first)")
+        "it, since tags are counted first; stage 3: its labelled part)")
     add("--val", nargs="+", metavar="SPEC",
         help="images to evaluate on; default world-val where --data is the world, else none")
     add("--index-dir", metavar="DIR", help="where indexes of shards are kept; default: beside the "
@@ -504,14 +514,16 @@ def add_recipe_flags(group):
     add = group.add_argument
     add("--batch", type=positive, metavar="IMAGES", help="images a step over all ranks")
     length = group.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=float, help="length of the run in passes over --data")
+    length.add_argument("--epochs", type=float, help="length of the run in passes over --data (stage "
+                        "2: as resampled)")
     length.add_argument("--samples", type=float, help="length of the run in images seen")
     length.add_argument("--steps", type=positive, help="length of the run in optimizer steps")
     rate = group.add_mutually_exclusive_group()
     rate.add_argument("--lr", type=float, help="peak learning rate")
     rate.add_argument("--base-lr", type=float, help="peak learning rate for a batch of 256: the "
                       "rate grows with --batch and does not depend on the number of ranks")
-    add("--weight-decay", type=float, help="AdamW's, on parameters of 2 or more dimensions; 0 off")
+    add("--weight-decay", type=float, help="on parameters of 2 or more dimensions; after stage "
+        "1 not on positions and class token; 0 off")
     add("--warmup", type=float, metavar="SHARE", help="share of the steps; 0 is off")
     add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm; 0 is off")
     add("--seed", type=int, default=0, help="of weights, order and augmentation; default 0")
@@ -818,22 +830,29 @@ def fill_recipe(args, recipe):
                             + (f"between {low} and {high}" if high == 1 else f"from {low} on"))
 
 
-def micro_batch(args, world):
-    """The images of one rank in a step, and the largest part of them to hold at once."""
+def micro_batch(args, world, together=1):
+    """The images of one rank in a step, and the largest part of them to hold at once; a multiple of
+    `together`, where so many belong together."""
     if args.batch % world:
         below = args.batch // world * world
         raise UserError(f"--batch {args.batch} is not divisible by {world} ranks; the nearest that "
                         f"are: {f'{below} and ' if below else ''}{below + world}")
     share = args.batch // world
-    return share, max(size for size in range(1, min(share, args.micro_batch) + 1)
-                      if share % size == 0)
+    sizes = [size for size in range(together, min(share, args.micro_batch) + 1, together)
+             if share % size == 0]
+    if not sizes:
+        raise UserError(f"{share} images a rank cannot be taken {together} at a time within "
+                        f"--micro-batch {args.micro_batch}; give a --batch that is a multiple of "
+                        f"{together * world}")
+    return share, max(sizes)
 
 
-def derive(args, images, world):
+def derive(args, images, world, together=1):
     """The numbers of the loop: (steps, micro-batch, accumulation, peak learning rate), printed.
 
-    `images` is the length of the data. Raises UserError where the batch does not divide."""
-    share, micro = micro_batch(args, world)
+    `images` is the length of the data; micro-batches are multiples of `together`. Raises UserError
+    where the batch does not divide."""
+    share, micro = micro_batch(args, world, together)
     samples = args.samples or (args.epochs * images if args.epochs else args.steps * args.batch)
     steps = max(1, int(samples // args.batch))
     lr = args.lr if args.lr is not None else args.base_lr * args.batch / 256
@@ -932,6 +951,38 @@ def clip_gradients(model, limit=0.0, scale=1.0):
         parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
         torch._foreach_mul_(parts, factor)
     return norm
+
+
+@torch.no_grad()
+def average(ema, model, decay, step):
+    """Move the running average {name: tensor} towards the model's weights after a step.
+
+    ema = d * ema + (1 - d) * weights; d is `decay`, and less at the start of a run: at most
+    (1 + step) / (10 + step), so that the average forgets what the weights were initialised with."""
+    parts = [[t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+             for tensors in (ema.values(), model.parameters())]
+    if ema:
+        torch._foreach_lerp_(*parts, 1 - min(decay, (1 + step) / (10 + step)))
+
+
+@contextlib.contextmanager
+def averaged(model, ema):
+    """The context in which the model has its running average as weights; `ema` {}: its own."""
+    def swap():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()        # an evaluation leaves some weights gathered
+        with torch.no_grad():
+            for name, parameter in model.named_parameters() if ema else ():
+                own = parameter.detach().clone()
+                parameter.copy_(ema[name])
+                ema[name].copy_(own)
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
 
 
 def agree(tensors, numbers):
@@ -1046,7 +1097,7 @@ def prepare_folder(args, stage, found):
         raise UserError(f"--out {out} is a file; give a folder")
     if out.exists():
         lock(out)
-    if args.resume == "none" and out.exists() and any(out.iterdir()):
+    if args.resume == "none" and out.exists() and {*os.listdir(out)} - {"index", "lock"}:
         moved = next(name for i in itertools.count(1)
                      if not (name := out.with_name(f"{out.name}.{i}")).exists())
         out.rename(moved)
@@ -1073,7 +1124,7 @@ def prepare_folder(args, stage, found):
                             "another --out")
         begun = finished.exists() or checkpoints(out)
         # Steps count batches, and a checkpoint fits one model: these cannot change within a run.
-        for name in ("--batch", "weights", "vocabulary"):
+        for name in ("--batch", "weights", "vocabulary", "classes", "averaged weights"):
             if begun and before.get(name) != now.get(name):
                 raise UserError(f"the run in {out} has {name} {before[name]}, not {now[name]}; "
                                 "start another from its weights, by --init")
@@ -1106,17 +1157,24 @@ def crc(path):
     return value
 
 
-def save(args, model, optimizer, state, about):
-    """Write OUT/model.pt and a checkpoint of everything a run changes.
-
-    model.pt holds all weights under released names and `about` (config, stage, …). Of the
-    checkpoint (weights, optimizer, and `state` as json) every rank writes its own part aside; the
-    parts' CRCs go into complete.json, last; then the folder is renamed into place and those beyond
-    --keep are deleted. Raises UserError where the disk is full: the checkpoint before is whole."""
+def export(args, model, about, ema, name="model.pt"):
+    """Write all weights, averaged where they are, under released names, and `about` (config,
+    stage, …) into the file OUT/name."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    content = {"model": get_model_state_dict(model, options=options), **about}
-    on_rank_0(lambda: write_aside(Path(args.out) / "model.pt",
-                                  lambda path: torch.save(content, path)))
+    with averaged(model, ema):      # to the end: on one CPU `content` holds no copies
+        content = {"model": get_model_state_dict(model, options=options), **about}
+        on_rank_0(lambda: write_aside(Path(args.out) / name,
+                                      lambda path: torch.save(content, path)))
+
+
+def save(args, model, optimizer, state, about, ema=None):
+    """Write OUT/model.pt and a checkpoint of everything a run changes; `ema` are running averages.
+
+    Of the checkpoint (weights, averages, optimizer, and `state` as json) every rank writes its own
+    part aside; the parts' CRCs go into complete.json, last; then the folder is renamed into place
+    and those beyond --keep are deleted. Raises UserError where the disk is full: the checkpoint
+    before is whole."""
+    export(args, model, about, ema or {})
     rank = environment().rank
     folder = Path(args.out) / "checkpoints" / f"step-{state['step']:08d}"
     aside = folder.with_name(folder.name + ".tmp")
@@ -1138,9 +1196,11 @@ def save(args, model, optimizer, state, about):
     fresh = not optimizer.state
     weights, moments = get_state_dict(model, optimizer)
     for values in optimizer.state.values() if fresh else ():
-        values["step"].zero_()      # to have something to save, torch has made an empty step
+        if "step" in values:
+            values["step"].zero_()      # to have something to save, torch has made an empty step
     try:
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
+        dcp.save({"model": weights, "optimizer": moments, **({"ema": ema} if ema else {})},
+                 checkpoint_id=aside)
     except CheckpointException as error:        # torch raises one rank's failure on every rank
         on_rank_0(lambda: shutil.rmtree(aside, ignore_errors=True))
         reason = str(next(iter(error.failures.values()))[0]).split("\n")[0]
@@ -1153,8 +1213,9 @@ def save(args, model, optimizer, state, about):
     on_rank_0(complete)
 
 
-def restore(args, model, optimizer, state):
-    """Put the newest sound checkpoint of --out into model and optimizer: returns its `state`.
+def restore(args, model, optimizer, state, ema=None):
+    """Put the newest sound checkpoint of --out into model, optimizer and the running averages
+    `ema`: returns its `state`.
 
     Where there is none, returns `state` as given. Sound is one whose every part has its CRC,
     checked before anything is touched; the parts may come from any number of ranks and any mode. A
@@ -1177,7 +1238,7 @@ def restore(args, model, optimizer, state):
         numbers = [{key: value for key, value in group.items() if key != "params"}
                    for group in optimizer.param_groups]
         weights, moments = get_state_dict(model, optimizer)
-        content = {"model": weights, "optimizer": moments}
+        content = {"model": weights, "optimizer": moments, **({"ema": ema} if ema else {})}
         dcp.load(content, checkpoint_id=folder)
         set_state_dict(model, optimizer, model_state_dict=content["model"],
                        optim_state_dict=content["optimizer"])
@@ -1585,14 +1646,16 @@ def file_grid(table, about):
 
 
 def config_from(path):
-    """The Config of a weights file, and what else the file says of itself.
+    """The Config of a weights file, and what else the file says of itself, with "shapes".
 
-    Files from elsewhere do not say how many heads they have: it is taken from the row of SIZES of
-    their width and depth. Raises UserError where that does not tell."""
+    Files from elsewhere do not say how many heads they have: it is taken from a config.json beside
+    them, as Hugging Face's have, or else from the row of SIZES of their width and depth. Raises
+    UserError where that does not tell."""
     tensors, about = read_weights(path)
+    tensors = our_names(tensors)
+    about["shapes"] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if "config" in about:
         return told_config(about), about
-    tensors = our_names(tensors)
     dimensions = {"patch_embed.proj.weight": 4, "pos_embed": 3, "blocks.0.norm1.weight": 1}
     for name, count in dimensions.items():
         if name not in tensors or tensors[name].dim() != count:
@@ -1601,7 +1664,9 @@ def config_from(path):
     width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     grid = file_grid(tensors["pos_embed"], about)
-    heads = {row[:2]: row[2] for row in SIZES.values()}.get((width, depth))
+    said = read_json(Path(path).with_name("config.json"))
+    heads = said.get("num_attention_heads") if said.get("hidden_size") == width else \
+        {row[:2]: row[2] for row in SIZES.values()}.get((width, depth))
     if heads is None:
         raise UserError(f"{path} is {width} wide and {depth} deep, which no --model is, so its "
                         "number of heads is unknown; load it in Python with vit.load_weights")
@@ -1614,6 +1679,11 @@ def summary(names):
     return ", ".join(head if head in names else f"{head}.*" for head in heads) or "none"
 
 
+# What a file may hold besides what a model takes: heads, decoders and text towers
+EXTRAS = ("decoder_*", "mask_token", "embeddings.mask_token", "head.*", "norm.*", "fc_norm.*",
+          "pooler.*", "text_encoder.*", "text_projection", "vision_projection", "logit_scale")
+
+
 @torch.no_grad()
 def load_weights(model, path, new=(), renew=(), say=say):
     """Fill a model from a file, whoever wrote it, and print what was done in one line.
@@ -1621,8 +1691,9 @@ def load_weights(model, path, new=(), renew=(), say=say):
     `new` lists patterns of tensors that the file may lack ("decoder_*"); they keep their values, as
     do those of `renew`, whether the file has them or not. Positions are resized to the model's
     grid. Returns {"loaded", "new", "unused"}: lists of names.
-    Raises UserError, before anything is changed, where a tensor outside `new` is missing or has
-    another shape: weights that match nothing must never pass for loaded."""
+    Raises UserError, before anything is changed, where a tensor outside `new` is missing, has
+    another shape, or is left over and none of EXTRAS: weights that match nothing, or half of a
+    network, must never pass for loaded."""
     tensors, about = read_weights(path)
     tensors = our_names(tensors)
     targets = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
@@ -1640,11 +1711,15 @@ def load_weights(model, path, new=(), renew=(), say=say):
         if value.shape != target.shape:
             wrong.append(f"{name} {list(value.shape)} instead of {list(target.shape)}")
         values[name] = value
-    if missing or wrong:
+    left = [name for name in tensors if name not in targets
+            and not any(fnmatch(name, pattern) for pattern in EXTRAS)]
+    if missing or wrong or left:
+        more = lambda names: ", ".join(names[:3]) + (
+            f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise UserError(f"{path} does not fit this model; " + "; ".join(
             part for part in (missing and f"missing: {summary(missing)}",
-                              wrong and f"another shape: {', '.join(wrong[:3])}"
-                              + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")) if part))
+                              wrong and f"another shape: {more(wrong)}",
+                              left and f"unknown here: {more(left)}") if part))
     for name, value in values.items():
         copy_into(targets[name], value)
     fresh = [name for name in targets if name not in values]
@@ -1654,3 +1729,117 @@ def load_weights(model, path, new=(), renew=(), say=say):
     say(f"loaded {len(values)} of {len(targets)} tensors ({100 * filled / total:.1f}% of "
         f"parameters) from {path}; new: {summary(fresh)}; unused: {summary(unused)}")
     return {"loaded": list(values), "new": fresh, "unused": unused}
+
+
+# --------------------------------------------------------------------------------------
+# python vit.py --convert: to other people's names, and to ours
+# --------------------------------------------------------------------------------------
+
+HUGGING_FACE = (("blocks.", "encoder.layer."), (".attn.q.", ".attention.attention.query."),
+                (".attn.k.", ".attention.attention.key."),
+                (".attn.v.", ".attention.attention.value."),
+                (".attn.proj.", ".attention.output.dense."),
+                (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense."),
+                (".norm1.", ".layernorm_before."), (".norm2.", ".layernorm_after."))
+
+
+def hugging_face_name(name):
+    """One of our tensors' names as Hugging Face's ViT and ViTMAE have it."""
+    if name.startswith("head."):
+        return name.replace("head.", "classifier.")
+    decoder = name.startswith(("decoder_", "mask_token"))
+    name = name.replace("decoder_blocks.", "decoder_layers.")
+    for ours, theirs in HUGGING_FACE:
+        name = name.replace(ours, theirs)
+    if decoder:
+        return f"decoder.{name}"
+    for ours, theirs in (("cls_token", "embeddings.cls_token"), ("norm.", "layernorm."),
+                         ("pos_embed", "embeddings.position_embeddings"),
+                         ("patch_embed.proj.", "embeddings.patch_embeddings.projection.")):
+        name = theirs + name.removeprefix(ours) if name.startswith(ours) else name
+    return f"vit.{name}"
+
+
+def write_safetensors(path, tensors):
+    """Write {name: tensor} as a .safetensors file: the inverse of read_safetensors."""
+    header, at = {}, 0
+    kinds = {dtype: kind for kind, dtype in SAFETENSORS_DTYPES.items()}
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def to_hugging_face(tensors, config, about, out):
+    """Write tensors of our names as a folder that transformers' from_pretrained takes: a
+    ViTForImageClassification, a ViTModel where there is no head, a ViTMAEForPreTraining where there
+    is a decoder. Raises UserError for what they have no class for."""
+    if "fc_norm.weight" in tensors:
+        raise UserError("Hugging Face's ViT reads the class token: a model that averages patches "
+                        "(fc_norm) has no counterpart there")
+    told, mae = about.get("config", {}), "decoder_pred.weight" in tensors
+    if mae and "decoder_heads" not in told:
+        raise UserError("the file does not say how many heads its decoder has: give one of ours")
+    settings = {"hidden_size": config.width, "num_hidden_layers": config.depth,
+                "num_attention_heads": config.heads, "intermediate_size": 4 * config.width,
+                "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True,
+                "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+                "image_size": config.image[0] if len({*config.image}) == 1 else config.image,
+                "patch_size": config.patch, "num_channels": config.channels}
+    if mae:
+        settings |= {"model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"],
+                     "decoder_hidden_size": told["decoder_width"],
+                     "decoder_num_hidden_layers": told["decoder_depth"],
+                     "decoder_num_attention_heads": told["decoder_heads"],
+                     "decoder_intermediate_size": 4 * told["decoder_width"],
+                     "mask_ratio": told["mask_ratio"], "norm_pix_loss": told["norm_pix"]}
+    else:
+        settings |= {"model_type": "vit", "architectures": [
+            "ViTForImageClassification" if "head.weight" in tensors else "ViTModel"]}
+    names = about.get("classes") or about.get("vocabulary") or range(
+        len(tensors.get("head.bias", ())))
+    settings["id2label"] = {str(i): str(name) for i, name in enumerate(names)}
+    settings["label2id"] = {name: int(i) for i, name in settings["id2label"].items()}
+    parts = {}
+    for name, tensor in tensors.items():
+        if ".qkv." in name:
+            thirds = zip("qkv", tensor.chunk(3))
+            parts |= {name.replace(".qkv.", f".{part}."): third for part, third in thirds}
+        else:
+            parts[name] = tensor
+    out.mkdir(parents=True, exist_ok=True)
+    write_aside(out / "model.safetensors", lambda path: write_safetensors(
+        path, {hugging_face_name(name): tensor for name, tensor in parts.items()}))
+    write_aside(out / "config.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
+
+
+def main(argv):
+    """python vit.py --convert IN OUT --to …: a weights file under other names."""
+    parser = argparse.ArgumentParser(prog="vit.py", allow_abbrev=False,
+                                     description=__doc__.split("\n")[0])
+    parser.add_argument("--convert", nargs=2, metavar=("IN", "OUT"), required=True,
+                        help="a weights file, ours or any that --init takes, and what to make")
+    parser.add_argument("--to", choices=("huggingface", "ours"), required=True,
+                        help="huggingface: a folder for from_pretrained (ViT, ViTMAE); ours: a .pt "
+                        "with the names of MAE, MAWS and timm")
+    args = parser.parse_args(argv)
+    source, out = args.convert[0], Path(args.convert[1])
+    config, about = config_from(source)
+    tensors = our_names(read_weights(source)[0])
+    if args.to == "huggingface":
+        to_hugging_face(tensors, config, about, out)
+    else:
+        del about["shapes"]
+        about["config"] = {**vars(config), **about.get("config", {})}
+        write_aside(out, lambda path: torch.save(
+            {"model": {name: tensor.clone() for name, tensor in tensors.items()}, **about}, path))
+    say(f"wrote {len(tensors)} tensors of {source} to {out}")
+
+
+if __name__ == "__main__":
+    run(main)

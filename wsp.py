@@ -61,11 +61,12 @@ def parse_flags(argv):
         help="the most frequent are kept; default 28,000 (paper)")
     add("--vocabulary-only", action="store_true", help="print the vocabulary and stop")
     add("--resample", choices=("sqrt", "none"), default="sqrt",
-        help="sqrt (default): show images of rare tags more often, by the root of the frequency, "
-        "so that an epoch has 5/3 of the images (its size: paper; its rule: ours); none: each once")
+        help="sqrt (default): show images of rare tags more often, by the inverse root of the "
+        "frequency of their rarest one, so that an epoch shows 5/3 of the tagged images (its size: "
+        "paper; its rule: ours); none: each once")
     add("--max-repeat", type=vit.positive, default=10, metavar="TIMES",
         help="the most often that one image is shown in an epoch; default 10 (ours)")
-    add("--loss", choices=("softmax", "bce"), default="softmax", help="softmax (default; the "
+    add("--loss", choices=("softmax", "bce"), help="softmax (default; the "
         "authors): cross-entropy with 1/k on each of k tags; bce: a yes or no for every tag")
     add("--drop-path", type=float, default=0.0, metavar="SHARE",
         help="of images that skip a branch of the last block; default 0, off (ours)")
@@ -73,13 +74,15 @@ def parse_flags(argv):
         help="of the image's area that a random crop has; default by model, below")
     args = parser.parse_args(argv)
     config, name, about = vit.choose_config(args, "wsp")
-    vit.fill_recipe(args, {**RECIPES[name], **COMMON})
-    for flag, low, value in (("--drop-path", 0, args.drop_path),
-                             ("--smallest-crop", 1e-6, args.smallest_crop)):
-        if not low <= value <= 1 - (flag == "--drop-path") * 1e-6:
-            raise UserError(f"{flag} is a share; found {value}")
-    if args.max_repeat < 2:
+    vit.fill_recipe(args, {"loss": "softmax", **RECIPES[name], **COMMON})
+    if not 0 <= args.drop_path < 1:
+        raise UserError(f"--drop-path is from 0 to below 1; found {args.drop_path}")
+    if not 0 < args.smallest_crop <= 1:
+        raise UserError(f"--smallest-crop is above 0, up to 1; found {args.smallest_crop}")
+    if args.resample == "sqrt" and args.max_repeat < 2:
         raise UserError("--max-repeat 1 leaves nothing to resample; give --resample none")
+    if args.vocabulary_only and (args.predict or args.eval_only):
+        raise UserError("--vocabulary-only is about --data: leave --predict and --eval-only out")
     if args.val is None and all(map(data.is_world, args.data)):
         args.val = ["world-val"]
     return args, config, about
@@ -101,22 +104,23 @@ def choose_vocabulary(counts, min_count, size):
     return kept
 
 
-def repeats(numbers, counts, scale, most):
-    """How often, on average, an image is shown whose rarest tag is on counts[number] images.
+def repeats(counts, scale, most):
+    """How often, on average, an image is shown whose rarest tag is each of the tags: [K].
 
     clip(sqrt(t / f), 1, most): the inverse square root of the hashtag's frequency (the lineage's;
-    the paper's own rule is not published); scale is t, in images."""
-    return np.clip(np.sqrt(scale / counts[numbers]), 1, most)
+    the paper's own rule is not published). `counts` [K]: the images that have the tag, for f;
+    `scale`: t, in images."""
+    return np.clip(np.sqrt(scale / counts), 1, most)
 
 
-def solve_scale(counts, rarest, most):
+def solve_scale(counts, by_rarest, most):
     """The scale with which an epoch shows 5/3 of the images (paper: 5B samples of 3B images).
 
-    `rarest` [K]: how many images have each tag, of `counts` images, as their rarest."""
-    low, high, all_tags = min(counts), max(counts) * most ** 2, np.arange(len(counts))
+    `counts` [K]: the images that have a tag; `by_rarest` [K]: those whose rarest tag it is."""
+    low, high = counts.min(), counts.max() * most ** 2
     for _ in range(100):
         middle = math.sqrt(low * high)
-        if (repeats(all_tags, counts, middle, most) * rarest).sum() < SHOWN * rarest.sum():
+        if (repeats(counts, middle, most) * by_rarest).sum() < SHOWN * by_rarest.sum():
             low = middle
         else:
             high = middle
@@ -124,10 +128,10 @@ def solve_scale(counts, rarest, most):
 
 
 def open_tags(args, source, places):
-    """Count the tags of --data and resample it: (Tagged, what is known of the tags, also synonyms).
+    """Count the tags of --data and resample it: (Tagged, what is known of the tags).
 
-    What was found is kept beside the indexes of shards: a resumed run starts at once."""
-    synonyms = data.read_synonyms(args.synonyms) if args.synonyms else {}
+    What was found is kept beside the indexes of shards, so that a resumed run need not count."""
+    synonyms = vit.on_rank_0(lambda: data.read_synonyms(args.synonyms)) if args.synonyms else {}
     if not args.synonyms and all(map(data.is_world, args.data)):
         synonyms = {data.canonical(alias): tag for alias, tag in data.SYNONYMS.items()}
     key = data.crc(json.dumps([source.fingerprint(), synonyms, args.min_count, args.resample,
@@ -142,12 +146,12 @@ def open_tags(args, source, places):
             data.write_arrays(cache, found)
         vit.on_rank_0(keep)
     about = {**json.loads(found["about"].tobytes()), "synonyms": sorted(synonyms.items())}
-    numbers = numbers_in(about["vocabulary"], synonyms)
-    tagged = data.Tagged(source, numbers, rule(args, about), found["sums"])
+    tagged = data.Tagged(source, numbers_in(about["vocabulary"], synonyms), found["repeats"],
+                         found["sums"])
     say(f"{len(about['vocabulary']):,} tags on {about['tagged']:,} of {len(source):,} images, the "
         f"others are left out; an epoch shows {len(tagged):,}"
         + (f" (t is {about['scale']:.4g} images)" if about["scale"] else "")
-        + f"; knowing nothing scores {about['entropy']:.4f}")
+        + f"; knowing nothing scores {about[args.loss]:.4f}")
     return tagged, about
 
 
@@ -157,54 +161,58 @@ def numbers_in(vocabulary, synonyms):
     return functools.partial(data.tag_numbers, number=number, synonyms=synonyms)
 
 
-def rule(args, about):
-    """How often images are shown, as data.Tagged takes it."""
-    counts = np.array(about["counts"], np.float64)
-    return about["scale"] and functools.partial(repeats, counts=counts, scale=about["scale"],
-                                                most=args.max_repeat)
-
-
 def count_and_resample(args, source, synonyms):
-    """The work of open_tags: {"sums" of the chunks, "about": the rest, as JSON}."""
+    """The work of open_tags: {"repeats" by tag, "sums" of the chunks, "about": the rest, as JSON}.
+
+    Three passes over the tags, which the ranks share: how many images have each; how many have it
+    as their rarest; what an epoch that shows them repeatedly consists of."""
     counted = data.count_tags(source, synonyms)
     pairs = vit.on_rank_0(
         lambda: choose_vocabulary(counted, args.min_count, args.vocabulary_size))
-    vocabulary, counts = map(list, zip(*pairs))
-    K, about = len(counts), {"vocabulary": vocabulary, "counts": counts, "scale": 0.0}
-    once = data.Tagged(source, numbers_in(vocabulary, synonyms), sums=source.chunks)
-    rarest, lengths = torch.zeros(2, max(K, 65), dtype=torch.float64)
+    vocabulary, counts = [tag for tag, _ in pairs], np.array([n for _, n in pairs], np.float64)
+    K, number_of = len(pairs), data.Tagged(
+        source, numbers_in(vocabulary, synonyms), sums=source.chunks).number_of
+    by_rarest, by_length = torch.zeros(2, max(K, 65), dtype=torch.float64)
     for c in data.my_chunks(source, "rarest tags"):
-        rows, numbers = data.tag_pairs(source, c, once.number_of)
-        _, ends = data.rarest_tags(rows, numbers)
-        rarest += torch.from_numpy(np.bincount(ends, minlength=len(rarest)))
-        most = np.bincount(rows, minlength=1).clip(max=64)
-        lengths += torch.from_numpy(np.bincount(most, minlength=len(rarest)))
-    rarest, lengths = vit.sum_over_ranks(torch.stack([rarest, lengths])).numpy()
-    if args.resample == "sqrt":
-        about["scale"] = solve_scale(np.array(counts, np.float64), rarest[:K], args.max_repeat)
-    tagged = data.Tagged(source, once.numbers, rule(args, about))
-    mass = torch.zeros(K, dtype=torch.float64)
+        rows, numbers = data.tag_pairs(source, c, number_of)
+        _, rarest = data.rarest_tags(rows, numbers)
+        lengths = np.bincount(rows, minlength=1).clip(max=64)
+        by_rarest += torch.from_numpy(np.bincount(rarest, minlength=len(by_rarest)))
+        by_length += torch.from_numpy(np.bincount(lengths, minlength=len(by_length)))
+    by_rarest, by_length = vit.sum_over_ranks(torch.stack([by_rarest, by_length])).numpy()
+    scale = solve_scale(counts, by_rarest[:K], args.max_repeat) if args.resample == "sqrt" else 0.0
+    tagged = data.Tagged(source, numbers_in(vocabulary, synonyms),
+                         repeats(counts, scale, args.max_repeat))
+    shown = torch.zeros(2, K, dtype=torch.float64)      # of each tag: its mass, and its images
     for c in data.my_chunks(source, "frequencies"):
-        rows, numbers = data.tag_pairs(source, c, once.number_of)
+        rows, numbers = data.tag_pairs(source, c, number_of)
         times = np.diff(tagged.stands(c), prepend=0)
-        weights = times[rows] / np.bincount(rows, minlength=len(times))[rows]
-        mass += torch.from_numpy(np.bincount(numbers, weights, K))
-    about |= {"entropy": entropy(vit.sum_over_ranks(mass)), "tagged": int(rarest.sum()),
-              "tags_an_image": [len(source) - int(rarest.sum()), *map(int, lengths[1:65])]}
-    return {"sums": tagged.chunks,
+        mass = times[rows] / np.bincount(rows, minlength=len(times))[rows]
+        for total, weights in zip(shown, (mass, times[rows])):
+            total += torch.from_numpy(np.bincount(numbers, weights, K))
+    tagged_images = int(by_rarest.sum())
+    about = {"vocabulary": vocabulary, "counts": counts.astype(int).tolist(), "scale": scale,
+             **knowing_nothing(*vit.sum_over_ranks(shown), len(tagged)), "tagged": tagged_images,
+             "tags_an_image": [len(source) - tagged_images, *map(int, by_length[1:65])]}
+    return {"repeats": tagged.repeats, "sums": tagged.chunks,
             "about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
 
 
-def entropy(mass):
-    """The entropy, in nats, of frequencies [K]: the softmax loss of the best constant answer."""
-    return float(torch.special.entr(mass / mass.sum()).sum())
+def knowing_nothing(mass, images, count):
+    """The loss, in nats, of the best constant answer to `count` images, of either --loss.
+
+    `mass` [K]: the sum of 1/k over the images that have a tag, whose entropy is softmax's; `images`
+    [K]: how many these are, each of which is a yes or no for bce."""
+    share = images / count
+    return {"softmax": float(torch.special.entr(mass / mass.sum()).sum()),
+            "bce": float((torch.special.entr(share) + torch.special.entr(1 - share)).mean())}
 
 
 def show_vocabulary(about):
     """--vocabulary-only: the most frequent and the rarest tags, and how many an image has."""
     pairs = [f"{tag} ({count:,})" for tag, count in zip(about["vocabulary"], about["counts"])]
     say("most frequent: " + " ".join(pairs[:40]))
-    say("rarest: " + " ".join(pairs[-40:]))
+    say("rarest: " + " ".join(pairs[40:][-40:]))
     for k, images in enumerate(about["tags_an_image"]):
         if images:
             say(f"{images:12,} images have {k if k < 64 else '64 or more'} known tags")
@@ -236,8 +244,7 @@ def evaluate(model, val, args, device, rank, world, about):
     """Loss and recall over a source, every image with a known tag once, whatever the ranks.
 
     Recall at k is the share of an image's tags that are among the k most probable, averaged over
-    images; "entropy" is that of val's tags. OUT/tags.txt gets each tag's recall at 5. Images that
-    cannot be read have no weight, and are listed in OUT/bad_val_samples.txt."""
+    images; "entropy" is what knowing nothing scores. OUT/tags.txt gets each tag's recall at 5."""
     K = len(about["vocabulary"])
     sums, tops = torch.zeros(5, dtype=torch.float64), (1, 5, 10)
     by_tag = torch.zeros(3, K, dtype=torch.float64)     # images with it, of those found, mass
@@ -261,20 +268,17 @@ def evaluate(model, val, args, device, rank, world, about):
         write_tags(Path(args.out) / "tags.txt", about, *by_tag[:2].tolist())
     metrics = {name: value / count for name, value in zip(
         ("loss", *(f"recall{k}" for k in tops)), sums)}
-    return {**metrics, "entropy": entropy(by_tag[2]), "count": int(count),
-            "bad": len(val.source) - int(count)}
+    return {**metrics, "entropy": knowing_nothing(by_tag[2], by_tag[0], count)[args.loss],
+            "count": int(count), "bad": len(val.source) - int(count)}
 
 
 def write_tags(path, about, images, found):
-    """tags.txt: the best and the worst recalls, then every tag by its number."""
-    rows = [(tag, count, int(n), hits / n if n else math.nan) for tag, count, n, hits in zip(
-        about["vocabulary"], about["counts"], images, found)]
-    ranked = sorted((row for row in rows if row[2] >= 5), key=lambda row: -row[3])
-    lines = ["# tag, images of --data, images of --val, recall at 5 on them"]
-    for title, part in (("best (of 5 images or more)", ranked[:10]),
-                        ("worst", ranked[:-11:-1]), ("all", rows)):
-        lines += [f"# {title}", *(f"{tag}\t{count}\t{n}\t{recall:.3f}"
-                                  for tag, count, n, recall in part)]
+    """tags.txt: every tag with its recall at 5, the worst first, those without images last."""
+    rows = sorted((hits / n if n else math.inf, tag, count, int(n)) for tag, count, n, hits in zip(
+        about["vocabulary"], about["counts"], images, found))
+    lines = ["# tag, images of --data, images of --val, recall at 5 on them: from the worst on",
+             *(f"{tag}\t{count}\t{n}\t{recall if n else math.nan:.3f}"
+               for recall, tag, count, n in rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
     vit.write_aside(path, lambda aside: aside.write_text("\n".join(lines) + "\n"))
 
@@ -306,13 +310,13 @@ def predict(model, args, device, about):
 
 def open_all(args, config, told):
     """The data with their tags: (--data as data.Tagged, --val as data.Samples, what is known of
-    the tags); None for what is not needed. A trained model brings its vocabulary."""
+    the tags); None for what is not needed. A model that is only used brings its vocabulary."""
     places, tagged = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}, None
     if args.predict or args.eval_only:
-        if "vocabulary" not in told:
+        if told.get("stage") != "wsp":
             raise UserError(f"{args.init} has no vocabulary: --predict and --eval-only need a file "
                             "of this stage, as runs/wsp/model.pt")
-        about, args.loss = told, told["config"].get("loss", args.loss)
+        about, args.loss = told, told["config"]["loss"]
     else:
         tagged, about = open_tags(args, data.open_data(*args.data, **places), places)
     if not args.val or args.predict or args.vocabulary_only:
@@ -329,6 +333,7 @@ def main(argv):
     args, config, told = parse_flags(argv)
     example = lambda batch: (torch.empty(batch, config.channels, *config.image),)
     if args.plan:
+        say(f"planned for {args.vocabulary_size:,} tags: see --vocabulary-size")
         return vit.plan(args, lambda: ViT(config, args.vocabulary_size), example)
     device, rank, world = vit.start(args)
 
@@ -343,6 +348,9 @@ def main(argv):
     if args.init:
         same = told.get("vocabulary") == about["vocabulary"]
         vit.load_weights(model, args.init, renew=() if same else ("head.*",))
+        if "vocabulary" in told and not same:
+            say(f"NOTE: a new head for {len(about['vocabulary'])} tags: --init's vocabulary of "
+                f"{len(told['vocabulary'])} is another one")
     if args.predict:
         return predict(model, args, device, about)
     if args.eval_only:
@@ -419,7 +427,7 @@ def main(argv):
         vit.note_step(state, finite, args.batch)
         if found:
             data.note_bad(bad, args, state)
-        log.step(state["step"], {"loss": loss, "entropy": about["entropy"], "lr": lr,
+        log.step(state["step"], {"loss": loss, "entropy": about[args.loss], "lr": lr,
                                  "grad_norm": norm, "bad_samples": state["bad_samples"]})
 
         done = state["step"] == steps
