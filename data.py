@@ -53,8 +53,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vit import (
-    RankError, UserError, cpu_cores, environment, from_all_ranks, joined, on_rank_0, positive,
-    read_json, run, say, sum_over_ranks, to_rank_0, write_aside)
+    RankError, UserError, autocast, cpu_cores, environment, from_all_ranks, joined, on_rank_0,
+    positive, read_json, run, say, sum_over_ranks, to_rank_0, write_aside)
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -1228,6 +1228,14 @@ def is_world(spec):
     return str(spec).partition(":")[0] in WORLD_COUNTS
 
 
+def choose_val(args):
+    """Give --val its default. Raises UserError where it is needed and has none."""
+    if args.val is None and all(map(is_world, args.data)):
+        args.val = ["world-val"]
+    if args.eval_only and not args.val:
+        raise UserError("--eval-only needs --val: the images to evaluate on")
+
+
 def expand_braces(spec):
     """'x-{000..127}.tar' or 'x-{a,b}.tar' to its names."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", spec)
@@ -1303,17 +1311,27 @@ def canonical(tag):
                    and c not in "\ufe0e\ufe0f")
 
 
+def read_lines(path, flag):
+    """The lines of a text file that a flag names, with their numbers, without empty ones, as rank 0
+    finds them. Raises UserError."""
+    def read():
+        try:
+            return Path(path).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{flag} {path} cannot be read as UTF-8 text: {error}") from error
+    lines = [(i, line) for i, line in enumerate(on_rank_0(read), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{flag} {path} is empty")
+    return lines
+
+
 def read_synonyms(path):
     """A file of lines "alias TAB canonical" as {alias: what it means in the end}, both canonical.
 
     Raises UserError for a line of another form, an alias of two meanings, and a cycle."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--synonyms {path} cannot be read as UTF-8 text: {error}") from error
     meaning = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.startswith("# "):
+    for number, line in read_lines(path, "--synonyms"):
+        if line.startswith("# "):
             continue
         words = [canonical(word) for word in line.split("\t")]
         if len(words) != 2 or not all(words):
@@ -1388,6 +1406,32 @@ def tag_numbers(tag, number, synonyms):
     return [number[tag]] if (tag := synonyms.get(tag, tag)) in number else []
 
 
+def count_rarest(source, numbers, K):
+    """(How many images have each of K tags as their rarest [K]; how many have 0, 1, … 64 or more
+    known tags [65]), over all ranks; `numbers` as of Tagged."""
+    once = Tagged(source, numbers, sums=source.chunks)
+    by_rarest, by_length = torch.zeros(K, dtype=torch.int64), torch.zeros(65, dtype=torch.int64)
+    for c in my_chunks(source, "rarest tags"):
+        rows, found = tag_pairs(source, c, once.number_of)
+        by_rarest += torch.from_numpy(np.bincount(rarest_tags(rows, found)[1], minlength=K))
+        lengths = np.bincount(rows, minlength=int(source.chunks[c])).clip(max=64)
+        by_length += torch.from_numpy(np.bincount(lengths, minlength=65))
+    return sum_over_ranks(by_rarest).numpy(), sum_over_ranks(by_length).numpy()
+
+
+def count_shown(tagged, K):
+    """Of the images that an epoch shows, for each of K tags: (the sum of 1/k over those that have
+    it, k being an image's number of tags; how many have it), [K] each, over all ranks."""
+    shown = torch.zeros(2, K, dtype=torch.float64)
+    for c in my_chunks(tagged.source, "frequencies"):
+        rows, found = tag_pairs(tagged.source, c, tagged.number_of)
+        times = np.diff(tagged.stands(c), prepend=0)
+        mass = times[rows] / np.bincount(rows, minlength=len(times))[rows]
+        for total, weights in zip(shown, (mass, times[rows])):
+            total += torch.from_numpy(np.bincount(found, weights, K))
+    return sum_over_ranks(shown)
+
+
 class Tagged:
     """The images of a source that have known tags, those with rare ones several times: a source.
 
@@ -1450,6 +1494,77 @@ class Tagged:
         return {**sample, "numbers": sorted({number for some in known for number in some})}
 
 
+# --------------------------------------------------------------------------------------
+# Classes: what the outputs of a model stand for (stage 3)
+# --------------------------------------------------------------------------------------
+
+def read_classes(path):
+    """A file of a line an output, all names of its class separated by commas: [[name]]."""
+    names = [[name.strip() for name in line.split(",")]
+             for _, line in read_lines(path, "--classes")]
+    for name, count in Counter(name for some in names for name in set(some)).items():
+        if count > 1:
+            raise UserError(f"--classes {path} has {name!r} in {count} lines; a name is of one "
+                            "class")
+    return names
+
+
+def read_class_map(path, outputs):
+    """A file of lines "model's class TAB data's class" as {data's class: [output]}."""
+    found = {}
+    for number, line in read_lines(path, "--class-map"):
+        ours, *theirs = (word.strip() for word in line.split("\t"))
+        if len(theirs) != 1 or ours not in outputs:
+            raise UserError(f"--class-map {path}, line {number}: not one of the model's classes, a "
+                            f"TAB and one of the data's: {line!r}")
+        found.setdefault(theirs[0], []).extend(outputs[ours])
+    return found
+
+
+def outputs_of(classes, names, where, class_map=None):
+    """Which outputs of a model are right for each of the data's classes: {name: [output]}.
+
+    `classes` [[name]] are the model's, or K where nobody says what its K outputs stand for; `names`
+    are the data's, from `where`. They are matched by name; whole numbers, where none is a name, by
+    number; K unnamed outputs and K classes, in order (ImageNet's). Raises UserError for classes of
+    the data that the model lacks, unless a `class_map` says what counts."""
+    if isinstance(classes, int):
+        if len(names) == classes:
+            say(f"the model does not name its {classes} outputs: taken as the {classes} classes of "
+                f"{where}, in alphabetical order")
+            classes = [[name] for name in names]
+        else:
+            classes = [[str(i)] for i in range(classes)]
+    outputs = {name: [i] for i, some in enumerate(classes) for name in some}
+    if not outputs.keys() & {*names}:
+        outputs |= {str(i): [i] for i in range(len(classes))}
+        if not class_map and outputs.keys() & {*names}:
+            say(f"{where} has numbers for classes: taken as the model's outputs, from 0 on")
+    if class_map:
+        outputs = read_class_map(class_map, outputs)
+    unknown = [name for name in names if name not in outputs]
+    if len(unknown) == len(names) or unknown and not class_map:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise UserError(f"{where} has {len(unknown)} classes that the model lacks: "
+                        f"{', '.join(unknown[:5])}{more}; the model has {len(classes)}: "
+                        f"{', '.join(some[0] for some in classes[:5])}, …; see --class-map")
+    return outputs
+
+
+def labelled(source, classes, where, class_map=None):
+    """The images of a source whose class is known, as Tagged; their classes are those of the
+    folder or the label, or several where labels are lists. Others are left out."""
+    what = "label" if source.classes else "tags"
+    outputs = outputs_of(classes, all_names(source, what), where, class_map)
+    chosen = Tagged(source, outputs.get, what=what)
+    if len(chosen) < len(source):
+        say(f"{where}: {len(source) - len(chosen):,} of {len(source):,} images have no "
+            f"{'known ' if class_map else ''}class and are left out")
+    if not len(chosen):
+        raise UserError(f"no image of {where} has a class: a folder each, or a label each")
+    return chosen
+
+
 # ======================================================================================
 # From a file to pixels
 # ======================================================================================
@@ -1482,6 +1597,9 @@ def centre_crop(width, height, numbers, size, share=224 / 256):
     shape = size[1] / size[0]
     w, h = share * min(width, height * shape), share * min(height, width / shape)
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+
+
+WHOLE_WIDTH = functools.partial(centre_crop, share=1)       # or height: as much as fits
 
 
 def whole(width, height, numbers, size):
@@ -1537,7 +1655,7 @@ def read_pixels(image, choose_box, size, channels=3, max_pixels=178_956_970):
     return np.asarray(pixels).reshape(H, W, channels)
 
 
-def read_picture(name, config, max_pixels, choose_box=functools.partial(centre_crop, share=1)):
+def read_picture(name, config, max_pixels, choose_box=WHOLE_WIDTH):
     """A user's picture at the size of a model's Config, a tensor [H,W,C]; without a `choose_box`,
     as much of it as fits. Raises UserError."""
     try:
@@ -1794,22 +1912,46 @@ def denormalise(images):
     return pixels.to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def draw_predictions(path, pixels, right, predicted):
-    """Draw pictures [B,H,W,C] with the names that are right, [[name]], and those that a model
-    thinks most probable, [[(name, probability)]], right ones green, into a PNG. For rank 0."""
-    side = 112
+@torch.no_grad()
+def most_probable(model, pixels, args, device, names, k=5):
+    """What a model thinks pictures [B,H,W,C] most probably are: [[(name, probability)]], k of each.
+    Every rank has to call it."""
+    with autocast(args, device):
+        logits = torch.cat([model(normalise(part.to(device)))
+                            for part in pixels.split(args.micro_batch)]).float()    # [B,K]
+    chances = logits.sigmoid() if args.loss == "bce" else logits.softmax(1)
+    top = chances.topk(min(k, len(names)))
+    return [[(names[i], chance) for i, chance in zip(*row)]
+            for row in zip(top.indices.tolist(), top.values.tolist())]
+
+
+def print_predictions(model, args, device, names, choose_box=WHOLE_WIDTH):
+    """--predict: what the user's pictures most probably are."""
+    for name in args.predict:
+        pixels = read_picture(name, model.config, args.max_pixels, choose_box)
+        best, = most_probable(model, pixels[None], args, device, names)
+        say(f"{name}: " + ", ".join(f"{word} {chance:.3f}" for word, chance in best))
+
+
+def draw_predictions(model, batch, args, device, names):
+    """Draw a batch's pictures, what they are and what a model thinks they are, right answers green,
+    into OUT/predictions.png. Every rank has to call it."""
+    side, pixels = 112, batch["images"]
+    predicted = most_probable(model, pixels, args, device, names)
     sheet = Image.new("RGB", (620, len(pixels) * (side + 8)), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, (image, names, best) in enumerate(zip(pixels.numpy(), right, predicted)):
+    for row, (image, numbers, best) in enumerate(zip(pixels.numpy(), batch["tags"], predicted)):
+        right = [names[i] for i in numbers.tolist() if i >= 0]
         top, picture = row * (side + 8) + 4, Image.fromarray(image[..., :3].squeeze())
         scale = side / max(picture.size)
         picture = picture.resize([max(1, round(length * scale)) for length in picture.size], 0)
         sheet.paste(picture, (4, top))
-        draw.text((side + 16, top), "true: " + ", ".join(names), "black")
+        draw.text((side + 16, top), "true: " + ", ".join(right), "black")
         for line, (name, chance) in enumerate(best, 1):
             draw.text((side + 16, top + 18 * line), f"{chance:.2f}  {name}",
-                      "#108030" if name in names else "#606060")
-    write_aside(Path(path), lambda aside: sheet.save(aside, "PNG"))
+                      "#108030" if name in right else "#606060")
+    if environment().rank == 0:
+        write_aside(Path(args.out) / "predictions.png", lambda aside: sheet.save(aside, "PNG"))
 
 
 def list_bad(args, bad, name, mode):

@@ -30,85 +30,6 @@ import vit
 from vit import UserError, ViT, say
 
 # ======================================================================================
-# Classes: what the outputs of a model stand for
-# ======================================================================================
-
-def read_lines(path, flag):
-    """The lines of a text file that a flag names, without empty ones. Raises UserError."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {path} cannot be read as UTF-8 text: {error}") from error
-    lines = [line for line in lines if line.strip()]
-    if not lines:
-        raise UserError(f"{flag} {path} is empty")
-    return lines
-
-
-def read_classes(path):
-    """A file of a line an output, all names of its class separated by commas: [[name]]."""
-    names = [[name.strip() for name in line.split(",")] for line in read_lines(path, "--classes")]
-    for name, count in Counter(name for some in names for name in set(some)).items():
-        if count > 1:
-            raise UserError(f"--classes {path} has {name!r} in {count} lines; a name is of one "
-                            "class")
-    return names
-
-
-def read_class_map(path, outputs):
-    """A file of lines "model's class TAB data's class" as {data's class: [output]}."""
-    found = {}
-    for number, line in enumerate(read_lines(path, "--class-map"), 1):
-        ours, *theirs = (word.strip() for word in line.split("\t"))
-        if len(theirs) != 1 or ours not in outputs:
-            raise UserError(f"--class-map {path}, line {number}: not one of the model's classes, a "
-                            f"TAB and one of the data's: {line!r}")
-        found.setdefault(theirs[0], []).extend(outputs[ours])
-    return found
-
-
-def outputs_of(classes, names, where, class_map=None):
-    """Which outputs of a model are right for each of the data's classes: {name: [output]}.
-
-    `classes` [[name]] are the model's, None where nobody says what its K outputs stand for;
-    `names` are the data's, from `where`. They are matched by name; whole numbers, where none is a
-    name, by number; K unnamed outputs and K classes, in order (ImageNet's). Raises UserError for
-    classes of the data that the model lacks, unless a `class_map` says what counts."""
-    if isinstance(classes, int):
-        if len(names) == classes:
-            say(f"the model does not name its {classes} outputs: taken as the {classes} classes of "
-                f"{where}, in alphabetical order")
-            classes = [[name] for name in names]
-        else:
-            classes = [[str(i)] for i in range(classes)]
-    outputs = {name: [i] for i, some in enumerate(classes) for name in some}
-    outputs |= {str(i): [i] for i in range(len(classes)) if not outputs.keys() & {*names}}
-    if class_map:
-        outputs = read_class_map(class_map, outputs)
-    unknown = [name for name in names if name not in outputs]
-    if len(unknown) == len(names) or unknown and not class_map:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise UserError(f"{where} has {len(unknown)} classes that the model lacks: "
-                        f"{', '.join(unknown[:5])}{more}; the model has {len(classes)}: "
-                        f"{', '.join(some[0] for some in classes[:5])}, …; see --class-map")
-    return outputs
-
-
-def labelled(source, classes, where, class_map=None):
-    """The images of a source whose class is known, as data.Tagged; their classes are those of the
-    folder or the label, or several where labels are lists. Others are left out."""
-    what = "label" if source.classes else "tags"
-    outputs = outputs_of(classes, data.all_names(source, what), where, class_map)
-    chosen = data.Tagged(source, outputs.get, what=what)
-    if len(chosen) < len(source):
-        say(f"{where}: {len(source) - len(chosen):,} of {len(source):,} images have no "
-            f"{'known ' if class_map else ''}class and are left out")
-    if not len(chosen):
-        raise UserError(f"no image of {where} has a class: a folder each, or a label each")
-    return chosen
-
-
-# ======================================================================================
 # classify: recipes and flags
 # ======================================================================================
 
@@ -196,8 +117,7 @@ def parse_classify_flags(argv):
                             f"{getattr(args, flag):g}")
     if args.randaugment and config.channels == 4:
         raise UserError("--randaugment knows no alpha channel; give --randaugment 0")
-    if args.val is None and all(map(data.is_world, args.data)):
-        args.val = ["world-val"]
+    data.choose_val(args)
     return args, config, told
 
 
@@ -264,7 +184,7 @@ def losses(logits, wanted, loss):
 
 
 # ======================================================================================
-# classify: evaluation, predictions
+# classify: evaluation
 # ======================================================================================
 
 @torch.no_grad()
@@ -324,18 +244,6 @@ def average_precision(scores, right):
     return float((precision * right).sum() / right.sum())
 
 
-@torch.no_grad()
-def most_probable(model, pixels, args, device, names, k=5):
-    """The k most probable classes of pictures [B,H,W,C]: [[(name, probability)]]. On every rank."""
-    with vit.autocast(args, device):
-        logits = torch.cat([model(data.normalise(part.to(device)))
-                            for part in pixels.split(args.micro_batch)]).float()    # [B,K]
-    chances = logits.sigmoid() if args.loss == "bce" else logits.softmax(1)
-    top = chances.topk(min(k, len(names)))
-    return [[(names[i], chance) for i, chance in zip(*row)]
-            for row in zip(top.indices.tolist(), top.values.tolist())]
-
-
 # ======================================================================================
 # classify: main
 # ======================================================================================
@@ -349,7 +257,7 @@ def open_classes(args, told):
             raise UserError(f"{args.init} has no head: --predict and --eval-only need a finetuned "
                             "file, as runs/classify/model.pt")
         K, args.loss = told["shapes"]["head.weight"][0], told.get("config", {}).get("loss", "ce")
-        classes = read_classes(args.classes) if args.classes else [
+        classes = data.read_classes(args.classes) if args.classes else [
             [name] for name in told.get("classes", ())] or K
         if classes != K and len(classes) != K:
             raise UserError(f"--classes {args.classes} has {len(classes)} lines, but {args.init} "
@@ -357,16 +265,16 @@ def open_classes(args, told):
     else:
         source = data.open_data(*args.data, **places)
         found = [[name] for name in source.classes or data.all_names(source, "tags")]
-        classes = read_classes(args.classes) if args.classes else found
+        classes = data.read_classes(args.classes) if args.classes else found
         if len(classes) < 2:
             raise UserError(f"--data has {len(classes)} classes: there is nothing to tell apart; "
                             "images have the class of their folder, or a label")
         if args.loss == "ce" and not source.classes:
             raise UserError("labels of --data are lists, of several classes: give --loss bce or "
                             "softmax")
-        train = labelled(source, classes, "--data")
+        train = data.labelled(source, classes, "--data")
     if args.val and not args.predict:
-        val = labelled(data.open_data(*args.val, **places), classes, "--val", args.class_map)
+        val = data.labelled(data.open_data(*args.val, **places), classes, "--val", args.class_map)
         if classes == len(val.source.classes):
             classes = [[name] for name in val.source.classes]
     return train, val, [str(i) for i in range(classes)] if isinstance(classes, int) else [
@@ -400,14 +308,8 @@ def classify(argv):
             say(f"a new head for {K} classes: the file's is for {outputs} "
                 + ("hashtags" if "vocabulary" in told else "other classes"))
     if args.predict:
-        for path in args.predict:
-            pixels = data.read_picture(path, config, args.max_pixels, choose_box)
-            best, = most_probable(model, pixels[None], args, device, names)
-            say(f"{path}: " + ", ".join(f"{name} {chance:.3f}" for name, chance in best))
-        return
+        return data.print_predictions(model, args, device, names, choose_box)
     if args.eval_only:
-        if val is None:
-            raise UserError("--eval-only needs --val: the images to evaluate on")
         return vit.report(args, evaluate(model, val, args, device, rank, world, names))
     crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
     augment = functools.partial(data.rand_augment, magnitude=args.randaugment)
@@ -429,11 +331,10 @@ def classify(argv):
                  if args.optimizer == "adamw" else
                  torch.optim.SGD(groups, lr=peak, momentum=0.9, nesterov=True))
     ema = {name: p.detach().clone() for name, p in model.named_parameters()} if args.ema else {}
-    half = vit.autocast_dtype(args, device) == torch.float16
-    state = vit.restore(args, model, optimizer, {**vit.fresh_state(half), "best": -1.0}, ema)
+    state = {**vit.fresh_state(args, device), "best": -1.0}
+    state = vit.restore(args, model, optimizer, state, ema)
     data.cut_bad_list(args, state)
     log = vit.Log(args, device, state["step"], steps, 3 * vit.forward_flops(make, example))
-    eval_every = max(1, steps // 10) if args.eval_every is None else args.eval_every
     positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
     batches = data.load(train, positions, args.workers, device)
     about = {"config": {**asdict(config), "pool": args.pool, "crop": args.crop, "loss": args.loss},
@@ -441,12 +342,8 @@ def classify(argv):
 
     def draw_and_evaluate():
         with vit.averaged(model, ema):
-            predicted = most_probable(model, examples["images"], args, device, names)
+            data.draw_predictions(model, examples, args, device, names)
             metrics = evaluate(model, val, args, device, rank, world, names) if val else {}
-        if rank == 0:
-            right = [[names[i] for i in some if i >= 0] for some in examples["tags"].tolist()]
-            data.draw_predictions(Path(args.out) / "predictions.png", examples["images"], right,
-                                  predicted)
         if (score := metrics.get("map", metrics.get("top1", -1.0))) > state["best"]:
             state["best"] = score
             vit.export(args, model, {**about, "samples": state["step"] * args.batch}, ema,
@@ -455,7 +352,7 @@ def classify(argv):
 
     # ---- loop
     while state["step"] < steps:
-        if eval_every and state["step"] and state["step"] % eval_every == 0:
+        if log.evaluation_due(state["step"]):
             log.evaluated(draw_and_evaluate())
         lr = vit.learning_rate(state["step"], steps, peak, args.warmup * steps, args.final_lr)
         for group in optimizer.param_groups:
@@ -500,7 +397,7 @@ def classify(argv):
 
         done = state["step"] == steps
         # Before an evaluation too: what interrupts it costs no step.
-        if stop or due or done or eval_every and state["step"] % eval_every == 0:
+        if stop or due or done or log.evaluation_due(state["step"]):
             vit.save(args, model, optimizer, state,
                      {**about, "samples": state["step"] * args.batch}, ema)
             log.saved()

@@ -69,8 +69,7 @@ def parse_flags(argv):
     if args.decoder_width % args.decoder_heads or args.decoder_width % 4:
         raise UserError(f"--decoder-width {args.decoder_width} must be divisible by "
                         f"--decoder-heads {args.decoder_heads} and by 4")
-    if args.val is None and all(map(data.is_world, args.data)):
-        args.val = ["world-val"]
+    data.choose_val(args)
     return args, config, about
 
 
@@ -283,8 +282,6 @@ def main(argv):
     val_data = data.open_data(*args.val, **places) if args.val else None
     val = val_data and data.unshuffled(val_data, args, config)
     if args.eval_only:
-        if val is None:
-            raise UserError("--eval-only needs --val: the images to evaluate on")
         return vit.report(args, evaluate(model, val, args, device, rank, world))
     train_data = data.open_data(*args.data, **places)
     if args.data == ["world"] and config.width > 192:
@@ -303,11 +300,9 @@ def main(argv):
     # ---- optimizer and state
     optimizer = torch.optim.AdamW(vit.decay_groups(model, args.weight_decay), lr=peak, betas=BETAS,
                                   fused=True)
-    half = vit.autocast_dtype(args, device) == torch.float16
-    state = vit.restore(args, model, optimizer, vit.fresh_state(half))
+    state = vit.restore(args, model, optimizer, vit.fresh_state(args, device))
     data.cut_bad_list(args, state)
     log = vit.Log(args, device, state["step"], steps, 3 * vit.forward_flops(make, example))
-    eval_every = max(1, steps // 10) if args.eval_every is None else args.eval_every
     positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
     batches = data.load(train, positions, args.workers, device)
     describe = {"config": {**asdict(config), **own}, "stage": "mae"}
@@ -319,7 +314,7 @@ def main(argv):
 
     # ---- loop
     while state["step"] < steps:
-        if eval_every and state["step"] and state["step"] % eval_every == 0:
+        if log.evaluation_due(state["step"]):
             log.evaluated(draw_and_evaluate())
         lr = vit.learning_rate(state["step"], steps, peak, args.warmup * steps)
         for group in optimizer.param_groups:
@@ -353,7 +348,7 @@ def main(argv):
 
         done = state["step"] == steps
         # Before an evaluation too: what interrupts it costs no step.
-        if stop or due or done or eval_every and state["step"] % eval_every == 0:
+        if stop or due or done or log.evaluation_due(state["step"]):
             vit.save(args, model, optimizer, state,
                      {**describe, "samples": state["step"] * args.batch})
             log.saved()

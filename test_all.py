@@ -2162,7 +2162,7 @@ def test_mistakes_of_stage_2_get_one_line():
     tell("--predict nowhere.jpg cannot be read", "--init", tagging()[0] / "model.pt", "--predict",
          "nowhere.jpg")
     tell("--max-repeat 1 leaves nothing", *manifest, "--max-repeat", 1)
-    tell("--drop-path is a share", *manifest, "--drop-path", 1)
+    tell("--drop-path is from 0 to below 1; found 1.0", *manifest, "--drop-path", 1)
     path, flags = tagged_photos()
     refused("vocabulary 4 tags", resumed, tagging()[0],
             (*flags, *WSP, "--min-count", 1, "--vocabulary-size", 4, "--synonyms",

@@ -356,16 +356,6 @@ def initial_value(name, shape, grid, seed, head_std=0.0):
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-def copy_into(target, value):
-    """Copy a full tensor into a parameter; of a sharded one, every rank keeps its own slice."""
-    if isinstance(target, DTensor):
-        # src_data_rank=None: all ranks hold the same value, so nothing needs to be sent.
-        value = distribute_tensor(value.to(target.dtype), target.device_mesh, target.placements,
-                                  src_data_rank=None)
-        target, value = target.to_local(), value.to_local()
-    target.copy_(value)
-
-
 @torch.no_grad()
 def init_weights(model, seed=0):
     """Initialise every parameter and buffer of a model in place, by `initial_value`.
@@ -914,6 +904,16 @@ def build(make, args, device, methods=()):
     return model, model
 
 
+def copy_into(target, value):
+    """Copy a full tensor into a parameter; of a sharded one, every rank keeps its own slice."""
+    if isinstance(target, DTensor):
+        # src_data_rank=None: all ranks hold the same value, so nothing needs to be sent.
+        value = distribute_tensor(value.to(target.dtype), target.device_mesh, target.placements,
+                                  src_data_rank=None)
+        target, value = target.to_local(), value.to_local()
+    target.copy_(value)
+
+
 def autocast_dtype(args, device):
     """The type of matrix products: torch.bfloat16, torch.float16, or None for fp32."""
     auto = "fp32"
@@ -998,8 +998,9 @@ def agree(tensors, numbers):
     return word.tolist()
 
 
-def fresh_state(half):
-    """Everything of a run that changes besides weights and optimizer; `half`: it is in fp16."""
+def fresh_state(args, device):
+    """Everything of a run that changes besides weights and optimizer; "half": it is in fp16."""
+    half = autocast_dtype(args, device) == torch.float16
     return {"step": 0, "bad_samples": 0, "skipped": 0, "skipped_in_a_row": 0,
             "half": half, "scale": 65536.0 if half else 1.0, "calm": 0}
 
@@ -1299,6 +1300,7 @@ class Log:
     def __init__(self, args, device, step, steps, flops):
         self.rank, _, self.world, _ = environment()
         self.args, self.steps, self.flops = args, steps, flops
+        self.every = max(1, steps // 10) if args.eval_every is None else args.eval_every
         self.path, self.done = Path(args.out) / "log.jsonl", step
         self.saved_at = time.monotonic()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -1364,6 +1366,10 @@ class Log:
     def save_due(self):
         """Whether --save-every minutes have passed, by rank 0's clock; False on other ranks."""
         return self.rank == 0 and time.monotonic() - self.saved_at >= self.args.save_every * 60
+
+    def evaluation_due(self, step):
+        """Whether one evaluates after `step` steps, by --eval-every."""
+        return bool(self.every and step and step % self.every == 0)
 
     def saved(self):
         self.saved_at = time.monotonic()

@@ -83,8 +83,7 @@ def parse_flags(argv):
         raise UserError("--max-repeat 1 leaves nothing to resample; give --resample none")
     if args.vocabulary_only and (args.predict or args.eval_only):
         raise UserError("--vocabulary-only is about --data: leave --predict and --eval-only out")
-    if args.val is None and all(map(data.is_world, args.data)):
-        args.val = ["world-val"]
+    data.choose_val(args)
     return args, config, about
 
 
@@ -131,10 +130,10 @@ def open_tags(args, source, places):
     """Count the tags of --data and resample it: (Tagged, what is known of the tags).
 
     What was found is kept beside the indexes of shards, so that a resumed run need not count."""
-    synonyms = vit.on_rank_0(lambda: data.read_synonyms(args.synonyms)) if args.synonyms else {}
+    synonyms = data.read_synonyms(args.synonyms) if args.synonyms else {}
     if not args.synonyms and all(map(data.is_world, args.data)):
         synonyms = {data.canonical(alias): tag for alias, tag in data.SYNONYMS.items()}
-    key = data.crc(json.dumps([source.fingerprint(), synonyms, args.min_count, args.resample,
+    key = data.crc(json.dumps([data.INDEX_VERSION, source.fingerprint(), synonyms, args.min_count, args.resample,
                                args.vocabulary_size, args.max_repeat]))
     cache = Path(places["index_dir"] or places["fallback"]) / f"tags-{key:08x}.npz"
     found = vit.on_rank_0(lambda: data.read_arrays(cache))
@@ -170,30 +169,13 @@ def count_and_resample(args, source, synonyms):
     pairs = vit.on_rank_0(
         lambda: choose_vocabulary(counted, args.min_count, args.vocabulary_size))
     vocabulary, counts = [tag for tag, _ in pairs], np.array([n for _, n in pairs], np.float64)
-    K, number_of = len(pairs), data.Tagged(
-        source, numbers_in(vocabulary, synonyms), sums=source.chunks).number_of
-    by_rarest, by_length = torch.zeros(2, max(K, 65), dtype=torch.float64)
-    for c in data.my_chunks(source, "rarest tags"):
-        rows, numbers = data.tag_pairs(source, c, number_of)
-        _, rarest = data.rarest_tags(rows, numbers)
-        lengths = np.bincount(rows, minlength=1).clip(max=64)
-        by_rarest += torch.from_numpy(np.bincount(rarest, minlength=len(by_rarest)))
-        by_length += torch.from_numpy(np.bincount(lengths, minlength=len(by_length)))
-    by_rarest, by_length = vit.sum_over_ranks(torch.stack([by_rarest, by_length])).numpy()
-    scale = solve_scale(counts, by_rarest[:K], args.max_repeat) if args.resample == "sqrt" else 0.0
-    tagged = data.Tagged(source, numbers_in(vocabulary, synonyms),
-                         repeats(counts, scale, args.max_repeat))
-    shown = torch.zeros(2, K, dtype=torch.float64)      # of each tag: its mass, and its images
-    for c in data.my_chunks(source, "frequencies"):
-        rows, numbers = data.tag_pairs(source, c, number_of)
-        times = np.diff(tagged.stands(c), prepend=0)
-        mass = times[rows] / np.bincount(rows, minlength=len(times))[rows]
-        for total, weights in zip(shown, (mass, times[rows])):
-            total += torch.from_numpy(np.bincount(numbers, weights, K))
-    tagged_images = int(by_rarest.sum())
+    numbers = numbers_in(vocabulary, synonyms)
+    by_rarest, by_length = data.count_rarest(source, numbers, len(counts))
+    scale = solve_scale(counts, by_rarest, args.max_repeat) if args.resample == "sqrt" else 0.0
+    tagged = data.Tagged(source, numbers, repeats(counts, scale, args.max_repeat))
     about = {"vocabulary": vocabulary, "counts": counts.astype(int).tolist(), "scale": scale,
-             **knowing_nothing(*vit.sum_over_ranks(shown), len(tagged)), "tagged": tagged_images,
-             "tags_an_image": [len(source) - tagged_images, *map(int, by_length[1:65])]}
+             **knowing_nothing(*data.count_shown(tagged, len(counts)), len(tagged)),
+             "tagged": int(by_rarest.sum()), "tags_an_image": by_length.astype(int).tolist()}
     return {"repeats": tagged.repeats, "sums": tagged.chunks,
             "about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
 
@@ -236,7 +218,7 @@ def tag_losses(logits, tags, kind="softmax"):
 
 
 # ======================================================================================
-# Evaluation, predictions, pictures
+# Evaluation
 # ======================================================================================
 
 @torch.no_grad()
@@ -281,27 +263,6 @@ def write_tags(path, about, images, found):
                for recall, tag, count, n in rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
     vit.write_aside(path, lambda aside: aside.write_text("\n".join(lines) + "\n"))
-
-
-@torch.no_grad()
-def most_probable(model, pixels, args, device, about, k=5):
-    """The k most probable tags of pictures [B,H,W,C]: [[(tag, probability)]]. On every rank."""
-    with vit.autocast(args, device):
-        logits = torch.cat([model(data.normalise(part.to(device)))
-                            for part in pixels.split(args.micro_batch)]).float()    # [B,K]
-    chances = logits.sigmoid() if args.loss == "bce" else logits.softmax(1)
-    top = chances.topk(min(k, len(about["vocabulary"])))
-    return [[(about["vocabulary"][i], chance) for i, chance in zip(*row)]
-            for row in zip(top.indices.tolist(), top.values.tolist())]
-
-
-def predict(model, args, device, about):
-    """--predict: print the most probable tags of the user's pictures."""
-    config = model.config
-    for name in args.predict:
-        pixels = data.read_picture(name, config, args.max_pixels)
-        best, = most_probable(model, pixels[None], args, device, about)
-        say(f"{name}: " + ", ".join(f"{tag} {chance:.3f}" for tag, chance in best))
 
 
 # ======================================================================================
@@ -352,10 +313,8 @@ def main(argv):
             say(f"NOTE: a new head for {len(about['vocabulary'])} tags: --init's vocabulary of "
                 f"{len(told['vocabulary'])} is another one")
     if args.predict:
-        return predict(model, args, device, about)
+        return data.print_predictions(model, args, device, about["vocabulary"])
     if args.eval_only:
-        if val is None:
-            raise UserError("--eval-only needs --val: the images to evaluate on")
         return vit.report(args, evaluate(model, val, args, device, rank, world, about))
     crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
     train = data.Samples(tagged, config.image, config.channels, crop, args.seed,
@@ -368,17 +327,13 @@ def main(argv):
             "vocabulary": f"{len(about['vocabulary'])} tags (CRC {words:08x})"}, model):
         return
     examples = data.examples(val or data.unshuffled(tagged, args, config), device)
-    written = [[about["vocabulary"][i] for i in tags if i >= 0]
-               for tags in examples["tags"].tolist()]
 
     # ---- optimizer and state
     groups = vit.decay_groups(model, args.weight_decay, EXEMPT)
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=BETAS, fused=True)
-    half = vit.autocast_dtype(args, device) == torch.float16
-    state = vit.restore(args, model, optimizer, vit.fresh_state(half))
+    state = vit.restore(args, model, optimizer, vit.fresh_state(args, device))
     data.cut_bad_list(args, state)
     log = vit.Log(args, device, state["step"], steps, 3 * vit.forward_flops(make, example))
-    eval_every = max(1, steps // 10) if args.eval_every is None else args.eval_every
     positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
     batches = data.load(train, positions, args.workers, device)
     describe = {"config": {**asdict(config), "loss": args.loss}, "stage": "wsp",
@@ -386,15 +341,12 @@ def main(argv):
                 "synonyms": about["synonyms"]}
 
     def draw_and_evaluate():
-        predicted = most_probable(model, examples["images"], args, device, about)
-        if rank == 0:
-            data.draw_predictions(Path(args.out) / "predictions.png", examples["images"], written,
-                                  predicted)
+        data.draw_predictions(model, examples, args, device, about["vocabulary"])
         return evaluate(model, val, args, device, rank, world, about) if val else {}
 
     # ---- loop
     while state["step"] < steps:
-        if eval_every and state["step"] and state["step"] % eval_every == 0:
+        if log.evaluation_due(state["step"]):
             log.evaluated(draw_and_evaluate())
         lr = vit.learning_rate(state["step"], steps, peak, args.warmup * steps)
         for group in optimizer.param_groups:
@@ -432,7 +384,7 @@ def main(argv):
 
         done = state["step"] == steps
         # Before an evaluation too: what interrupts it costs no step.
-        if stop or due or done or eval_every and state["step"] % eval_every == 0:
+        if stop or due or done or log.evaluation_due(state["step"]):
             vit.save(args, model, optimizer, state,
                      {**describe, "samples": state["step"] * args.batch})
             log.saved()
