@@ -904,6 +904,19 @@ def read_arrays(path, names=None):
         return {}
 
 
+def kept_arrays(path, make):
+    """Arrays of the file `path`, or what make() makes, on all ranks together, and then keeps there."""
+    found = on_rank_0(lambda: read_arrays(path))
+    if not found:
+        found = make()
+
+        def keep():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_arrays(path, found)
+        on_rank_0(keep)
+    return found
+
+
 def is_of(columns, size, changed):
     """Whether an index is of this version and of a file of this size and time of change."""
     return columns and columns["stamp"][:3].tolist() == [INDEX_VERSION, size, changed]

@@ -49,16 +49,14 @@ RECIPES = {
     # Ours, for a classroom: nano, tiny, small
     "ours": dict(
         optimizer="adamw", batch=64, weight_decay=0.05, clip_grad=1.0, final_lr=0.0,
-        pool="mean", crop="centre", smallest_crop=0.3, randaugment=0.0, erasing=0.0, mixup=0.0,
+        pool="cls", crop="centre", smallest_crop=0.3, randaugment=0.0, erasing=0.0, mixup=0.0,
         cutmix=0.0, smoothing=0.1, ema=0.0,
-        epochs=12, base_lr=2e-3, layer_decay=0.75, drop_path=0.0, warmup=0.1),
+        epochs=12, base_lr=2e-3, layer_decay=1.0, drop_path=0.0, warmup=0.1),
 }
 BY_MODEL = vit.table("epochs base_lr layer_decay drop_path warmup", {    # of "mae"
     "base":  (100, 5e-4, 0.65, 0.1, 0.05),      # warmup: 5 epochs (MAE)
     "large": (50,  1e-3, 0.75, 0.2, 0.1),
-    "huge":  (50,  1e-3, 0.75, 0.3, 0.1),
-    "2b":    (50,  1e-3, 0.75, 0.3, 0.1),       # not published: huge's
-    "6.5b":  (50,  1e-3, 0.75, 0.3, 0.1),
+    "huge … 6.5b": (50, 1e-3, 0.75, 0.3, 0.1),  # 2b, 6.5b: not published
 })
 BETAS = 0.9, 0.999                              # MAE
 HEAD_STD = {"mae": 2e-5, "maws": 0.0, "ours": 2e-5}     # MAE; SWAG; ours

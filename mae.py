@@ -37,11 +37,8 @@ RECIPES = vit.table("decoder_width decoder_depth decoder_heads batch length base
     "nano":  (96,   2,    4,        32,  {"samples": 72e3},  0.012),    # ours, for a classroom
     "tiny":  (192,  4,    6,       256,  {"samples": 2e6},   6e-4),     # ours
     "small": (256,  4,    8,      1024,  {"epochs": 100},    3e-4),     # ours
-    "base":  (512,  8,   16,      4096,  {"epochs": 1},      1.5e-4),   # MAE; one epoch: paper
-    "large": (512,  8,   16,      4096,  {"epochs": 1},      1.5e-4),   # MAE
-    "huge":  (512,  8,   16,      4096,  {"epochs": 1},      1.5e-4),   # MAE
-    "2b":    (512,  8,   16,      4096,  {"epochs": 1},      1.5e-4),   # decoder not published:
-    "6.5b":  (512,  8,   16,      4096,  {"epochs": 1},      1.5e-4),   # MAE's
+    # MAE; one epoch: paper; decoder of 2b and 6.5b not published: MAE's
+    "base … 6.5b": (512, 8, 16, 4096, {"epochs": 1}, 1.5e-4),
 })
 # AdamW's betas and weight decay, no clipping: MAE. Warmup of 5%: not published for one epoch, ours.
 BETAS, COMMON = (0.9, 0.95), {"weight_decay": 0.05, "clip_grad": 0.0, "warmup": 0.05}

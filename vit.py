@@ -451,11 +451,14 @@ def positive(text):
 
 
 def table(columns, rows):
-    """Rows of a recipe, {name: (value, …)}, as {name: {flag: value}}; a length has its own flag."""
-    recipes = {}
+    """Rows of a recipe, {name: (value, …)}, as {name: {flag: value}}; "base … 6.5b" is all of these
+    sizes, and a length, {flag: value}, a flag of its own."""
+    recipes, sizes = {}, list(SIZES)
     for name, values in rows.items():
-        recipes[name] = dict(zip(columns.split(), values))
-        recipes[name] |= recipes[name].pop("length", {})
+        first, last = (sizes.index(end) for end in (name.split()[0], name.split()[-1]))
+        for size in sizes[first:last + 1]:
+            recipes[size] = dict(zip(columns.split(), values))
+            recipes[size] |= recipes[size].pop("length", {})
     return recipes
 
 

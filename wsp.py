@@ -36,11 +36,7 @@ RECIPES = vit.table("batch length base_lr smallest_crop", {
     "nano":  (64,   {"samples": 100e3}, 0.004,   0.5),      # ours, for a classroom
     "tiny":  (256,  {"samples": 2e6},   1e-3,    0.35),     # ours
     "small": (1024, {"epochs": 30},     2.5e-4,  0.2),      # ours
-    "base":  (8192, {"epochs": 1},      1.25e-5, 0.08),     # one epoch: paper
-    "large": (8192, {"epochs": 1},      1.25e-5, 0.08),
-    "huge":  (8192, {"epochs": 1},      1.25e-5, 0.08),
-    "2b":    (8192, {"epochs": 1},      1.25e-5, 0.08),
-    "6.5b":  (8192, {"epochs": 1},      1.25e-5, 0.08),
+    "base … 6.5b": (8192, {"epochs": 1}, 1.25e-5, 0.08),    # one epoch: paper
 })
 COMMON = {"weight_decay": 0.1, "clip_grad": 1.0, "warmup": 0.05}
 BETAS = 0.9, 0.999          # not published; AdamW's own
@@ -136,14 +132,7 @@ def open_tags(args, source, places):
     key = data.crc(json.dumps([data.INDEX_VERSION, source.fingerprint(), synonyms, args.min_count, args.resample,
                                args.vocabulary_size, args.max_repeat]))
     cache = Path(places["index_dir"] or places["fallback"]) / f"tags-{key:08x}.npz"
-    found = vit.on_rank_0(lambda: data.read_arrays(cache))
-    if not found:
-        found = count_and_resample(args, source, synonyms)
-
-        def keep():
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            data.write_arrays(cache, found)
-        vit.on_rank_0(keep)
+    found = data.kept_arrays(cache, lambda: count_and_resample(args, source, synonyms))
     about = {**json.loads(found["about"].tobytes()), "synonyms": sorted(synonyms.items())}
     tagged = data.Tagged(source, numbers_in(about["vocabulary"], synonyms), found["repeats"],
                          found["sums"])
@@ -227,8 +216,8 @@ def evaluate(model, val, args, device, rank, world, about):
 
     Recall at k is the share of an image's tags that are among the k most probable, averaged over
     images; "entropy" is what knowing nothing scores. OUT/tags.txt gets each tag's recall at 5."""
-    K = len(about["vocabulary"])
-    sums, tops = torch.zeros(5, dtype=torch.float64), (1, 5, 10)
+    K, tops = len(about["vocabulary"]), (1, 5, 10)
+    sums = torch.zeros(5, dtype=torch.float64)          # images, their losses, their recalls
     by_tag = torch.zeros(3, K, dtype=torch.float64)     # images with it, of those found, mass
     for images, batch in data.validate(val, args, device, rank, world):
         tags, weight = batch["tags"].to(device), batch["weight"].double()   # [B,k] [B]
@@ -236,15 +225,14 @@ def evaluate(model, val, args, device, rank, world, about):
             logits = model(images)                                          # [B,K]
         losses = tag_losses(logits, tags, args.loss).cpu().double()         # [B]
         top = logits.topk(min(10, K)).indices                               # [B,10]
-        hits = ((tags[:, :, None] == top[:, None]) & (tags >= 0)[..., None]).cpu()  # [B,k,10]
-        tags = tags.cpu()
-        share = (tags >= 0) / (tags >= 0).sum(1, keepdim=True).clamp(min=1)     # [B,k]: 1/k
+        hits = (tags[:, :, None] == top[:, None]).cpu()                     # [B,k,10]
+        tags, known = tags.cpu(), tags.cpu() >= 0                           # [B,k] [B,k]
+        share = known / known.sum(1, keepdim=True).clamp(min=1)             # [B,k]: 1/k
         recalls = [(hits[..., :k].any(-1) * share).sum(1) for k in tops]    # 3 x [B]
-        sums += torch.stack([weight, losses * weight,
-                             *(recall * weight for recall in recalls)]).sum(1)
-        known, found = tags[tags >= 0], hits[..., :5].any(-1)[tags >= 0].double()
-        for row, value in zip(by_tag, (torch.ones_like(found), found, share[tags >= 0].double())):
-            row.index_add_(0, known, value)
+        sums += torch.stack([weight, losses * weight, *recalls]).sum(1)     # without weight: no tags
+        found = hits[..., :5].any(-1)[known].double()
+        for row, value in zip(by_tag, (torch.ones_like(found), found, share[known].double())):
+            row.index_add_(0, tags[known], value)
     (count, *sums), by_tag = vit.sum_over_ranks(sums).tolist(), vit.sum_over_ranks(by_tag)
     if rank == 0:
         write_tags(Path(args.out) / "tags.txt", about, *by_tag[:2].tolist())
