@@ -905,7 +905,7 @@ def read_arrays(path, names=None):
 
 
 def kept_arrays(path, make):
-    """Arrays of the file `path`, or what make() makes, on all ranks together, and then keeps there."""
+    """Arrays of the file `path`, or else what make() makes on all ranks, which is kept there."""
     found = on_rank_0(lambda: read_arrays(path))
     if not found:
         found = make()
@@ -1988,12 +1988,14 @@ def cut_bad_list(args, state):
         write_aside(path, lambda aside: aside.write_bytes(b"".join(kept)))
 
 
-def note_bad(bad, args, state):
+def note_bad(found, bad, args, state):
     """Count and list the bad samples of a step in bad_samples.txt, and end a run with too many.
 
-    Call it on all ranks, each with its own. Raises UserError when more than --max-bad of the images
-    seen (1,000 at least, so that a small data set is not ended by one) are bad, or when none could
-    be found in the place of one."""
+    Call it on all ranks, each with its own; `found` is how many all of them have. Raises UserError
+    when more than --max-bad of the images seen (1,000 at least, so that a small data set is not
+    ended by one) are bad, or when none could be found in the place of one."""
+    if not found:
+        return
     bad, seen = list_bad(args, bad, "bad_samples.txt", "a"), state["step"] * args.batch
     state["bad_samples"] += len(bad)
     _, where, why = bad[-1]

@@ -106,13 +106,6 @@ def parse_classify_flags(argv):
     if args.predict or args.eval_only or "fc_norm.weight" in told.get("shapes", {}):
         recipe["pool"] = "mean" if "fc_norm.weight" in told["shapes"] else "cls"
     vit.fill_recipe(args, {**recipe, "crop": told.get("config", {}).get("crop", recipe["crop"])})
-    for flag, most in (("drop_path", 0.999), ("smallest_crop", 1), ("erasing", 1), ("mixup", 1),
-                       ("cutmix", 1), ("smoothing", 0.999), ("ema", 0.999999), ("randaugment", 10),
-                       ("layer_decay", 1), ("final_lr", math.inf)):
-        least = 1e-6 if flag in ("smallest_crop", "layer_decay") else 0
-        if not least <= getattr(args, flag) <= most:
-            raise UserError(f"--{flag.replace('_', '-')} is from {least:g} to {most:g}; found "
-                            f"{getattr(args, flag):g}")
     if args.randaugment and config.channels == 4:
         raise UserError("--randaugment knows no alpha channel; give --randaugment 0")
     data.choose_val(args)
@@ -216,9 +209,12 @@ def summarise(rows, total, args, names):
     metrics = {"loss": sum(row[3] for row in rows) / len(rows), "top1": sum(first) / len(rows),
                "top5": sum(among) / len(rows)}
     if args.loss != "ce":
-        scores = torch.tensor([row[4].tolist() for row in rows])            # [n,K]
-        precisions = [average_precision(scores[:, c], torch.tensor([c in some for some in right]))
-                      for c in {i for some in right for i in some}]
+        scores = torch.stack([torch.from_numpy(row[4]) for row in rows])    # [n,K]
+        hot = torch.zeros_like(scores, dtype=torch.bool)                    # [n,K]
+        for row, some in zip(hot, right):
+            row[some] = True
+        precisions = [average_precision(scores[:, c], hot[:, c]) for c in range(len(names))
+                      if hot[:, c].any()]
         metrics["map"] = sum(precisions) / len(precisions)
     images = Counter(i for some in right for i in some)
     found = Counter(i for some, hit in zip(right, first) if hit for i in some)
@@ -388,8 +384,7 @@ def classify(argv):
             vit.average(ema, model, args.ema, state["step"])
         optimizer.zero_grad(set_to_none=True)
         vit.note_step(state, finite, args.batch)
-        if found:
-            data.note_bad(bad, args, state)
+        data.note_bad(found, bad, args, state)
         log.step(state["step"], {"loss": loss, "lr": lr, "grad_norm": norm,
                                  "bad_samples": state["bad_samples"]})
 

@@ -61,8 +61,6 @@ def parse_flags(argv):
     config, name, about = vit.choose_config(args, "mae")
     told = {flag: value for flag, value in about.get("config", {}).items() if flag in OWN}
     vit.fill_recipe(args, {"norm_pix": True, "mask_ratio": 0.75, **RECIPES[name], **COMMON, **told})
-    if not 0 <= args.mask_ratio < 1:
-        raise UserError(f"--mask-ratio is from 0 to below 1; found {args.mask_ratio}")
     if args.decoder_width % args.decoder_heads or args.decoder_width % 4:
         raise UserError(f"--decoder-width {args.decoder_width} must be divisible by "
                         f"--decoder-heads {args.decoder_heads} and by 4")
@@ -338,8 +336,7 @@ def main(argv):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         vit.note_step(state, finite, args.batch)
-        if found:
-            data.note_bad(bad, args, state)
+        data.note_bad(found, bad, args, state)
         log.step(state["step"], {"loss": loss, "lr": lr, "grad_norm": norm,
                                  "bad_samples": state["bad_samples"]})
 

@@ -812,15 +812,22 @@ def fill_recipe(args, recipe):
     for flag, value in recipe.items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
+    below_1 = math.nextafter(1, 0)
     for flag, low, high in (("warmup", 0, 1), ("max_bad", 0, 1), ("weight_decay", 0, math.inf),
                             ("clip_grad", 0, math.inf), ("save_every", 0, math.inf),
                             ("lr", 0, math.inf), ("base_lr", 0, math.inf),
                             ("epochs", 1e-9, math.inf), ("samples", 1, math.inf),
-                            ("workers", 0, math.inf), ("eval_every", 0, math.inf)):
-        value = getattr(args, flag)
+                            ("workers", 0, math.inf), ("eval_every", 0, math.inf),
+                            ("mask_ratio", 0, below_1), ("drop_path", 0, below_1),
+                            ("smoothing", 0, below_1), ("ema", 0, below_1), ("erasing", 0, 1),
+                            ("mixup", 0, 1), ("cutmix", 0, 1), ("randaugment", 0, 10),
+                            ("smallest_crop", 1e-9, 1), ("layer_decay", 1e-9, 1),
+                            ("final_lr", 0, math.inf)):
+        value = getattr(args, flag, None)
         if value is not None and not (low <= value <= high and math.isfinite(value)):
-            raise UserError(f"--{flag.replace('_', '-')} {value} is not a number "
-                            + (f"between {low} and {high}" if high == 1 else f"from {low} on"))
+            first = "above 0" if low == 1e-9 else f"from {low}"
+            last = {math.inf: "on", below_1: "to below 1"}.get(high, f"to {high}")
+            raise UserError(f"--{flag.replace('_', '-')} {value} is not a number {first} {last}")
 
 
 def micro_batch(args, world, together=1):

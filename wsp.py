@@ -71,10 +71,6 @@ def parse_flags(argv):
     args = parser.parse_args(argv)
     config, name, about = vit.choose_config(args, "wsp")
     vit.fill_recipe(args, {"loss": "softmax", **RECIPES[name], **COMMON})
-    if not 0 <= args.drop_path < 1:
-        raise UserError(f"--drop-path is from 0 to below 1; found {args.drop_path}")
-    if not 0 < args.smallest_crop <= 1:
-        raise UserError(f"--smallest-crop is above 0, up to 1; found {args.smallest_crop}")
     if args.resample == "sqrt" and args.max_repeat < 2:
         raise UserError("--max-repeat 1 leaves nothing to resample; give --resample none")
     if args.vocabulary_only and (args.predict or args.eval_only):
@@ -365,8 +361,7 @@ def main(argv):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         vit.note_step(state, finite, args.batch)
-        if found:
-            data.note_bad(bad, args, state)
+        data.note_bad(found, bad, args, state)
         log.step(state["step"], {"loss": loss, "entropy": about[args.loss], "lr": lr,
                                  "grad_norm": norm, "bad_samples": state["bad_samples"]})
 
