@@ -507,8 +507,8 @@ def add_recipe_flags(group):
     add = group.add_argument
     add("--batch", type=positive, metavar="IMAGES", help="images a step over all ranks")
     length = group.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=float, help="length of the run in passes over --data (stage "
-                        "2: as resampled)")
+    length.add_argument("--epochs", type=float, help="length of the run in passes over --data, "
+                        "in stage 2 as resampled")
     length.add_argument("--samples", type=float, help="length of the run in images seen")
     length.add_argument("--steps", type=positive, help="length of the run in optimizer steps")
     rate = group.add_mutually_exclusive_group()

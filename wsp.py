@@ -13,8 +13,10 @@ encoder, the result is better than that of either stage alone: the paper's claim
     torchrun --nnodes 8 --nproc-per-node 8 … wsp.py --init runs/mae/model.pt --data '/data/*.tar'
     python wsp.py --init runs/wsp/model.pt --predict cat.jpg dog.jpg               # their tags
 
-Nobody has published the recipe of this stage: what is ours is marked so. The next stage is
-finetune.py, which starts from runs/wsp/model.pt.
+Expected of the first, in ten minutes: a validation loss of about 3.41, where knowing nothing scores
+3.78, and 0.41 of the tags among the five most probable; of the second 3.47 and 0.39. Nobody has
+published the recipe of this stage: what is ours is marked so. The next stage is finetune.py, which
+starts from runs/wsp/model.pt.
 """
 
 import functools
