@@ -2469,6 +2469,10 @@ def test_images_with_several_classes_and_classes_of_others():
     found, _, _ = evaluated("--init", model, "--val", several, "--class-map", words)
     rows = [json.loads(line)["label"] for line in several.read_text().splitlines()]
     assert found["top1"] >= sum("bird" in row for row in rows) / found["count"]
+    birds = folder_with(one, one.read_text().replace('"dog"', '"bird"').replace('"cat"', '"bird"'))
+    words = folder_with(one.parent / "map.tsv", "cat\tbird\ndog\tbird\n")
+    found, _, _ = evaluated("--init", model, "--val", birds, "--class-map", words)
+    assert found["top1"] == 1 and found["count"] == 13
     words = folder_with(one.parent / "map.tsv", "cat\tdog\n")
     found, _, _ = evaluated("--init", model, "--val", one, "--class-map", words)
     assert found["count"] == one.read_text().count('"label": "dog"')
