@@ -30,7 +30,9 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
+import struct
 import sys
 import tarfile
 import tempfile
@@ -895,6 +897,36 @@ def write_arrays(path, arrays):
     write_aside(Path(path), write)
 
 
+def write_npz(path, arrays, files):
+    """Write an .npz of `arrays` {name: array} and of raw `files` {name: (path, shape, dtype)}, that
+    are copied without being held in memory."""
+    def write(aside):
+        with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as out:
+                    np.lib.format.write_array(out, array, allow_pickle=False)
+            for name, (source, shape, dtype) in files.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as out, \
+                        open(source, "rb") as raw:
+                    np.lib.format.write_array_header_2_0(
+                        out, {"shape": shape, "fortran_order": False, "descr": dtype})
+                    shutil.copyfileobj(raw, out, 1 << 22)
+    write_aside(Path(path), write)
+
+
+def map_npz(path, name):
+    """An array of an .npz that is not compressed, mapped into memory and read when touched."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        file.seek(archive.getinfo(f"{name}.npy").header_offset)
+        lengths = struct.unpack("<HH", file.read(30)[26:])      # of the name and an extra field
+        file.seek(sum(lengths), os.SEEK_CUR)
+        version = np.lib.format.read_magic(file)
+        read = (np.lib.format.read_array_header_1_0 if version == (1, 0) else
+                np.lib.format.read_array_header_2_0)
+        shape, _, dtype = read(file)
+        return np.memmap(path, dtype, "r", file.tell(), shape) if shape[0] else np.empty(shape)
+
+
 def read_arrays(path, names=None):
     """Arrays of an .npz of ours, {name: array}; {} where it is missing or damaged."""
     try:
@@ -1452,10 +1484,12 @@ class Tagged:
     image's class (what="label"). `repeats` [K] is how often, on average, an image is shown whose
     rarest tag it is; None: once. It is what Order permutes, so that resampling too is a
     pure function of the position: memory holds the `sums` of the chunks, and the images of those
-    chunks that were used last."""
+    chunks that were used last. `part` (low, high) leaves only the images to which chance gives a
+    number from low to below high: parts of 0 … 1 that do not overlap have no image in common."""
 
-    def __init__(self, source, numbers, repeats=None, sums=None, what="tags"):
+    def __init__(self, source, numbers, repeats=None, sums=None, what="tags", part=(0, 1)):
         self.source, self.numbers, self.repeats, self.what = source, numbers, repeats, what
+        self.part = part
         self.starts, self.known = np.cumsum(source.chunks) - source.chunks, OrderedDict()
         if sums is None:
             sums = torch.zeros(len(source.chunks), dtype=torch.int64)
@@ -1478,7 +1512,8 @@ class Tagged:
         if self.repeats is not None:
             chance = uniform(0, self.starts[c] + rows, "repeat", 1)[:, 0]
             times[rows] = self.repeats[rarest] + chance
-        return times
+        chance = uniform(0, self.starts[c] + np.arange(len(times)), "part", 1)[:, 0]
+        return times * ((self.part[0] <= chance) & (chance < self.part[1]))
 
     def stands(self, c):
         """Where in the chunk the times of each sample end."""
@@ -1564,13 +1599,13 @@ def outputs_of(classes, names, where, class_map=None):
     return outputs
 
 
-def labelled(source, classes, where, class_map=None):
-    """The images of a source whose class is known, as Tagged; their classes are those of the
-    folder or the label, or several where labels are lists. Others are left out."""
+def labelled(source, classes, where, class_map=None, part=(0, 1)):
+    """The images of a source whose class is known, or a `part` of them, as Tagged; classes are of
+    the folder or the label, or several where labels are lists. Others are left out."""
     what = "label" if source.classes else "tags"
     outputs = outputs_of(classes, all_names(source, what), where, class_map)
-    chosen = Tagged(source, outputs.get, what=what)
-    if len(chosen) < len(source):
+    chosen = Tagged(source, outputs.get, what=what, part=part)
+    if len(chosen) < len(source) and part == (0, 1):
         say(f"{where}: {len(source) - len(chosen):,} of {len(source):,} images have no "
             f"{'known ' if class_map else ''}class and are left out")
     if not len(chosen):
@@ -2005,6 +2040,66 @@ def note_bad(found, bad, args, state):
     if max(Counter(position for position, _, _ in bad).values()) > 10:
         raise UserError(f"eleven images in a row cannot be read; see {args.out}/bad_samples.txt; "
                         f"the last: {where}: {why}")
+
+
+# --------------------------------------------------------------------------------------
+# Features of images, in files (stage 3)
+# --------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def write_features(path, encoder, samples, args, device, rank, world, about):
+    """Write what an encoder makes of samples, in order, into an .npz: "features" float32 [n,D],
+    "labels" int64 [n] (-1: none), "names" bytes [n] (where each image is), "classes" [K] (what
+    labels number), "about" (JSON: of which encoder and data).
+
+    Images that cannot be read are left out and listed. Rank 0 writes what comes from all; memory is
+    bounded, however many there are."""
+    source, kept, width = samples.source, array("q"), 0
+    aside, writers = Path(f"{path}.d"), {}
+    if rank == 0:
+        aside.mkdir(parents=True, exist_ok=True)
+        writers = {name: open(aside / name, "wb") for name in ("features", "labels", "names")}
+    for images, batch in validate(samples, args, device, rank, world):
+        with autocast(args, device):
+            features = encoder(images).float().cpu().numpy()                # [B,D]
+        seen = batch["weight"].numpy() > 0
+        mine = [batch[name].numpy()[seen] for name in ("position", "label")] + [features[seen]]
+        for positions, labels, rows in to_rank_0(mine) or ():
+            width = rows.shape[1]
+            kept.extend(positions.tolist())
+            writers["features"].write(rows.tobytes())
+            writers["labels"].write(labels.tobytes())
+
+    def finish():
+        name = lambda i: source.about(i)["where"].encode("utf-8", "replace")
+        longest = max(len(name(i)) for i in kept)
+        for i in kept:
+            writers["names"].write(name(i).ljust(longest, b"\0"))
+        for writer in writers.values():
+            writer.close()
+        n = len(kept)
+        write_npz(path, {
+            "classes": np.array(source.classes, str),
+            "about": np.frombuffer(json.dumps(about).encode(), np.uint8)}, {
+            "features": (aside / "features", (n, width), "<f4"),
+            "labels": (aside / "labels", (n,), "<i8"),
+            "names": (aside / "names", (n,), f"|S{longest}")})
+        shutil.rmtree(aside)
+    on_rank_0(finish)
+
+
+def read_features(path):
+    """What write_features wrote: {"features" (mapped, not in memory), "labels", "classes",
+    "about"}. Raises UserError."""
+    try:
+        with np.load(path) as file:
+            table = {name: file[name] for name in ("labels", "classes")}
+            table["about"] = json.loads(file["about"].tobytes())
+        table["features"] = map_npz(path, "features")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as features ({error}); `finetune.py features` "
+                        "makes them") from error
+    return table
 
 
 # ======================================================================================

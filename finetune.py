@@ -14,6 +14,13 @@ Autoencoders Are Scalable Vision Learners", arXiv 2111.06377, table 9, "MAE" bel
     torchrun --nproc-per-node gpu finetune.py classify --init maws.pt --recipe maws --data …
     python finetune.py classify --init maws_ft_in1k.pt --eval-only --val imagenet/val --crop squash
     python finetune.py classify --init runs/classify/model.pt --predict cat.jpg dog.jpg
+
+Expected of the first: 46% of the world's pictures named right, 43% where one starts from nothing.
+
+features, knn, linear leave the encoder as it is: they write what it makes of pictures, and judge
+that by the most similar ones and by a linear layer (MAE's appendix A.1).
+
+    torchrun finetune.py linear --init runs/wsp/model.pt --data photos/train --val photos/val
 """
 
 import functools
@@ -22,8 +29,10 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import data
 import vit
@@ -39,15 +48,13 @@ RECIPES = {
         optimizer="adamw", batch=1024, weight_decay=0.05, clip_grad=0.0, final_lr=1e-6,
         pool="mean", crop="centre", smallest_crop=0.08, randaugment=9.0, erasing=0.25, mixup=0.8,
         cutmix=1.0, smoothing=0.1, ema=0.0),
-    # Not published; SWAG's (its issues 8 and 9). Warmup, smallest crop: not published, ours.
-    # 512 pixels, 518 for patches of 14, squashed: paper, released code
+    # Not published; SWAG's (its issues 8 and 9), warmup and smallest crop ours; squashed: paper
     "maws": dict(
         optimizer="sgd", batch=512, weight_decay=0.0, clip_grad=0.0, final_lr=0.0,
         pool="cls", crop="squash", smallest_crop=0.08, randaugment=0.0, erasing=0.0, mixup=0.1,
         cutmix=0.0, smoothing=0.0, ema=0.9999,
         epochs=8, base_lr=3e-3, layer_decay=1.0, drop_path=0.0, warmup=0.0),
-    # Ours, for a classroom: nano, tiny, small
-    "ours": dict(
+    "ours": dict(       # for a classroom: nano, tiny, small
         optimizer="adamw", batch=64, weight_decay=0.05, clip_grad=1.0, final_lr=0.0,
         pool="cls", crop="centre", smallest_crop=0.3, randaugment=0.0, erasing=0.0, mixup=0.0,
         cutmix=0.0, smoothing=0.1, ema=0.0,
@@ -82,8 +89,7 @@ def parse_classify_flags(argv):
         "of the patches; default by recipe, or what a finetuned --init has")
     add("--crop", choices=("centre", "squash"), help="of an evaluation: the central 7/8, all of it "
         "above 224 pixels (MAE), or the whole image squashed (released MAWS); default by recipe")
-    add("--optimizer", choices=("adamw", "sgd"), help="sgd: nesterov, momentum 0.9; default by "
-        "recipe")
+    add("--optimizer", choices=("adamw", "sgd"), help="sgd: nesterov, 0.9; default by recipe")
     for flag, metavar, text in (
             ("final-lr", "RATE", "where the learning rate ends, before --layer-decay"),
             ("layer-decay", "FACTOR", "of the learning rate, from a layer to the one below; 1 off"),
@@ -104,7 +110,8 @@ def parse_classify_flags(argv):
     recipe = {**RECIPES[args.recipe], **(BY_MODEL.get(name, BY_MODEL["base"])
                                          if args.recipe == "mae" else {})}
     if args.predict or args.eval_only or "fc_norm.weight" in told.get("shapes", {}):
-        recipe["pool"] = "mean" if "fc_norm.weight" in told["shapes"] else "cls"
+        recipe["pool"] = told.get("config", {}).get(
+            "pool", "mean" if "fc_norm.weight" in told["shapes"] else "cls")
     vit.fill_recipe(args, {**recipe, "crop": told.get("config", {}).get("crop", recipe["crop"])})
     if args.randaugment and config.channels == 4:
         raise UserError("--randaugment knows no alpha channel; give --randaugment 0")
@@ -220,11 +227,11 @@ def summarise(rows, total, args, names):
     found = Counter(i for some, hit in zip(right, first) if hit for i in some)
     wrong = Counter((some[0], row[2][0]) for some, row, hit in zip(right, rows, first) if not hit)
     recall = sorted((found[i] / images[i], names[i], images[i]) for i in images)
-    line = lambda share, name, count: f"{name}\t{count}\t{share:.3f}"
     path = Path(args.out) / "classes.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     vit.write_aside(path, lambda aside: aside.write_text("\n".join([
-        "# class, images, top-1; from the worst on", *(line(*row) for row in recall),
+        "# class, images, top-1; from the worst on",
+        *(f"{name}\t{count}\t{share:.3f}" for share, name, count in recall),
         "# most often mistaken: right class, predicted one, times",
         *(f"{names[a]}\t{names[b]}\t{times}" for (a, b), times in wrong.most_common(30))]) + "\n",
         encoding="utf-8", errors="surrogateescape"))
@@ -275,6 +282,12 @@ def open_classes(args, told):
         some[0] for some in classes]
 
 
+def central_box(args, config):
+    """How an evaluation crops: all of it above 224 pixels, else the central 7/8 (MAE); or all."""
+    return data.whole if args.crop == "squash" else functools.partial(
+        data.centre_crop, share=224 / 256 if max(config.image) <= 224 else 1.0)
+
+
 def classify(argv):
     args, config, told = parse_classify_flags(argv)
     example = lambda batch: (torch.empty(batch, config.channels, *config.image),)
@@ -286,8 +299,7 @@ def classify(argv):
     # ---- data and classes
     train, val, names = open_classes(args, told)
     K = len(names)
-    choose_box = data.whole if args.crop == "squash" else functools.partial(
-        data.centre_crop, share=224 / 256 if max(config.image) <= 224 else 1.0)
+    choose_box = central_box(args, config)
     val = val and data.unshuffled(val, args, config, choose_box)
 
     # ---- model: a checkpoint in --out, else --init, else random weights
@@ -406,10 +418,386 @@ def classify(argv):
 
 
 # ======================================================================================
+# Frozen encoders: features, for this file's tasks and for anybody
+# ======================================================================================
+
+def parse_frozen_flags(task, argv, add_flags=lambda add: None):
+    """The flags of a task on features of a frozen encoder: (args, Config or None, what --init's
+    file says of itself)."""
+    parser = vit.stage_parser(f"finetune.py {task}", __doc__)
+    parser.set_defaults(data=["world-labelled"])
+    add = parser.add_argument_group("features").add_argument
+    add("--pool", choices=("cls", "mean"), default="cls", help="the class token (default; MAE's "
+        "linear probe) or the mean of the patches")
+    add("--crop", choices=("centre", "squash"), default="centre", help="centre (default): the "
+        "central 7/8, all of it above 224 pixels (MAE); squash: the whole image")
+    if task != "features":
+        add("--features", metavar="DIR", default="runs/features", help="where features are kept, "
+            "to be used again by any task; default runs/features. Files of the task `features` can be "
+            "given as --data and --val, too")
+    add_flags(parser.add_argument_group(task).add_argument)
+    args = parser.parse_args(argv)
+    if task == "features":
+        args.val = []
+    else:
+        data.choose_val(args)
+        if not args.val:
+            raise UserError(f"{task} needs --val: the images to be right about")
+    given = [spec.endswith(".npz") for spec in (*args.data, *args.val)]
+    if any(given) and (task == "features" or not all(given)):
+        raise UserError("features.npz can be given as --data and --val, to both, and to no other "
+                        "task than those that work on features")
+    if not args.init and not any(given):
+        raise UserError(f"{task} needs an encoder: give its file as --init")
+    if any(given):
+        args.out = args.out or f"runs/{task}"
+        return args, None, {}
+    return args, *vit.choose_config(args, task)[::2]
+
+
+def load_encoder(args, config, told, device, pool):
+    """The encoder of --init, without a head and without gradients."""
+    if pool == "mean":      # of a finetuned file, as its head saw it, or of any other, normalised
+        pool = "mean" if "fc_norm.weight" in told["shapes"] else "patches"
+    model, _ = vit.build(lambda: ViT(config, 0, pool), args, device, frozen=True)
+    vit.load_weights(model, args.init)
+    return model
+
+
+def features(argv):
+    """The task `features`: OUT/features.npz."""
+    args, config, told = parse_frozen_flags("features", argv)
+    device, rank, world = vit.start(args)
+    source = data.open_data(*args.data, index_dir=args.index_dir,
+                            fallback=Path(args.out) / "index")
+    encoder = load_encoder(args, config, told, device, args.pool)
+    path = Path(args.out) / "features.npz"
+    samples = data.unshuffled(source, args, config, central_box(args, config))
+    data.write_features(path, encoder, samples, args, device, rank, world,
+                        about_features(args, config, source))
+    table = data.read_features(path)
+    vit.report(args, {"count": len(table["labels"]), "bad": len(source) - len(table["labels"]),
+                      "width": config.width, "classes": len(source.classes)})
+
+
+def about_features(args, config, source):
+    """Of which encoder and data features are: equal where they can be used again."""
+    return {"encoder": vit.file_mark(args.init), "image": list(config.image), "pool": args.pool,
+            "crop": args.crop, "precision": args.precision, "data": source.fingerprint()}
+
+
+def open_features(args, config, told, task):
+    """The features of --data and --val that have a label, from where they are kept or computed
+    now: two dicts of "features" [n,D], "labels" int64 [n], and the names of the classes.
+
+    Classes are those of --data; those of --val are compared by name. Raises UserError."""
+    device, rank, world = vit.start(args)
+    tables, encoder = [], None
+    for specs in (args.data, args.val):
+        if config is None:
+            if len(specs) > 1:
+                raise UserError(f"one features.npz each for --data and --val; found {len(specs)}")
+            tables.append(data.read_features(specs[0]))
+            continue
+        source = data.open_data(*specs, index_dir=args.index_dir,
+                                fallback=Path(args.out) / "index")
+        about = about_features(args, config, source)
+        path = Path(args.features) / f"{data.crc(repr(about)):08x}.npz"
+        if vit.on_rank_0(path.is_file):
+            say(f"features of {' '.join(specs)} are kept in {path}")
+        else:
+            encoder = encoder or load_encoder(args, config, told, device, args.pool)
+            vit.on_rank_0(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+            samples = data.unshuffled(source, args, config, central_box(args, config))
+            data.write_features(path, encoder, samples, args, device, rank, world, about)
+        tables.append(data.read_features(path))
+    encoders = [{key: value for key, value in table["about"].items() if key != "data"}
+                for table in tables]
+    if encoders[0] != encoders[1]:
+        raise UserError("the features of --data and --val are of different encoders or sizes: "
+                        f"{encoders[0]} and {encoders[1]}")
+    if config is None and args.init and encoders[0]["encoder"] != vit.file_mark(args.init):
+        raise UserError(f"the features are not of --init {args.init}; make them again by "
+                        "`finetune.py features`, or leave --init out")
+    classes = tables[0]["classes"].tolist()
+    if len(classes) < 2:
+        raise UserError(f"--data has {len(classes)} classes: there is nothing to tell apart; "
+                        "images have the class of their folder, or a label")
+    outputs = data.outputs_of([[name] for name in classes], tables[1]["classes"].tolist(), "--val")
+    numbers = np.array([outputs[name][0] for name in tables[1]["classes"].tolist()] + [-1])
+    tables[1]["labels"] = numbers[tables[1]["labels"]]
+    for flag, table in zip(("--data", "--val"), tables):
+        known = table["labels"] >= 0
+        if not known.all():
+            say(f"{flag}: {(~known).sum():,} of {len(known):,} images have no class and are left "
+                "out")
+            table["features"], table["labels"] = table["features"][known], table["labels"][known]
+        if not len(table["labels"]):
+            raise UserError(f"no image of {flag} has a class: a folder each, or a label each")
+    return *tables, classes, device, rank, world
+
+
+# ======================================================================================
+# k-nearest neighbours
+# ======================================================================================
+
+def nearest(queries, features, k, chunk=1 << 16):
+    """The k most similar of features [n,D] to each of queries [m,D], by cosine: (similarity,
+    index), [m,k] each, the most similar first; `features` are taken a chunk at a time."""
+    best = torch.full((len(queries), 0), -2.0, device=queries.device)
+    index = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
+    queries = F.normalize(queries, dim=1)
+    for at in range(0, len(features), chunk):
+        part = torch.tensor(features[at:at + chunk], device=queries.device)     # [c,D]
+        similarity = queries @ F.normalize(part, dim=1).T                   # [m,c]
+        some, where = similarity.topk(min(k, len(part)))
+        best, order = torch.cat([best, some], 1).sort(
+            dim=1, descending=True, stable=True)
+        index = torch.cat([index, where + at], 1).gather(1, order)
+        best, index = best[:, :k], index[:, :k]
+    return best, index
+
+
+def vote(similarity, labels, K, temperature=0.07):
+    """The class [m] with the most votes of the neighbours' labels [m,k], each weighing
+    exp(similarity / temperature) (0.07: instance discrimination, arXiv 1805.01978)."""
+    votes = torch.zeros(len(labels), K, device=labels.device)
+    return votes.scatter_add(1, labels, (similarity / temperature).exp()).argmax(1)
+
+
+def knn(argv):
+    """The task `knn`: top-1 by the labels of the 1, 5, 10, 20 most similar images of --data."""
+    args, config, told = parse_frozen_flags("knn", argv)
+    train, val, classes, device, rank, world = open_features(args, config, told, "knn")
+    labels, ks = torch.tensor(train["labels"], device=device), (1, 5, 10, 20)
+    right = torch.zeros(len(ks), dtype=torch.int64)
+    for at in range(1024 * rank, len(val["labels"]), 1024 * world):
+        queries = torch.tensor(val["features"][at:at + 1024], device=device)    # [m,D]
+        truth = torch.tensor(val["labels"][at:at + 1024], device=device)        # [m]
+        similarity, index = nearest(queries, train["features"], max(ks))    # [m,k] [m,k]
+        for row, k in enumerate(ks):
+            found = vote(similarity[:, :k], labels[index[:, :k]], len(classes))
+            right[row] += (found == truth).sum().cpu()
+    count = len(val["labels"])
+    vit.report(args, {**{f"knn{k}": hits / count for k, hits in zip(
+        ks, vit.sum_over_ranks(right).tolist())}, "count": count, "train": len(labels)})
+
+
+# ======================================================================================
+# Linear probe
+# ======================================================================================
+
+PROBE_RECIPES = vit.table("batch length base_lr", {     # MAE's table 10; warmup: 10 epochs
+    "nano … small": (512,   {"epochs": 20}, 0.4),       # ours, for a classroom
+    "base":         (16384, {"epochs": 90}, 0.1),
+    "large … 6.5b": (16384, {"epochs": 50}, 0.1),       # 2b, 6.5b: not published
+})
+PROBE_COMMON = {"weight_decay": 0.0, "clip_grad": 0.0, "warmup": 0.1, "smallest_crop": 0.08}
+RATES = 0.25, 0.5, 1.0, 2.0, 4.0, 8.0       # of the learning rate; ours
+
+
+def parse_linear_flags(argv):
+    """All flags, with the recipe filled in: (args, Config, what --init's file says of itself)."""
+    parser = vit.stage_parser("finetune.py linear", __doc__,
+                              {**PROBE_RECIPES, "all": PROBE_COMMON})
+    parser.set_defaults(data=["world-labelled"])
+    add = parser.add_argument_group("linear probe").add_argument
+    add("--pool", choices=("cls", "mean"), default="cls", help="what is probed: the class token "
+        "(default; MAE) or the mean of the patches")
+    add("--crop", choices=("centre", "squash"), default="centre", help="of an evaluation: the "
+        "central 7/8 (default), all of it above 224 pixels (MAE), or the whole image squashed")
+    add("--rates", type=float, nargs="+", default=RATES, metavar="FACTOR", help="of --lr: a head "
+        "is trained with each, on the same features; default " + " ".join(map(str, RATES)))
+    add("--held-back", type=float, default=0.1, metavar="SHARE", help="of --data, on which the "
+        "best head is chosen; default 0.1 (ours)")
+    add("--smallest-crop", type=float, metavar="SHARE", help="of the image's area that a random "
+        "crop has; default 0.08 (MAE)")
+    args = parser.parse_args(argv)
+    config, name, told = vit.choose_config(args, "linear")
+    if args.predict or args.eval_only or not args.init:
+        raise UserError("linear trains a head on an encoder, --init; use the result by finetune.py "
+                        "classify --init runs/linear/model.pt --predict … or --eval-only")
+    vit.fill_recipe(args, {**PROBE_RECIPES[name], **PROBE_COMMON})
+    if not 0 < args.held_back < 1 or min(args.rates) <= 0:
+        raise UserError("--held-back is above 0 and below 1, and --rates are above 0; found "
+                        f"{args.held_back} and {args.rates}")
+    data.choose_val(args)
+    args.loss = "ce"
+    return args, config, told
+
+
+class Probe(nn.Module):
+    """Linear heads on features [B,D] that are normalised over the batch: [heads,B,K].
+
+    BatchNorm without affine and a linear layer (MAE, appendix A.1); each head has a learning rate
+    of its own. Weights start as N(0, 0.01), alike in all heads."""
+
+    def __init__(self, width, classes, heads, seed):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        self.heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(heads))
+        start = vit.initial_value("head.weight", (classes, width), None, seed, head_std=0.01)
+        with torch.no_grad():
+            for head in self.heads:
+                head.weight.copy_(start)
+                head.bias.zero_()
+
+    def forward(self, features):
+        x = self.norm(features)                                             # [B,D]
+        return torch.stack([head(x) for head in self.heads])                # [heads,B,K]
+
+    def folded(self, number):
+        """One head and the normalisation before it as one linear layer: weight [K,D], bias [K]."""
+        scale = (self.norm.running_var + self.norm.eps).rsqrt()             # [D]
+        weight = self.heads[number].weight * scale                          # [K,D]
+        return weight, self.heads[number].bias - weight @ self.norm.running_mean
+
+
+@torch.no_grad()
+def lars(parameters, weight_decay, trust=0.001):
+    """Scale gradients in place, of parameters of 2 or more dimensions, by trust * |p| / |g| (LARS,
+    arXiv 1708.03888, as in MAE's linear probe); 1 where either norm is 0. Momentum comes after."""
+    for p in parameters:
+        if p.dim() > 1 and p.grad is not None:
+            p.grad.add_(p, alpha=weight_decay)
+            weight, gradient = p.norm(), p.grad.norm()
+            scale = torch.where((weight > 0) & (gradient > 0), trust * weight / gradient, 1.0)
+            p.grad.mul_(scale)
+
+
+@torch.no_grad()
+def right_answers(encoder, probe, samples, args, device, rank, world):
+    """The share of a source's images that each head is right about: [heads]."""
+    sums = torch.zeros(1 + len(probe.heads), dtype=torch.float64)
+    probe.eval()
+    for images, batch in data.validate(samples, args, device, rank, world):
+        with vit.autocast(args, device):
+            x = encoder(images)                                             # [B,D]
+        found = probe(x.float()).argmax(-1).cpu()                           # [heads,B]
+        right = (found[..., None] == batch["tags"]).any(-1) * batch["weight"]
+        sums += torch.cat([batch["weight"].sum()[None], right.sum(1)]).double()
+    probe.train()
+    count, *right = vit.sum_over_ranks(sums).tolist()
+    return [hits / count for hits in right]
+
+
+def linear(argv):
+    args, config, told = parse_linear_flags(argv)
+    example = lambda batch: (torch.empty(batch, config.channels, *config.image),)
+    pool = args.pool if args.pool == "cls" else (
+        "mean" if "fc_norm.weight" in told["shapes"] else "patches")
+    if args.plan:
+        return vit.plan(args, lambda: ViT(config, 0, pool), example)
+    device, rank, world = vit.start(args)
+
+    # ---- data: a part of it chooses the head
+    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
+    source = data.open_data(*args.data, **places)
+    names = source.classes
+    if len(names) < 2:
+        raise UserError(f"--data has {len(names)} classes: there is nothing to tell apart; images "
+                        "have the class of their folder, or a label")
+    classes = [[name] for name in names]
+    parts = (0, 1 - args.held_back), (1 - args.held_back, 1)
+    train, held = (data.labelled(source, classes, "--data", part=part) for part in parts)
+    held = data.unshuffled(held, args, config, central_box(args, config))
+    val = args.val and data.unshuffled(data.labelled(
+        data.open_data(*args.val, **places), classes, "--val"), args, config,
+        central_box(args, config))
+
+    # ---- model: a frozen encoder, and heads that are the same on every rank
+    encoder = load_encoder(args, config, told, device, args.pool)
+    probe = Probe(config.width, len(names), len(args.rates), args.seed).to(device)
+    crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
+    train = data.Samples(train, config.image, config.channels, crop, args.seed,
+                         max_pixels=args.max_pixels)
+    steps, micro, accumulate, peak = vit.derive(args, len(train.source), world)
+    if not vit.open_run(args, "linear", {
+            "what --data holds": source.fingerprint(),
+            "what --val holds": val and val.source.source.fingerprint(),
+            "classes": f"{len(names)} (CRC {data.crc(repr(names)):08x})"}, probe):
+        return
+
+    # ---- optimizer and state
+    optimizer = torch.optim.SGD([{"params": [*head.parameters()], "scale": rate}
+                                 for head, rate in zip(probe.heads, args.rates)],
+                                lr=peak, momentum=0.9)
+    state = vit.restore(args, probe, optimizer, {**vit.fresh_state(args, device), "half": False})
+    data.cut_bad_list(args, state)
+    log = vit.Log(args, device, state["step"], steps, vit.forward_flops(
+        lambda: ViT(config, 0, pool), example))
+    positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
+    batches = data.load(train, positions, args.workers, device)
+
+    def about():
+        """What model.pt holds: the encoder with the head that is best on what was held back, a
+        model for `classify --predict` and `--eval-only`; which head that is, and how good."""
+        shares = right_answers(encoder, probe, held, args, device, rank, world)
+        best = shares.index(max(shares))
+        weight, bias = probe.folded(best)
+        weights = {**vit.whole_weights(encoder), "head.weight": weight.detach().cpu(),
+                   "head.bias": bias.detach().cpu()}
+        return {"model": weights, "stage": "linear", "classes": names, "config": {
+            **asdict(config), "pool": pool, "crop": args.crop, "loss": "ce"},
+            "samples": state["step"] * args.batch}, best, shares[best]
+
+    # ---- loop
+    while state["step"] < steps:
+        if log.evaluation_due(state["step"]):
+            log.evaluated({"held_back": about()[2]})
+        lr = vit.learning_rate(state["step"], steps, peak, args.warmup * steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        features, labels, bad = [], [], []
+        for _ in range(accumulate):
+            batch = log.wait(batches)
+            bad += batch["bad"]
+            position = batch["position"].to(device, non_blocking=True)      # [B]
+            labels.append(batch["tags"][:, 0].to(device, non_blocking=True))    # [B]
+            images = batch["images"].to(device, non_blocking=True)          # [B,H,W,C]
+            images = data.flip(images, data.uniform(args.seed, position, "flip", 1))
+            with torch.no_grad(), vit.autocast(args, device):
+                features.append(encoder(data.normalise(images)).float())    # [B,D]
+        features, labels = (vit.gathered(torch.cat(part)) for part in (features, labels))
+        logits = probe(features)                                            # [heads,B,K]
+        per_head = torch.stack([F.cross_entropy(some, labels) for some in logits])  # [heads]
+        per_head.sum().backward()
+        lars(probe.parameters(), args.weight_decay)
+        norm = vit.clip_gradients(probe, args.clip_grad)
+        loss, norm, stop, due, found = vit.agree(
+            (per_head.detach().min() / world, norm / world),
+            (vit.asked_to_stop(), log.save_due(), len(bad)))
+        finite = math.isfinite(norm)
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        vit.note_step(state, finite, args.batch)
+        data.note_bad(found, bad, args, state)
+        log.step(state["step"], {"loss": loss, "lr": lr, "grad_norm": norm,
+                                 "bad_samples": state["bad_samples"]})
+        done = state["step"] == steps
+        if stop or due or done or log.evaluation_due(state["step"]):
+            vit.save(args, probe, optimizer, state, about()[0])
+            log.saved()
+        if stop and not done:
+            return say(f"stopped after step {state['step']} of {steps}; the same command goes on")
+
+    # ---- end: the chosen head, on --val
+    content, best, held_back = about()
+    weight, bias = (content["model"][f"head.{part}"].to(device) for part in ("weight", "bias"))
+    chosen = lambda images: F.linear(encoder(images).float(), weight, bias)     # [B,K]
+    metrics = evaluate(chosen, val, args, device, rank, world, names) if val else {}
+    log.evaluated(metrics)
+    vit.report(args, {**metrics, "held_back": held_back, "rate": args.rates[best],
+                      "samples": steps * args.batch})
+    vit.finish(args)
+
+
+# ======================================================================================
 # Main
 # ======================================================================================
 
-TASKS = {"classify": classify}
+TASKS = {"classify": classify, "features": features, "knn": knn, "linear": linear}
 
 
 def main(argv):

@@ -290,13 +290,14 @@ class ViT(nn.Module):
     """The Vision Transformer as the released MAWS trunks use it: images [B,C,H,W] to logits [B,K].
 
     pool "cls" reads the class token after `norm`; "mean" averages the patches, then `fc_norm`
-    (MAE's finetuning). With classes=0 the result is the pooled feature [B,D]. The head starts as
+    (MAE's finetuning); "patches" averages them after `norm`, "none" leaves all tokens [B,1+N,D]
+    (frozen encoders). With classes=0 the result is the pooled feature [B,D]. The head starts as
     N(0, head_std). Parameters have the names of the released files and of timm."""
 
     def __init__(self, config, classes=0, pool="cls", head_std=0.0):
         super().__init__()
-        if pool not in ("cls", "mean"):
-            raise UserError(f"pool is 'cls' or 'mean'; found {pool!r}")
+        if pool not in ("cls", "mean", "patches", "none"):
+            raise UserError(f"pool is 'cls', 'mean', 'patches' or 'none'; found {pool!r}")
         self.config, self.pool, self.head_std, self.recompute = config, pool, head_std, False
         D = config.width
         self.patch_embed = PatchEmbed(config)
@@ -304,10 +305,10 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.patches, D))
         self.blocks = nn.ModuleList(Block(D, config.heads) for _ in range(config.depth))
         norm = LayerNorm(D)
-        if pool == "cls":
-            self.norm = norm
-        else:
+        if pool == "mean":
             self.fc_norm = norm
+        else:
+            self.norm = norm
         self.head = nn.Linear(D, classes) if classes else nn.Identity()
         init_weights(self)
 
@@ -320,8 +321,10 @@ class ViT(nn.Module):
         return run_blocks(self.blocks, x + self.pos_embed, self.recompute, keep)
 
     def forward(self, images, keep=None):
-        x = self.tokens(images, keep)
-        x = self.norm(x[:, 0]) if self.pool == "cls" else self.fc_norm(x[:, 1:].mean(1))  # [B,D]
+        x = self.tokens(images, keep)                                       # [B,1+N,D]
+        x = {"cls": lambda: self.norm(x[:, 0]), "mean": lambda: self.fc_norm(x[:, 1:].mean(1)),
+             "patches": lambda: self.norm(x[:, 1:]).mean(1), "none": lambda: self.norm(x)
+             }[self.pool]()                                                 # [B,D]
         return self.head(x)                                                 # [B,K]
 
 
@@ -462,23 +465,30 @@ def table(columns, rows):
     return recipes
 
 
-def stage_parser(program, doc, recipes):
+def stage_parser(program, doc, recipes=None):
     """A stage's parser, with the flags that every stage shares; `recipes`, {name: {flag: value}},
-    are their defaults and told at the end of --help."""
+    are their defaults and told at the end of --help. Without any: of something that trains nothing
+    and only leaves results in --out."""
     lines = [f"  {name:6} " + " ".join(f"--{flag.replace('_', '-')} "
                                        f"{value:g}" if isinstance(value, (int, float)) else
                                        f"--{flag.replace('_', '-')} {value}"
                                        for flag, value in recipe.items())
-             for name, recipe in recipes.items()]
+             for name, recipe in (recipes or {}).items()]
     parser = argparse.ArgumentParser(
         prog=program, allow_abbrev=False, description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"defaults by model (sources: in {program.split()[0]}):\n" + "\n".join(lines))
+        epilog=f"defaults by model (sources: in {program.split()[0]}):\n" + "\n".join(lines)
+        if recipes else None)
     add_model_flags(parser.add_argument_group("model and data").add_argument)
-    add_recipe_flags(parser.add_argument_group("recipe (defaults by model: at the end)"))
-    add_folder_flags(parser.add_argument_group("run").add_argument)
-    add_machine_flags(parser.add_argument_group("machine").add_argument)
-    add_plan_flags(parser.add_argument_group("plan").add_argument)
+    if recipes:
+        add_recipe_flags(parser.add_argument_group("recipe (defaults by model: at the end)"))
+        add_folder_flags(parser.add_argument_group("run").add_argument)
+        add_plan_flags(parser.add_argument_group("plan").add_argument)
+    else:
+        parser.set_defaults(predict=None, eval_only=False, activation_checkpoint=False)
+        parser.add_argument("--out", metavar="DIR", help="where results are kept; default runs/ "
+                            "and the task's name")
+    add_machine_flags(parser.add_argument_group("machine").add_argument, training=bool(recipes))
     return parser
 
 
@@ -539,7 +549,7 @@ def add_folder_flags(add):
     add("--predict", nargs="+", metavar="FILE", help="use --init on these pictures and stop")
 
 
-def add_machine_flags(add):
+def add_machine_flags(add, training=True):
     add("--micro-batch", type=positive, default=64, metavar="IMAGES",
         help="the most that one rank holds at once; the rest is accumulated; default 64 (ours)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
@@ -548,8 +558,9 @@ def add_machine_flags(add):
     add("--parallel", choices=("auto", "ddp", "fsdp", "hsdp"), default="auto",
         help="auto (default): ddp below 1B parameters, fsdp above; hsdp shards inside a node and "
         "replicates across; nothing for one process")
-    add("--activation-checkpoint", action="store_true",
-        help="compute each block's activations again in the backward pass; default off")
+    if training:
+        add("--activation-checkpoint", action="store_true",
+            help="compute each block's activations again in the backward pass; default off")
     add("--compile", action="store_true", help="compile each block; default off")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
         help="auto (default): the first of them that is there")
@@ -703,6 +714,15 @@ def sum_over_ranks(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor, group=hosts)
     return tensor
+
+
+def gathered(tensor):
+    """The rows of all ranks' tensors [n,…], rank after rank, on every rank; n is alike on all."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(joined()[1])]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
 
 
 def joined():
@@ -869,10 +889,11 @@ def derive(args, images, world, together=1):
 # Parallel
 # --------------------------------------------------------------------------------------
 
-def build(make, args, device, methods=()):
+def build(make, args, device, methods=(), frozen=False):
     """Make a model on its device(s), initialised by --seed: returns (model, callable for training).
 
-    `make()` constructs it; `methods` are those that are called besides forward. Built on the meta
+    `make()` constructs it; `methods` are those that are called besides forward; a `frozen` one has
+    no gradients, and is not wrapped where every rank holds all of it. Built on the meta
     device first, so that a rank never holds more than its part of a sharded model. The names of
     parameters are the same in every mode."""
     _, _, world, neighbours = environment()
@@ -905,10 +926,11 @@ def build(make, args, device, methods=()):
         for name in methods:
             register_fsdp_forward_method(model, name)
     model.to_empty(device=device)
-    init_weights(model, args.seed)
+    init_weights(model, getattr(args, "seed", 0))
     say(f"model: {count / 1e6:.1f}M parameters; {how} on {world} x {device.type}, "
         f"{str(autocast_dtype(args, device) or torch.float32).removeprefix('torch.')}")
-    if how == "ddp":
+    model.requires_grad_(not frozen)
+    if how == "ddp" and not frozen:
         return model, DistributedDataParallel(model, forward_sync_buffers=False,
                                               gradient_as_bucket_view=True)
     return model, model
@@ -1168,12 +1190,18 @@ def crc(path):
     return value
 
 
+def whole_weights(model):
+    """All weights of a model, however it is spread over the ranks: {name: tensor on the CPU}, on
+    rank 0. On one CPU they are the model's own, no copies."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
+
+
 def export(args, model, about, ema, name="model.pt"):
     """Write all weights, averaged where they are, under released names, and `about` (config,
-    stage, …) into the file OUT/name."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    with averaged(model, ema):      # to the end: on one CPU `content` holds no copies
-        content = {"model": get_model_state_dict(model, options=options), **about}
+    stage, …) into the file OUT/name. A "model" in `about` is written instead."""
+    with averaged(model, ema):
+        content = {"model": whole_weights(model), **about}
         on_rank_0(lambda: write_aside(Path(args.out) / name,
                                       lambda path: torch.save(content, path)))
 

@@ -73,8 +73,6 @@ def parse_flags(argv):
     args = parser.parse_args(argv)
     config, name, about = vit.choose_config(args, "wsp")
     vit.fill_recipe(args, {"loss": "softmax", **RECIPES[name], **COMMON})
-    if args.resample == "sqrt" and args.max_repeat < 2:
-        raise UserError("--max-repeat 1 leaves nothing to resample; give --resample none")
     if args.vocabulary_only and (args.predict or args.eval_only):
         raise UserError("--vocabulary-only is about --data: leave --predict and --eval-only out")
     data.choose_val(args)
@@ -127,8 +125,8 @@ def open_tags(args, source, places):
     synonyms = data.read_synonyms(args.synonyms) if args.synonyms else {}
     if not args.synonyms and all(map(data.is_world, args.data)):
         synonyms = {data.canonical(alias): tag for alias, tag in data.SYNONYMS.items()}
-    key = data.crc(json.dumps([data.INDEX_VERSION, source.fingerprint(), synonyms, args.min_count, args.resample,
-                               args.vocabulary_size, args.max_repeat]))
+    key = data.crc(json.dumps([data.INDEX_VERSION, source.fingerprint(), synonyms, args.min_count,
+                               args.resample, args.vocabulary_size, args.max_repeat]))
     cache = Path(places["index_dir"] or places["fallback"]) / f"tags-{key:08x}.npz"
     found = data.kept_arrays(cache, lambda: count_and_resample(args, source, synonyms))
     about = {**json.loads(found["about"].tobytes()), "synonyms": sorted(synonyms.items())}
@@ -227,7 +225,7 @@ def evaluate(model, val, args, device, rank, world, about):
         tags, known = tags.cpu(), tags.cpu() >= 0                           # [B,k] [B,k]
         share = known / known.sum(1, keepdim=True).clamp(min=1)             # [B,k]: 1/k
         recalls = [(hits[..., :k].any(-1) * share).sum(1) for k in tops]    # 3 x [B]
-        sums += torch.stack([weight, losses * weight, *recalls]).sum(1)     # without weight: no tags
+        sums += torch.stack([weight, losses * weight, *recalls]).sum(1)     # no weight: no tags
         found = hits[..., :5].any(-1)[known].double()
         for row, value in zip(by_tag, (torch.ones_like(found), found, share[known].double())):
             row.index_add_(0, tags[known], value)
