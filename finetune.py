@@ -433,8 +433,8 @@ def parse_frozen_flags(task, argv, add_flags=lambda add: None):
         "central 7/8, all of it above 224 pixels (MAE); squash: the whole image")
     if task != "features":
         add("--features", metavar="DIR", default="runs/features", help="where features are kept, "
-            "to be used again by any task; default runs/features. Files of the task `features` can be "
-            "given as --data and --val, too")
+            "to be used again by any task; default runs/features. Files of the task `features` can "
+            "be given as --data and --val, too")
     add_flags(parser.add_argument_group(task).add_argument)
     args = parser.parse_args(argv)
     if task == "features":

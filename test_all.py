@@ -1862,7 +1862,8 @@ def test_a_mistake_ends_a_real_process_with_one_line_and_code_2():
 
 
 def test_every_flag_is_explained():
-    for command in (["mae.py"], ["wsp.py"], ["finetune.py", "classify"], ["data.py", "info"],
+    for command in (["mae.py"], ["wsp.py"], ["finetune.py", "classify"], ["finetune.py", "knn"],
+                    ["finetune.py", "linear"], ["data.py", "info"],
                     ["data.py", "verify"], ["data.py", "pack"], ["data.py", "bench"],
                     ["data.py", "world"]):
         text = subprocess.run([sys.executable, HERE / command[0], *command[1:], "--help"],
@@ -2375,6 +2376,12 @@ class Task:
         finetune.main(["classify", *argv])
 
 
+class Linear:
+    @staticmethod
+    def main(argv):
+        finetune.main(["linear", *argv])
+
+
 def test_finetuning_trains_the_same_however_it_is_run():
     out, losses, weights, said = finetuned()
     flags = "--data", photos(), "--val", photos(), *FINE
@@ -2554,6 +2561,155 @@ def test_mistakes_of_finetuning_get_one_line():
     other = folder_with(folder() / "names.txt", "dog\ncat\n")
     refused("classes 2", resumed, out, ("--data", photos(), "--val", photos(), *FINE, "--classes",
                                         other, "--allow-changed"), 1, 5, Task)
+
+
+# ======================================================================================
+# Stage 3: frozen encoders
+# ======================================================================================
+
+def asked(task, *flags, world=1):
+    """A task of stage 3 on its own: (its metrics, its folder)."""
+    out = folder()
+    on_ranks(world, finetune.main, [task, "--device", "cpu", "--workers", "0", "--micro-batch", "3",
+                                    "--out", str(out), *map(str, flags)])
+    return json.loads((out / "metrics.json").read_text()), out
+
+
+def test_features_are_what_the_encoder_makes_of_whole_images():
+    init = stepwise() / "model.pt"
+    flags = "--init", init, "--data", photos(), "--image-size", 32
+    metrics, out = asked("features", *flags)
+    config, _ = vit.config_from(init)
+    model = ViT(Config(config.width, config.depth, config.heads, config.patch, 32))
+    vit.load_weights(model, init, say=lambda text: None)
+    source = data.open_data(photos())
+    samples = data.Samples(source, (32, 32), 3, data.centre_crop, shuffle=False)
+    batch = samples.__getitems__(range(20))
+    with np.load(out / "features.npz") as file:
+        expected = model(data.normalise(batch["images"])).detach()
+        assert close(file["features"], expected, 1e-4) and file["features"].dtype == np.float32
+        assert file["labels"].tolist() == batch["label"].tolist() and len(file["names"]) == 20
+        assert file["names"][3].decode() == source.about(3)["where"]
+        assert file["classes"].tolist() == ["cat", "dog"]
+        for name in ("features", "labels", "names"):
+            assert np.array_equal(data.map_npz(out / "features.npz", name), file[name])
+    for world, more in ((3, ()), (2, ("--parallel", "fsdp"))):
+        _, place = asked("features", *flags, *more, world=world)
+        theirs = data.read_features(place / "features.npz")
+        assert close(np.array(theirs["features"]), expected, 1e-4)
+        assert theirs["labels"].tolist() == batch["label"].tolist()
+    _, place = asked("features", *flags, "--pool", "mean")
+    tokens = model.norm(model.tokens(data.normalise(batch["images"]))).detach()
+    assert close(np.array(data.read_features(place / "features.npz")["features"]),
+                 tokens[:, 1:].mean(1), 1e-4)
+    manifest = folder_with(folder() / "x.jsonl", "".join(
+        json.dumps({"image": str(path)}) + "\n"
+        for path in (*sorted(photos().glob("cat/*"))[:2], damaged() / "empty.jpg")))
+    metrics, place = asked("features", "--init", init, "--data", manifest, "--image-size", 32)
+    assert metrics["count"] == 2 and metrics["bad"] == 1
+    assert data.read_features(place / "features.npz")["labels"].tolist() == [-1, -1]
+
+
+def test_nearest_neighbours_are_found_in_any_chunks():
+    features, queries = torch.randn(100, 8).numpy(), torch.randn(7, 8)
+    features[50] = features[3]                          # a tie: the first stays first
+    similarity = F.normalize(queries, dim=1) @ F.normalize(torch.tensor(features), dim=1).T
+    for chunk in (7, 33, 1000):
+        best, index = finetune.nearest(queries, features, 20, chunk)
+        expected, order = similarity.sort(descending=True, stable=True)
+        assert close(best, expected[:, :20], 1e-5)
+        assert close(similarity.gather(1, index), expected[:, :20], 1e-5)
+        assert [len(set(row)) for row in index.tolist()] == [20] * 7
+    labels = torch.randint(0, 4, (7, 20))
+    votes = torch.zeros(7, 4)
+    for row in range(7):
+        for near, label in zip(best[row], labels[row]):
+            votes[row, label] += math.exp(near / 0.07)
+    assert torch.equal(finetune.vote(best, labels, 4), votes.argmax(1))
+
+
+def test_knn_uses_features_again_and_tells_encoders_apart():
+    init, kept = stepwise() / "model.pt", folder()
+    flags = "--init", init, "--data", photos(), "--val", photos(), "--image-size", 32
+    first, _ = asked("knn", *flags, "--features", kept)
+    assert first["knn1"] == 1 and first["count"] == first["train"] == 20    # each finds itself
+    files = {path: path.stat().st_mtime_ns for path in kept.iterdir()}
+    assert len(files) == 1                              # --data and --val are the same
+    again, _ = asked("knn", *flags, "--features", kept, world=3)
+    assert again == first and files == {path: path.stat().st_mtime_ns for path in kept.iterdir()}
+    file, = files
+    assert asked("knn", "--data", file, "--val", file)[0] == first
+    other, _ = asked("knn", *flags, "--features", kept, "--pool", "mean")
+    assert len(list(kept.iterdir())) == 2
+    refused("are of different encoders or sizes", asked, "knn", "--data", file, "--val",
+            *(set(kept.iterdir()) - {file}))
+    refused("the features are not of --init", asked, "knn", "--data", file, "--val", file, "--init",
+            tagging()[0] / "model.pt")
+    refused("knn needs an encoder", asked, "knn", "--data", photos(), "--val", photos())
+    refused("knn needs --val", asked, "knn", "--init", init, "--data", photos())
+    refused("there is nothing to tell apart", asked, "knn", "--init", init, "--data",
+            photos() / "cat", "--val", photos(), "--features", kept)
+    refused("cannot be read as features", asked, "knn", "--data", folder_with(
+        folder() / "x.npz", "x"), "--val", file)
+    refused("features.npz can be given as --data and --val", asked, "knn", "--data", file, "--val",
+            photos(), "--init", init)
+
+
+def test_lars_is_the_formula():
+    weight, bias = (torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (3,)))
+    zero = torch.nn.Parameter(torch.zeros(2, 2))
+    for p in (weight, bias, zero):
+        p.grad = torch.randn_like(p)
+    gradients = [p.grad.clone() for p in (weight, bias, zero)]
+    finetune.lars([weight, bias, zero], 0.1)
+    expected = gradients[0] + 0.1 * weight.detach()
+    expected = expected * 0.001 * weight.detach().norm() / expected.norm()
+    assert close(weight.grad, expected, 1e-5)
+    assert torch.equal(bias.grad, gradients[1]) and torch.equal(zero.grad, gradients[2])
+
+
+@functools.lru_cache
+def probed():
+    """A run of `linear` with a checkpoint after every step: (folder, flags, losses, weights)."""
+    out = folder() / "run"
+    flags = ("--data", photos(), "--val", photos(), "--init", stepwise() / "model.pt",
+             "--held-back", 0.3, "--rates", 1, 20)
+    losses, weights, _ = train(out, *flags, "--save-every", 0, "--keep", 99, stage=Linear)
+    return out, flags, losses, weights
+
+
+def test_linear_trains_the_same_however_it_is_run():
+    """Batch statistics are those of all ranks."""
+    out, flags, losses, weights = probed()
+    for world, more in ((3, ()), (2, ("--parallel", "fsdp")), (1, ("--micro-batch", 5))):
+        other, theirs, _ = train(folder() / "run", *flags, *more, world=world, stage=Linear)
+        assert close(other, losses, 1e-4), (world, more)
+        assert close(theirs["head.weight"], weights["head.weight"], 1e-3)
+    again, saved, _, _ = resumed(out, flags, at=6, stage=Linear)
+    assert again == losses and equal(saved, weights)
+
+
+def test_linear_leaves_a_classifier():
+    out, flags, _, weights = probed()
+    metrics = json.loads((out / "metrics.json").read_text())
+    encoder = torch.load(stepwise() / "model.pt", weights_only=True)["model"]
+    assert torch.equal(weights["blocks.1.mlp.fc1.weight"], encoder["blocks.1.mlp.fc1.weight"])
+    found, _, _ = evaluated("--init", out / "model.pt", "--val", photos())
+    assert close(found["loss"], metrics["loss"], 1e-4) and found["top1"] == metrics["top1"]
+    probe = finetune.Probe(8, 3, 2, 0)
+    for _ in range(50):
+        probe(3 * torch.randn(16, 8) + 1)
+    probe.eval()
+    features = torch.randn(5, 8)
+    assert close(F.linear(features, *probe.folded(1)).detach(), probe(features)[1].detach(), 1e-4)
+
+
+def test_held_back_images_are_not_trained_on():
+    source = data.open_data(photos())
+    parts = [data.labelled(source, [["cat"], ["dog"]], "x", part=part) for part in (
+        (0, 0.7), (0.7, 1))]
+    found = [{part.find(i) for i in range(len(part))} for part in parts]
+    assert not found[0] & found[1] and len(found[0] | found[1]) == 20 and all(found)
 
 
 def test_weights_that_are_half_a_network_are_refused():
