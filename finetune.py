@@ -588,7 +588,7 @@ def knn(argv):
 # ======================================================================================
 
 PROBE_RECIPES = vit.table("batch length base_lr", {     # MAE's table 10; warmup: 10 epochs
-    "nano … small": (512,   {"epochs": 20}, 0.4),       # ours, for a classroom
+    "nano … small": (256,   {"epochs": 20}, 5.0),       # ours, for a classroom
     "base":         (16384, {"epochs": 90}, 0.1),
     "large … 6.5b": (16384, {"epochs": 50}, 0.1),       # 2b, 6.5b: not published
 })
