@@ -1613,6 +1613,23 @@ def labelled(source, classes, where, class_map=None, part=(0, 1)):
     return chosen
 
 
+class Chosen:
+    """Some samples of a source, by their numbers `index` [n] and the `labels` [n] they count as."""
+
+    def __init__(self, source, index, labels):
+        self.source, self.index, self.labels = source, index, labels
+        self.chunks = even_chunks(len(index))
+
+    def __len__(self):
+        return len(self.index)
+
+    def about(self, i):
+        return self.source.about(int(self.index[i]))
+
+    def open(self, i):
+        return {**self.source.open(int(self.index[i])), "numbers": [int(self.labels[i])]}
+
+
 # ======================================================================================
 # From a file to pixels
 # ======================================================================================
@@ -2049,8 +2066,8 @@ def note_bad(found, bad, args, state):
 @torch.no_grad()
 def write_features(path, encoder, samples, args, device, rank, world, about):
     """Write what an encoder makes of samples, in order, into an .npz: "features" float32 [n,D],
-    "labels" int64 [n] (-1: none), "names" bytes [n] (where each image is), "classes" [K] (what
-    labels number), "about" (JSON: of which encoder and data).
+    "labels" int64 [n] (-1: none), "index" int64 [n] (numbers of images in the source), "names"
+    bytes [n] (where they are), "classes" [K] (of labels), "about" (JSON: which encoder and data).
 
     Images that cannot be read are left out and listed. Rank 0 writes what comes from all; memory is
     bounded, however many there are."""
@@ -2080,7 +2097,8 @@ def write_features(path, encoder, samples, args, device, rank, world, about):
         n = len(kept)
         write_npz(path, {
             "classes": np.array(source.classes, str),
-            "about": np.frombuffer(json.dumps(about).encode(), np.uint8)}, {
+            "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
+            "index": np.array(kept, np.int64)}, {
             "features": (aside / "features", (n, width), "<f4"),
             "labels": (aside / "labels", (n,), "<i8"),
             "names": (aside / "names", (n,), f"|S{longest}")})
@@ -2089,11 +2107,11 @@ def write_features(path, encoder, samples, args, device, rank, world, about):
 
 
 def read_features(path):
-    """What write_features wrote: {"features" (mapped, not in memory), "labels", "classes",
-    "about"}. Raises UserError."""
+    """What write_features wrote: {"features" (mapped, not in memory), "labels", "index",
+    "classes", "about"}. Raises UserError."""
     try:
         with np.load(path) as file:
-            table = {name: file[name] for name in ("labels", "classes")}
+            table = {name: file[name] for name in ("labels", "index", "classes")}
             table["about"] = json.loads(file["about"].tobytes())
         table["features"] = map_npz(path, "features")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

@@ -531,7 +531,8 @@ def open_features(args, config, told, task):
         if not known.all():
             say(f"{flag}: {(~known).sum():,} of {len(known):,} images have no class and are left "
                 "out")
-            table["features"], table["labels"] = table["features"][known], table["labels"][known]
+            for name in ("features", "labels", "index"):
+                table[name] = table[name][known]
         if not len(table["labels"]):
             raise UserError(f"no image of {flag} has a class: a folder each, or a label each")
     return *tables, classes, device, rank, world
@@ -794,10 +795,162 @@ def linear(argv):
 
 
 # ======================================================================================
+# Low-shot: a few labelled images of each class
+# ======================================================================================
+
+class Prompted(nn.Module):
+    """A frozen encoder with prompts before every block, and a linear head: images to logits [B,K].
+
+    Visual Prompt Tuning, deep (arXiv 2203.12119, section 3.2; the paper's choice for low-shot):
+    `prompts` tokens join the class token and the patches in each block and are dropped after it.
+    They start as U(-v, v), v = sqrt(6 / (3 p^2 + D)); the head as zero (ours)."""
+
+    def __init__(self, encoder, classes, prompts, seed):
+        super().__init__()
+        D, p = encoder.config.width, encoder.config.patch
+        self.encoder, bound = encoder, math.sqrt(6 / (3 * p * p + D))
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.rand(encoder.config.depth, prompts, D, generator=generator)   # [L,n,D]
+        self.prompts = nn.Parameter((2 * start - 1) * bound)
+        self.head = nn.Linear(D, classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images):
+        x = self.encoder.embed(images)                                      # [B,1+N,D]
+        for block, prompts in zip(self.encoder.blocks, self.prompts):
+            prompts = prompts.expand(len(x), -1, -1)                        # [B,n,D]
+            x = block(torch.cat([x[:, :1], prompts.to(x.dtype), x[:, 1:]], 1))  # [B,1+n+N,D]
+            x = torch.cat([x[:, :1], x[:, 1 + prompts.shape[1]:]], 1)       # [B,1+N,D]
+        return self.head(self.encoder.norm(x[:, 0]))                        # [B,K]
+
+
+def few_of_each(labels, shots, split):
+    """The numbers [n] of `shots` images of each class, all of those that have fewer, by chance; a
+    pure function of the split's number. `labels` int64 [m], -1: none."""
+    order = np.argsort(data.uniform(split, np.arange(len(labels)), "few", 1)[:, 0], kind="stable")
+    rank = np.zeros(len(labels), np.int64)      # of each image among those of its class
+    for label in np.unique(labels):
+        mine = order[labels[order] == label]
+        rank[mine] = np.arange(len(mine))
+    return np.flatnonzero((labels >= 0) & (rank < shots))
+
+
+def tune_prompts(encoder, train, val, K, args, seed, device):
+    """Train prompts and a head on a few images: the share of val's that they are right about.
+
+    SGD with momentum 0.9, cosine, a tenth of the steps as warmup (VPT's); one process."""
+    model = Prompted(encoder, K, args.prompts, seed).to(device)
+    optimizer = torch.optim.SGD([model.prompts, *model.head.parameters()], lr=0, momentum=0.9)
+    batch = min(args.batch, len(train.source))
+    steps = max(1, args.epochs * len(train.source) // batch)
+    positions = data.training_positions(0, steps, batch, batch, 0, 1)
+    for step, part in enumerate(data.load(train, positions, 0, device)):
+        optimizer.param_groups[0]["lr"] = vit.learning_rate(step, steps, args.lr, 0.1 * steps)
+        images = part["images"].to(device)                                  # [B,H,W,C]
+        images = data.flip(images, data.uniform(seed, part["position"].to(device), "flip", 1))
+        with vit.autocast(args, device):
+            logits = model(data.normalise(images))                          # [B,K]
+        F.cross_entropy(logits.float(), part["tags"][:, 0].to(device)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    sums = torch.zeros(2, dtype=torch.float64)
+    positions = data.validation_positions(len(val.source), args.micro_batch, 0, 1)
+    for part in data.load(val, positions, args.workers, device):
+        with torch.no_grad(), vit.autocast(args, device):
+            found = model(data.normalise(part["images"].to(device))).argmax(1).cpu()    # [B]
+        right = (found == part["tags"][:, 0]) * part["weight"]
+        sums += torch.stack([right.sum(), part["weight"].sum()]).double()
+    return float(sums[0] / sums[1])
+
+
+def fit_linear(features, labels, K, penalty=1e-3):
+    """Logistic regression on features [n,D], brought to length sqrt(D): weight [K,D] and bias [K]
+    with the least mean cross-entropy plus penalty / 2 times the weight's squared length (ours)."""
+    features = F.normalize(features, dim=1) * math.sqrt(features.shape[1])
+    weight = torch.zeros(K, features.shape[1], device=features.device, requires_grad=True)
+    bias = torch.zeros(K, device=features.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.cross_entropy(F.linear(features, weight, bias), labels) \
+            + penalty / 2 * weight.square().sum()
+        value.backward()
+        return value
+    optimizer.step(loss)
+    return weight.detach(), bias.detach()
+
+
+def lowshot(argv):
+    """The task `lowshot`: top-1 after 1, 5, 10 images of each class, mean and deviation over
+    splits, of prompts (VPT) and of a linear classifier. The splits are shared out among ranks."""
+    def add_flags(add):
+        add("--shots", type=vit.positive, nargs="+", default=[1, 5, 10], metavar="IMAGES",
+            help="of each class; default 1 5 10 (paper)")
+        add("--splits", type=vit.positive, default=5, help="random choices of these; default 5 "
+            "(paper)")
+        add("--prompts", type=vit.positive, default=10, help="in each block; default 10 (not "
+            "published: ours)")
+        add("--epochs", type=vit.positive, default=100, help="of prompts; default 100 (VPT's)")
+        add("--batch", type=vit.positive, default=64, help="of prompts, of one rank; default 64 "
+            "(VPT's)")
+        add("--lr", type=float, default=0.05, help="of prompts; default 0.05 (not published: ours)")
+        add("--smallest-crop", type=float, default=0.5, metavar="SHARE", help="of the image's area "
+            "that a random crop has; default 0.5 (ours)")
+
+    args, config, told = parse_frozen_flags("lowshot", argv, add_flags)
+    if config is None:
+        raise UserError("lowshot needs pictures, not features: prompts are learned inside the "
+                        "encoder")
+    if args.parallel in ("fsdp", "hsdp"):
+        raise UserError("lowshot gives each rank splits of its own, which need the whole encoder: "
+                        "leave --parallel out")
+    args.parallel = "ddp"
+    train, val, classes, device, rank, world = open_features(args, config, told, "lowshot")
+    encoder = load_encoder(args, config, told, device, "cls")
+    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
+    sources = [data.open_data(*specs, **places) for specs in (args.data, args.val)]
+    numbers = [table["index"] for table in (train, val)]
+    tests = data.unshuffled(data.Chosen(sources[1], numbers[1], val["labels"]), args, config,
+                            central_box(args, config))
+    counts = np.bincount(train["labels"], minlength=len(classes))
+    for shots in args.shots:
+        if (few := int((counts < shots).sum())):
+            say(f"{few} of {len(classes)} classes have fewer than {shots} images: all are used")
+    crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
+    queries = torch.tensor(np.array(val["features"]), device=device)        # [m,D]
+    queries = F.normalize(queries, dim=1) * math.sqrt(config.width)
+    truth, results = torch.tensor(val["labels"], device=device), []
+    jobs = [(shots, split) for shots in args.shots for split in range(args.splits)]
+    for shots, split in jobs[rank::world]:
+        chosen = few_of_each(train["labels"], shots, split)
+        labels = torch.tensor(train["labels"][chosen], device=device)
+        weight, bias = fit_linear(torch.tensor(train["features"][chosen], device=device), labels,
+                                  len(classes))
+        by_linear = (F.linear(queries, weight, bias).argmax(1) == truth).float().mean().item()
+        samples = data.Samples(
+            data.Chosen(sources[0], numbers[0][chosen], train["labels"][chosen]), config.image,
+            config.channels, crop, split, max_pixels=args.max_pixels)
+        by_prompts = tune_prompts(encoder, samples, tests, len(classes), args, split, device)
+        results.append((shots, by_prompts, by_linear))
+        print(f"{shots} a class, split {split}: vpt {by_prompts:.4f}, linear {by_linear:.4f}",
+              flush=True)
+    results, metrics = sum(vit.from_all_ranks(results), []), {}
+    for shots in args.shots:
+        rows = np.array([row[1:] for row in results if row[0] == shots])    # [splits,2]
+        for name, column in zip(("vpt", "linear"), rows.T):
+            metrics[f"{name}{shots}"] = float(column.mean())
+            metrics[f"{name}{shots}_deviation"] = float(column.std())
+    vit.report(args, {**metrics, "count": len(truth)})
+
+
+# ======================================================================================
 # Main
 # ======================================================================================
 
-TASKS = {"classify": classify, "features": features, "knn": knn, "linear": linear}
+TASKS = {"classify": classify, "features": features, "knn": knn, "linear": linear,
+         "lowshot": lowshot}
 
 
 def main(argv):

@@ -2704,6 +2704,62 @@ def test_linear_leaves_a_classifier():
     assert close(F.linear(features, *probe.folded(1)).detach(), probe(features)[1].detach(), 1e-4)
 
 
+def test_prompts_are_only_what_is_learned():
+    encoder = ViT(SMALL).requires_grad_(False)
+    images = torch.randn(2, 3, 32, 32)
+    model = finetune.Prompted(encoder, 3, 4, seed=0)
+    torch.nn.init.normal_(model.head.weight)
+    bound = math.sqrt(6 / (3 * 8 * 8 + 64))
+    assert model.prompts.shape == (2, 4, 64) and 0.95 * bound < model.prompts.abs().max() <= bound
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    model(images).sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        "prompts", "head.weight", "head.bias"} and equal(before, encoder.state_dict())
+    assert all(model.prompts.grad[layer].abs().sum() > 0 for layer in range(2))
+    # None change nothing; those of a block are dropped after it
+    none = finetune.Prompted(encoder, 3, 0, seed=0)
+    none.head.load_state_dict(model.head.state_dict())
+    assert close(none(images).detach(), model.head(encoder(images)).detach(), 1e-5)
+    x = encoder.embed(images)
+    for block, prompts in zip(encoder.blocks, model.prompts):
+        x = block(torch.cat([x, prompts.expand(2, -1, -1)], 1))[:, :17]     # wherever they stand
+    assert close(model(images).detach(), model.head(encoder.norm(x[:, 0])).detach(), 1e-4)
+
+
+def test_few_images_of_each_class_are_chosen_by_chance():
+    labels = np.array([0] * 30 + [1] * 3 + [-1] * 5 + [2] * 30)
+    for shots, expected in ((1, [1, 1, 1]), (5, [5, 3, 5])):
+        chosen = finetune.few_of_each(labels, shots, 0)
+        assert np.bincount(labels[chosen]).tolist() == expected
+        assert np.array_equal(chosen, finetune.few_of_each(labels, shots, 0))
+        assert not np.array_equal(chosen, finetune.few_of_each(labels, shots, 1))
+    assert set(finetune.few_of_each(labels, 1, 0)) <= set(finetune.few_of_each(labels, 5, 0))
+    often = Counter(i for split in range(600) for i in finetune.few_of_each(labels, 5, split))
+    assert all(abs(often[i] - 100) < 50 for i in (*range(30), *range(38, 68)))
+
+
+def test_linear_fit_is_at_its_minimum():
+    features, labels = torch.randn(60, 8), torch.randint(0, 3, (60,))
+    weight, bias = (p.requires_grad_() for p in finetune.fit_linear(features, labels, 3, 0.01))
+    x = F.normalize(features, dim=1) * math.sqrt(8)
+    loss = F.cross_entropy(F.linear(x, weight, bias), labels) + 0.005 * weight.square().sum()
+    assert all(gradient.norm() < 1e-3 for gradient in torch.autograd.grad(loss, (weight, bias)))
+
+
+def test_low_shot_is_the_same_on_any_ranks():
+    flags = ("--init", stepwise() / "model.pt", "--data", photos(), "--val", photos(),
+             "--image-size", 32, "--shots", 1, 30, "--splits", 2, "--epochs", 2, "--features",
+             folder())
+    first, _ = asked("lowshot", *flags)
+    assert first["count"] == 20 and first["linear30"] > first["linear1"] - 0.3
+    assert first["linear30_deviation"] == 0            # all images, whatever the split
+    again, _ = asked("lowshot", *flags, world=3)
+    assert again.keys() == first.keys()
+    assert all(abs(again[name] - value) < 1e-6 for name, value in first.items())
+    refused("lowshot needs pictures", asked, "lowshot", "--data", "x.npz", "--val", "x.npz")
+    refused("leave --parallel out", asked, "lowshot", *flags, "--parallel", "fsdp")
+
+
 def test_held_back_images_are_not_trained_on():
     source = data.open_data(photos())
     parts = [data.labelled(source, [["cat"], ["dog"]], "x", part=part) for part in (

@@ -312,13 +312,14 @@ class ViT(nn.Module):
         self.head = nn.Linear(D, classes) if classes else nn.Identity()
         init_weights(self)
 
-    def tokens(self, images, keep=None):
-        """Images [B,C,H,W] to the last block's tokens [B,1+N,D], class token first, no norm yet.
-
-        `keep` [B,L,2] is drop_path's."""
+    def embed(self, images):
+        """Images [B,C,H,W] to the first block's tokens [B,1+N,D], class token first."""
         x = self.patch_embed(patchify(images, self.config.patch))           # [B,N,D]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)        # [B,1+N,D]
-        return run_blocks(self.blocks, x + self.pos_embed, self.recompute, keep)
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+
+    def tokens(self, images, keep=None):
+        """Images [B,C,H,W] to the last block's tokens [B,1+N,D], no norm yet; keep: drop_path's."""
+        return run_blocks(self.blocks, self.embed(images), self.recompute, keep)
 
     def forward(self, images, keep=None):
         x = self.tokens(images, keep)                                       # [B,1+N,D]

@@ -321,8 +321,7 @@ def main(argv):
     positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
     batches = data.load(train, positions, args.workers, device)
     describe = {"config": {**asdict(config), "loss": args.loss}, "stage": "wsp",
-                "vocabulary": about["vocabulary"], "counts": about["counts"],
-                "synonyms": about["synonyms"]}
+                **{key: about[key] for key in ("vocabulary", "counts", "synonyms")}}
 
     def draw_and_evaluate():
         data.draw_predictions(model, examples, args, device, about["vocabulary"])
