@@ -73,8 +73,8 @@ EXEMPT = "pos_embed", "cls_token"               # from weight decay (MAE)
 def parse_classify_flags(argv):
     """All flags, with the recipe filled in: (args, Config, what --init's file says of itself)."""
     parser = vit.stage_parser("finetune.py classify", __doc__, {
-        **{f"--recipe {name}:": recipe for name, recipe in RECIPES.items()},
-        **{f"mae, {name}:": row for name, row in BY_MODEL.items()}})
+        **{f"recipe {name}:": recipe for name, recipe in RECIPES.items()},
+        **{f"recipe mae, {name}:": row for name, row in BY_MODEL.items()}})
     parser.set_defaults(data=["world-labelled"])
     add = parser.add_argument_group("classification").add_argument
     add("--recipe", choices=RECIPES, help="mae: at 224 pixels (MAE); maws: at 512 or 518 (paper; "
@@ -613,6 +613,8 @@ def parse_linear_flags(argv):
         "best head is chosen; default 0.1 (ours)")
     add("--smallest-crop", type=float, metavar="SHARE", help="of the image's area that a random "
         "crop has; default 0.08 (MAE)")
+    add("--attentive", action="store_true", help="also train, with each rate, a head that chooses "
+        "by attention which tokens it reads; default off")
     args = parser.parse_args(argv)
     config, name, told = vit.choose_config(args, "linear")
     if args.predict or args.eval_only or not args.init:
@@ -627,21 +629,43 @@ def parse_linear_flags(argv):
     return args, config, told
 
 
+class AttentiveHead(nn.Module):
+    """Attention pooling with one learned query, and a linear layer: tokens [B,1+N,D] to [B,K]."""
+
+    def __init__(self, width, classes, heads):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Parameter(torch.empty(1, width))
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        kv = self.kv(x).reshape(B, N, 2, self.heads, D // self.heads)       # [B,1+N,2,h,D/h]
+        k, v = kv.permute(2, 0, 3, 1, 4)                                    # 2 x [B,h,1+N,D/h]
+        q = self.query.reshape(1, self.heads, 1, -1).expand(B, -1, -1, -1)  # [B,h,1,D/h]
+        return self.head(F.scaled_dot_product_attention(q, k, v).reshape(B, D))     # [B,K]
+
+
 class Probe(nn.Module):
     """Linear heads on features [B,D] that are normalised over the batch: [heads,B,K].
 
     BatchNorm without affine and a linear layer (MAE, appendix A.1); each head has a learning rate
-    of its own. Weights start as N(0, 0.01), alike in all heads."""
+    of its own. Weights start as N(0, 0.01), alike in all heads. With `attention`, a number of
+    heads, there are as many AttentiveHeads."""
 
-    def __init__(self, width, classes, heads, seed):
+    def __init__(self, width, classes, heads, seed, attention=0):
         super().__init__()
         self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
         self.heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(heads))
-        start = vit.initial_value("head.weight", (classes, width), None, seed, head_std=0.01)
+        self.attentive = nn.ModuleList(AttentiveHead(width, classes, attention)
+                                       for _ in range(heads if attention else 0))
         with torch.no_grad():
-            for head in self.heads:
-                head.weight.copy_(start)
-                head.bias.zero_()
+            for name, p in self.named_parameters():
+                own = {"weight": "head.weight", "query": "head.weight"}.get(name.split(".")[-1])
+                own = "kv.weight" if "kv" in name else own          # alike in all heads
+                p.copy_(vit.initial_value(own, p.shape, None, seed, 0.01) if own else
+                        torch.zeros(()))
 
     def forward(self, features):
         x = self.norm(features)                                             # [B,D]
@@ -666,15 +690,23 @@ def lars(parameters, weight_decay, trust=0.001):
             p.grad.mul_(scale)
 
 
+def pooled(x, pool):
+    """The feature [B,D] of what an encoder gives: it itself, or of tokens [B,1+N,D] the first or
+    the mean of the others."""
+    return x if x.dim() == 2 else x[:, 0] if pool == "cls" else x[:, 1:].mean(1)
+
+
 @torch.no_grad()
 def right_answers(encoder, probe, samples, args, device, rank, world):
-    """The share of a source's images that each head is right about: [heads]."""
-    sums = torch.zeros(1 + len(probe.heads), dtype=torch.float64)
+    """The share of a source's images that each head is right about: [heads], then the attentive
+    ones."""
+    sums = torch.zeros(1 + len(probe.heads) + len(probe.attentive), dtype=torch.float64)
     probe.eval()
     for images, batch in data.validate(samples, args, device, rank, world):
         with vit.autocast(args, device):
-            x = encoder(images)                                             # [B,D]
-        found = probe(x.float()).argmax(-1).cpu()                           # [heads,B]
+            x = encoder(images).float()                                     # [B,D] or [B,1+N,D]
+        logits = [*probe(pooled(x, args.pool)), *(head(x) for head in probe.attentive)]
+        found = torch.stack(logits).argmax(-1).cpu()                        # [heads,B]
         right = (found[..., None] == batch["tags"]).any(-1) * batch["weight"]
         sums += torch.cat([batch["weight"].sum()[None], right.sum(1)]).double()
     probe.train()
@@ -687,6 +719,8 @@ def linear(argv):
     example = lambda batch: (torch.empty(batch, config.channels, *config.image),)
     pool = args.pool if args.pool == "cls" else (
         "mean" if "fc_norm.weight" in told["shapes"] else "patches")
+    if args.attentive and pool == "mean":
+        raise UserError("--attentive reads normalised tokens, which a model with fc_norm has not")
     if args.plan:
         return vit.plan(args, lambda: ViT(config, 0, pool), example)
     device, rank, world = vit.start(args)
@@ -707,8 +741,9 @@ def linear(argv):
         central_box(args, config))
 
     # ---- model: a frozen encoder, and heads that are the same on every rank
-    encoder = load_encoder(args, config, told, device, args.pool)
-    probe = Probe(config.width, len(names), len(args.rates), args.seed).to(device)
+    encoder = load_encoder(args, config, told, device, "none" if args.attentive else args.pool)
+    probe = Probe(config.width, len(names), len(args.rates), args.seed,
+                  config.heads if args.attentive else 0).to(device)
     crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
     train = data.Samples(train, config.image, config.channels, crop, args.seed,
                          max_pixels=args.max_pixels)
@@ -721,8 +756,8 @@ def linear(argv):
 
     # ---- optimizer and state
     optimizer = torch.optim.SGD([{"params": [*head.parameters()], "scale": rate}
-                                 for head, rate in zip(probe.heads, args.rates)],
-                                lr=peak, momentum=0.9)
+                                 for heads in (probe.heads, probe.attentive)
+                                 for head, rate in zip(heads, args.rates)], lr=peak, momentum=0.9)
     state = vit.restore(args, probe, optimizer, {**vit.fresh_state(args, device), "half": False})
     data.cut_bad_list(args, state)
     log = vit.Log(args, device, state["step"], steps, vit.forward_flops(
@@ -732,20 +767,20 @@ def linear(argv):
 
     def about():
         """What model.pt holds: the encoder with the head that is best on what was held back, a
-        model for `classify --predict` and `--eval-only`; which head that is, and how good."""
+        model for `classify --predict` and `--eval-only`; which head that is; all their shares."""
         shares = right_answers(encoder, probe, held, args, device, rank, world)
-        best = shares.index(max(shares))
+        best = shares.index(max(shares[:len(args.rates)]))
         weight, bias = probe.folded(best)
         weights = {**vit.whole_weights(encoder), "head.weight": weight.detach().cpu(),
                    "head.bias": bias.detach().cpu()}
         return {"model": weights, "stage": "linear", "classes": names, "config": {
             **asdict(config), "pool": pool, "crop": args.crop, "loss": "ce"},
-            "samples": state["step"] * args.batch}, best, shares[best]
+            "samples": state["step"] * args.batch}, best, shares
 
     # ---- loop
     while state["step"] < steps:
         if log.evaluation_due(state["step"]):
-            log.evaluated({"held_back": about()[2]})
+            log.evaluated({"held_back": max(about()[2])})
         lr = vit.learning_rate(state["step"], steps, peak, args.warmup * steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
@@ -758,11 +793,15 @@ def linear(argv):
             images = batch["images"].to(device, non_blocking=True)          # [B,H,W,C]
             images = data.flip(images, data.uniform(args.seed, position, "flip", 1))
             with torch.no_grad(), vit.autocast(args, device):
-                features.append(encoder(data.normalise(images)).float())    # [B,D]
+                x = encoder(data.normalise(images)).float()                 # [B,D] or [B,1+N,D]
+            features.append(pooled(x, args.pool))                           # [B,D]
+            for head in probe.attentive:
+                (F.cross_entropy(head(x), labels[-1]) / accumulate).backward()
         features, labels = (vit.gathered(torch.cat(part)) for part in (features, labels))
         logits = probe(features)                                            # [heads,B,K]
         per_head = torch.stack([F.cross_entropy(some, labels) for some in logits])  # [heads]
         per_head.sum().backward()
+        vit.average_gradients(probe.attentive.parameters())
         lars(probe.parameters(), args.weight_decay)
         norm = vit.clip_gradients(probe, args.clip_grad)
         loss, norm, stop, due, found = vit.agree(
@@ -784,13 +823,20 @@ def linear(argv):
             return say(f"stopped after step {state['step']} of {steps}; the same command goes on")
 
     # ---- end: the chosen head, on --val
-    content, best, held_back = about()
+    content, best, shares = about()
     weight, bias = (content["model"][f"head.{part}"].to(device) for part in ("weight", "bias"))
-    chosen = lambda images: F.linear(encoder(images).float(), weight, bias)     # [B,K]
+    chosen = lambda images: F.linear(pooled(encoder(images).float(), args.pool), weight, bias)
     metrics = evaluate(chosen, val, args, device, rank, world, names) if val else {}
+    metrics |= {"held_back": shares[best], "rate": args.rates[best]}
+    if args.attentive:
+        best = shares.index(max(shares[len(args.rates):]), len(args.rates)) - len(args.rates)
+        head = probe.attentive[best]
+        found = evaluate(lambda images: head(encoder(images).float()), val, args, device, rank,
+                         world, names) if val else {}
+        metrics |= {f"attentive_{name}": found[name] for name in ("top1", "top5") if val}
+        metrics |= {"attentive_rate": args.rates[best]}
     log.evaluated(metrics)
-    vit.report(args, {**metrics, "held_back": held_back, "rate": args.rates[best],
-                      "samples": steps * args.batch})
+    vit.report(args, {**metrics, "samples": steps * args.batch})
     vit.finish(args)
 
 

@@ -1445,8 +1445,8 @@ def fake_step(how, ranks, node, micro, recompute=False):
     local = lambda tensors: sum(getattr(one, "_local_tensor", one).numel() for one in tensors)
     try:
         with FakeTensorMode():
-            config, (width, depth, heads) = Config.named("2b"), mae.RECIPES["2b"][:3]
-            model, wrapped = vit.build(lambda: MAE(config, width, depth, heads), args,
+            own = {name: value for name, value in mae.RECIPES["2b"].items() if name in mae.OWN}
+            model, wrapped = vit.build(lambda: MAE(Config.named("2b"), **own), args,
                                        torch.device("cpu"), ("losses", "predict"))
             optimizer = torch.optim.AdamW(vit.decay_groups(model, 0.05), lr=1e-4, fused=True)
             images, noise = torch.empty(micro, 3, 224, 224), torch.empty(micro, 256)
@@ -1635,12 +1635,14 @@ def test_gradients_are_scaled_clipped_and_checked():
 
 
 def test_steps_that_are_not_finite_are_skipped_and_ten_end_the_run():
-    state = vit.fresh_state(half=False)
+    fresh = lambda precision: vit.fresh_state(argparse.Namespace(precision=precision),
+                                              torch.device("cpu"))
+    state = fresh("fp32")
     for finite in [False] * 9 + [True] + [False] * 9:
         vit.note_step(state, finite, 8)
     assert state["step"] == 19 and state["skipped"] == 18 and state["skipped_in_a_row"] == 9
     refused("ten steps in a row", vit.note_step, state, False, 8)
-    half = vit.fresh_state(half=True)
+    half = fresh("fp16")
     for _ in range(12):
         vit.note_step(half, False, 8)             # fp16 finding its scale is no fault
     assert half["scale"] == 16 and half["skipped"] == 0
@@ -2358,7 +2360,7 @@ def test_average_precision_is_the_formula():
 
 # Everything on: mixing, erasing, RandAugment, drop path, layer decay, averaging
 FINE = ("--mixup", 0.8, "--cutmix", 1.0, "--erasing", 0.5, "--randaugment", 9, "--drop-path", 0.2,
-        "--ema", 0.8, "--layer-decay", 0.7, "--smoothing", 0.1)
+        "--ema", 0.8, "--layer-decay", 0.7, "--smoothing", 0.1, "--pool", "mean")
 
 
 @functools.lru_cache
@@ -2687,6 +2689,26 @@ def test_linear_trains_the_same_however_it_is_run():
         assert close(theirs["head.weight"], weights["head.weight"], 1e-3)
     again, saved, _, _ = resumed(out, flags, at=6, stage=Linear)
     assert again == losses and equal(saved, weights)
+
+
+def test_attentive_heads_train_the_same_on_any_ranks():
+    flags, found = probed()[1], []
+    for world in (1, 3):
+        out = folder() / "run"
+        losses, weights, _ = train(out, *flags, "--attentive", world=world, stage=Linear)
+        assert close(losses, probed()[2], 1e-4)         # the linear heads do not notice
+        found.append(json.loads((out / "metrics.json").read_text()))
+    for name in ("attentive_top1", "attentive_rate", "top1", "held_back"):
+        assert close(found[0][name], found[1][name], 1e-5), name
+    head, x = finetune.AttentiveHead(32, 3, 4).double(), torch.randn(2, 5, 32, dtype=torch.float64)
+    torch.nn.init.normal_(head.query)
+    k, v = head.kv(x).chunk(2, -1)
+    parts = []
+    for i in range(4):
+        part = slice(8 * i, 8 * i + 8)
+        weights = (k[..., part] @ head.query[0, part] / math.sqrt(8)).softmax(1)    # [B,1+N]
+        parts.append((weights[..., None] * v[..., part]).sum(1))
+    assert close(head(x).detach(), head.head(torch.cat(parts, 1)).detach(), 1e-9)
 
 
 def test_linear_leaves_a_classifier():

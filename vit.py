@@ -726,6 +726,13 @@ def gathered(tensor):
     return torch.cat(parts)
 
 
+def average_gradients(parameters):
+    """Make gradients the mean of those of all ranks, of what is trained without DDP or FSDP."""
+    for parameter in parameters if dist.is_initialized() else ():
+        dist.all_reduce(parameter.grad)
+        parameter.grad.div_(joined()[1])
+
+
 def joined():
     """(rank, world) of the process group; (0, 1) where none was joined, whatever torchrun said."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
