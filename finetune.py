@@ -714,6 +714,25 @@ def right_answers(encoder, probe, samples, args, device, rank, world):
     return [hits / count for hits in right]
 
 
+def open_probe_data(args, config):
+    """(What of --data is trained on, what of it chooses the head, --val or None: data.Samples each,
+    and the names of the classes)."""
+    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
+    source = data.open_data(*args.data, **places)
+    if len(source.classes) < 2:
+        raise UserError(f"--data has {len(source.classes)} classes: there is nothing to tell "
+                        "apart; images have the class of their folder, or a label")
+    classes, box = [[name] for name in source.classes], central_box(args, config)
+    train, held = (data.labelled(source, classes, "--data", part=part)
+                   for part in ((0, 1 - args.held_back), (1 - args.held_back, 1)))
+    crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
+    train = data.Samples(train, config.image, config.channels, crop, args.seed,
+                         max_pixels=args.max_pixels)
+    val = args.val and data.unshuffled(data.labelled(
+        data.open_data(*args.val, **places), classes, "--val"), args, config, box)
+    return train, data.unshuffled(held, args, config, box), val, source.classes
+
+
 def linear(argv):
     args, config, told = parse_linear_flags(argv)
     example = lambda batch: (torch.empty(batch, config.channels, *config.image),)
@@ -725,31 +744,14 @@ def linear(argv):
         return vit.plan(args, lambda: ViT(config, 0, pool), example)
     device, rank, world = vit.start(args)
 
-    # ---- data: a part of it chooses the head
-    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
-    source = data.open_data(*args.data, **places)
-    names = source.classes
-    if len(names) < 2:
-        raise UserError(f"--data has {len(names)} classes: there is nothing to tell apart; images "
-                        "have the class of their folder, or a label")
-    classes = [[name] for name in names]
-    parts = (0, 1 - args.held_back), (1 - args.held_back, 1)
-    train, held = (data.labelled(source, classes, "--data", part=part) for part in parts)
-    held = data.unshuffled(held, args, config, central_box(args, config))
-    val = args.val and data.unshuffled(data.labelled(
-        data.open_data(*args.val, **places), classes, "--val"), args, config,
-        central_box(args, config))
-
-    # ---- model: a frozen encoder, and heads that are the same on every rank
+    # ---- data, and a model: a frozen encoder, and heads that are the same on every rank
+    train, held, val, names = open_probe_data(args, config)
     encoder = load_encoder(args, config, told, device, "none" if args.attentive else args.pool)
     probe = Probe(config.width, len(names), len(args.rates), args.seed,
                   config.heads if args.attentive else 0).to(device)
-    crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
-    train = data.Samples(train, config.image, config.channels, crop, args.seed,
-                         max_pixels=args.max_pixels)
     steps, micro, accumulate, peak = vit.derive(args, len(train.source), world)
     if not vit.open_run(args, "linear", {
-            "what --data holds": source.fingerprint(),
+            "what --data holds": train.source.source.fingerprint(),
             "what --val holds": val and val.source.source.fingerprint(),
             "classes": f"{len(names)} (CRC {data.crc(repr(names)):08x})"}, probe):
         return
@@ -928,24 +930,25 @@ def fit_linear(features, labels, K, penalty=1e-3):
     return weight.detach(), bias.detach()
 
 
+def add_lowshot_flags(add):
+    add("--shots", type=vit.positive, nargs="+", default=[1, 5, 10], metavar="IMAGES",
+        help="of each class; default 1 5 10 (paper)")
+    add("--splits", type=vit.positive, default=5, help="random choices of these; default 5 "
+        "(paper)")
+    add("--prompts", type=vit.positive, default=10, help="in each block; default 10 (not "
+        "published: ours)")
+    add("--epochs", type=vit.positive, default=100, help="of prompts; default 100 (VPT's)")
+    add("--batch", type=vit.positive, default=64, help="of prompts, of one rank; default 64 "
+        "(VPT's)")
+    add("--lr", type=float, default=0.05, help="of prompts; default 0.05 (not published: ours)")
+    add("--smallest-crop", type=float, default=0.5, metavar="SHARE", help="of the image's area "
+        "that a random crop has; default 0.5 (ours)")
+
+
 def lowshot(argv):
     """The task `lowshot`: top-1 after 1, 5, 10 images of each class, mean and deviation over
     splits, of prompts (VPT) and of a linear classifier. The splits are shared out among ranks."""
-    def add_flags(add):
-        add("--shots", type=vit.positive, nargs="+", default=[1, 5, 10], metavar="IMAGES",
-            help="of each class; default 1 5 10 (paper)")
-        add("--splits", type=vit.positive, default=5, help="random choices of these; default 5 "
-            "(paper)")
-        add("--prompts", type=vit.positive, default=10, help="in each block; default 10 (not "
-            "published: ours)")
-        add("--epochs", type=vit.positive, default=100, help="of prompts; default 100 (VPT's)")
-        add("--batch", type=vit.positive, default=64, help="of prompts, of one rank; default 64 "
-            "(VPT's)")
-        add("--lr", type=float, default=0.05, help="of prompts; default 0.05 (not published: ours)")
-        add("--smallest-crop", type=float, default=0.5, metavar="SHARE", help="of the image's area "
-            "that a random crop has; default 0.5 (ours)")
-
-    args, config, told = parse_frozen_flags("lowshot", argv, add_flags)
+    args, config, told = parse_frozen_flags("lowshot", argv, add_lowshot_flags)
     if config is None:
         raise UserError("lowshot needs pictures, not features: prompts are learned inside the "
                         "encoder")
