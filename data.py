@@ -1595,7 +1595,8 @@ def outputs_of(classes, names, where, class_map=None):
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise UserError(f"{where} has {len(unknown)} classes that the model lacks: "
                         f"{', '.join(unknown[:5])}{more}; the model has {len(classes)}: "
-                        f"{', '.join(some[0] for some in classes[:5])}, … (classify has --class-map)")
+                        f"{', '.join(some[0] for some in classes[:5])}, … (classify has "
+                        "--class-map)")
     return outputs
 
 
