@@ -835,7 +835,8 @@ def linear(argv):
         head = probe.attentive[best]
         found = evaluate(lambda images: head(encoder(images).float()), val, args, device, rank,
                          world, names) if val else {}
-        metrics |= {f"attentive_{name}": found[name] for name in ("top1", "top5") if val}
+        metrics |= {f"attentive_{name}": found[name] for name in ("loss", "top1", "top5")
+                    if val}
         metrics |= {"attentive_rate": args.rates[best]}
     log.evaluated(metrics)
     vit.report(args, {**metrics, "samples": steps * args.batch})
