@@ -652,7 +652,7 @@ class Probe(nn.Module):
 
     BatchNorm without affine and a linear layer (MAE, appendix A.1); each head has a learning rate
     of its own. Weights start as N(0, 0.01), alike in all heads. With `attention`, a number of
-    heads, there are as many AttentiveHeads."""
+    heads, there are as many AttentiveHeads, on tokens that `measure` has made alike in scale."""
 
     def __init__(self, width, classes, heads, seed, attention=0):
         super().__init__()
@@ -660,6 +660,8 @@ class Probe(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(heads))
         self.attentive = nn.ModuleList(AttentiveHead(width, classes, attention)
                                        for _ in range(heads if attention else 0))
+        self.register_buffer("token_mean", torch.zeros(width))
+        self.register_buffer("token_scale", torch.ones(width))
         with torch.no_grad():
             for name, p in self.named_parameters():
                 own = {"weight": "head.weight", "query": "head.weight"}.get(name.split(".")[-1])
@@ -670,6 +672,25 @@ class Probe(nn.Module):
     def forward(self, features):
         x = self.norm(features)                                             # [B,D]
         return torch.stack([head(x) for head in self.heads])                # [heads,B,K]
+
+    @torch.no_grad()
+    def measure(self, encoder, samples, args, device, rank, world):
+        """Set mean and scale of tokens [B,1+N,D] to what they are over a source: fixed from then
+        on, since statistics of a batch would need all ranks' tokens in one place (ours)."""
+        sums = torch.zeros(3, len(self.token_mean), dtype=torch.float64)
+        for images, batch in data.validate(samples, args, device, rank, world):
+            with vit.autocast(args, device):
+                x = encoder(images).float()                                 # [B,1+N,D]
+            x = x[batch["weight"].to(device) > 0].flatten(0, 1).double()    # [n,D]
+            sums += torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)]).cpu()
+        count, total, squares = vit.sum_over_ranks(sums)                    # 3 x [D]
+        mean = total / count
+        self.token_mean.copy_(mean)
+        self.token_scale.copy_((squares / count - mean.square() + 1e-6).rsqrt())
+
+    def attend(self, x, number):
+        """Logits [B,K] of one attentive head for tokens [B,1+N,D]."""
+        return self.attentive[number]((x - self.token_mean) * self.token_scale)
 
     def folded(self, number):
         """One head and the normalisation before it as one linear layer: weight [K,D], bias [K]."""
@@ -705,7 +726,8 @@ def right_answers(encoder, probe, samples, args, device, rank, world):
     for images, batch in data.validate(samples, args, device, rank, world):
         with vit.autocast(args, device):
             x = encoder(images).float()                                     # [B,D] or [B,1+N,D]
-        logits = [*probe(pooled(x, args.pool)), *(head(x) for head in probe.attentive)]
+        logits = [*probe(pooled(x, args.pool)),
+                  *(probe.attend(x, i) for i in range(len(probe.attentive)))]
         found = torch.stack(logits).argmax(-1).cpu()                        # [heads,B]
         right = (found[..., None] == batch["tags"]).any(-1) * batch["weight"]
         sums += torch.cat([batch["weight"].sum()[None], right.sum(1)]).double()
@@ -761,6 +783,8 @@ def linear(argv):
                                  for heads in (probe.heads, probe.attentive)
                                  for head, rate in zip(heads, args.rates)], lr=peak, momentum=0.9)
     state = vit.restore(args, probe, optimizer, {**vit.fresh_state(args, device), "half": False})
+    if args.attentive and not state["step"]:
+        probe.measure(encoder, held, args, device, rank, world)
     data.cut_bad_list(args, state)
     log = vit.Log(args, device, state["step"], steps, vit.forward_flops(
         lambda: ViT(config, 0, pool), example))
@@ -797,8 +821,9 @@ def linear(argv):
             with torch.no_grad(), vit.autocast(args, device):
                 x = encoder(data.normalise(images)).float()                 # [B,D] or [B,1+N,D]
             features.append(pooled(x, args.pool))                           # [B,D]
-            for head in probe.attentive:
-                (F.cross_entropy(head(x), labels[-1]) / accumulate).backward()
+            for number in range(len(probe.attentive)):
+                loss = F.cross_entropy(probe.attend(x, number), labels[-1])
+                (loss / accumulate).backward()
         features, labels = (vit.gathered(torch.cat(part)) for part in (features, labels))
         logits = probe(features)                                            # [heads,B,K]
         per_head = torch.stack([F.cross_entropy(some, labels) for some in logits])  # [heads]
@@ -832,9 +857,8 @@ def linear(argv):
     metrics |= {"held_back": shares[best], "rate": args.rates[best]}
     if args.attentive:
         best = shares.index(max(shares[len(args.rates):]), len(args.rates)) - len(args.rates)
-        head = probe.attentive[best]
-        found = evaluate(lambda images: head(encoder(images).float()), val, args, device, rank,
-                         world, names) if val else {}
+        attend = lambda images: probe.attend(encoder(images).float(), best)
+        found = evaluate(attend, val, args, device, rank, world, names) if val else {}
         metrics |= {f"attentive_{name}": found[name] for name in ("loss", "top1", "top5")
                     if val}
         metrics |= {"attentive_rate": args.rates[best]}

@@ -2724,6 +2724,20 @@ def test_attentive_heads_train_the_same_on_any_ranks():
     assert close(head(x).detach(), head.head(torch.cat(parts, 1)).detach(), 1e-9)
 
 
+def test_attentive_heads_see_tokens_that_are_alike_in_scale():
+    """Of an encoder whose channels are not, on images that do not fill the last batch."""
+    probe, args = finetune.Probe(4, 3, 1, 0, attention=2), argparse.Namespace(
+        micro_batch=7, workers=0, precision="fp32", max_pixels=1 << 20, out=folder())
+    samples = data.unshuffled(data.open_data(photos()), args, vit.Config(4, 1, 1, 8, 16))
+    encoder = lambda images: (images.flatten(2)[..., :4] + 5) * torch.tensor([1.0, 10, 100, 1000])
+    probe.measure(encoder, samples, args, torch.device("cpu"), 0, 1)
+    seen, probe.attentive = [], torch.nn.ModuleList([torch.nn.Identity()])
+    for images, batch in data.validate(samples, args, torch.device("cpu"), 0, 1):
+        seen.append(probe.attend(encoder(images)[batch["weight"] > 0], 0))
+    x = torch.cat(seen).flatten(0, 1)                                       # [n,4]
+    assert x.mean(0).abs().max() < 1e-3 and (x.std(0, correction=0) - 1).abs().max() < 1e-2
+
+
 def test_linear_leaves_a_classifier():
     out, flags, _, weights = probed()
     metrics = json.loads((out / "metrics.json").read_text())
