@@ -1536,6 +1536,9 @@ class Tagged:
     def about(self, i):
         return self.source.about(self.find(i))
 
+    def caption(self, i):
+        return self.source.caption(self.find(i))
+
     def open(self, i):
         sample = self.source.open(self.find(i))
         known = [self.numbers(name) or () for name in names_of(self.source, sample, self.what)]
@@ -1614,6 +1617,39 @@ def labelled(source, classes, where, class_map=None, part=(0, 1)):
     return chosen
 
 
+def open_classes(args, told):
+    """(--data as data.Tagged or None, --val or None, the name of each output)."""
+    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
+    train, val = None, None
+    if args.predict or args.eval_only:
+        if "head.weight" not in told["shapes"]:
+            raise UserError(f"{args.init} has no head: --predict and --eval-only need a finetuned "
+                            "file, as runs/classify/model.pt")
+        K, args.loss = told["shapes"]["head.weight"][0], told.get("config", {}).get("loss", "ce")
+        classes = read_classes(args.classes) if args.classes else [
+            [name] for name in told.get("classes", ())] or K
+        if classes != K and len(classes) != K:
+            raise UserError(f"--classes {args.classes} has {len(classes)} lines, but {args.init} "
+                            f"has {K} outputs")
+    else:
+        source = open_data(*args.data, **places)
+        found = [[name] for name in source.classes or all_names(source, "tags")]
+        classes = read_classes(args.classes) if args.classes else found
+        if len(classes) < 2:
+            raise UserError(f"--data has {len(classes)} classes: there is nothing to tell apart; "
+                            "images have the class of their folder, or a label")
+        if args.loss == "ce" and not source.classes:
+            raise UserError("labels of --data are lists, of several classes: give --loss bce or "
+                            "softmax")
+        train = labelled(source, classes, "--data")
+    if args.val and not args.predict:
+        val = labelled(open_data(*args.val, **places), classes, "--val", args.class_map)
+        if classes == len(val.source.classes):
+            classes = [[name] for name in val.source.classes]
+    return train, val, [str(i) for i in range(classes)] if isinstance(classes, int) else [
+        some[0] for some in classes]
+
+
 class Chosen:
     """Some samples of a source, by their numbers `index` [n] and the `labels` [n] they count as."""
 
@@ -1629,6 +1665,47 @@ class Chosen:
 
     def open(self, i):
         return {**self.source.open(int(self.index[i])), "numbers": [int(self.labels[i])]}
+
+    def caption(self, i):
+        return self.source.caption(int(self.index[i]))
+
+
+# --------------------------------------------------------------------------------------
+# Captions (stage 3)
+# --------------------------------------------------------------------------------------
+
+class Captioned:
+    """The images of a source with the tokens of their captions, encode(caption), as the "numbers"
+    of a batch: a source. An image without a caption counts as one that cannot be read."""
+
+    def __init__(self, source, encode):
+        self.source, self.encode, self.chunks = source, encode, source.chunks
+
+    def __len__(self):
+        return len(self.source)
+
+    def about(self, i):
+        return self.source.about(i)
+
+    def open(self, i):
+        caption = self.source.caption(i)
+        if not (caption or "").strip():
+            raise ValueError("it has no caption")
+        return {**self.source.open(i), "numbers": self.encode(caption)}
+
+
+def has_captions(source):
+    """Whether any of 100 images, from all over a source, has a caption; as rank 0 finds them."""
+    spread = np.linspace(0, len(source) - 1, min(100, len(source))).astype(int).tolist()
+
+    def caption(i):
+        try:
+            return source.caption(i)
+        except UserError:
+            raise
+        except Exception:               # a damaged sample: training will say so
+            return None
+    return on_rank_0(lambda: any((caption(i) or "").strip() for i in spread))
 
 
 # ======================================================================================
@@ -1820,11 +1897,13 @@ class Samples(Dataset):
     `choose_box(width, height, numbers, size)` is the crop; augment(pixels [H,W,C], seed, position)
     changes what was cropped. In training the order is shuffled and an
     image that cannot be read is replaced, by one that depends on the position alone; in validation
-    (shuffle=False) it has weight 0, as have positions past the end, which fill up batches."""
+    (shuffle=False) it has weight 0, as have positions past the end, which fill up batches.
+    `features` [n,D], a row a sample, stand for the pixels where they are given."""
 
     def __init__(self, source, size, channels, choose_box, seed=0, shuffle=True,
-                 max_pixels=178_956_970, augment=None):
+                 max_pixels=178_956_970, augment=None, features=None):
         self.source, self.size, self.channels, self.choose_box = source, size, channels, choose_box
+        self.features = features
         self.seed, self.max_pixels, self.augment = seed, max_pixels, augment
         self.order = Order(source.chunks, seed) if shuffle else None
 
@@ -1834,15 +1913,24 @@ class Samples(Dataset):
         for later in range(1, 11) if self.order else ():
             yield int(self.order(np.array([position + later * len(self.source)]))[0])
 
+    def pixels(self, sample, numbers, position):
+        """What is seen of a sample: uint8 [H,W,C]."""
+        box = functools.partial(self.choose_box, numbers=numbers, size=self.size)
+        pixels = read_pixels(sample["image"], box, self.size, self.channels, self.max_pixels)
+        return self.augment(pixels, self.seed, position) if self.augment else pixels
+
     def __getitems__(self, positions):
-        """Returns {"images": uint8 [B,H,W,C], "position": int64 [B], "label": int64 [B] (-1: none),
+        """Returns {"images": uint8 [B,H,W,C] or features, "position": int64 [B], "label": int64 [B] (-1: none),
         "tags": int64 [B,k] (the "numbers" of Tagged, filled up with -1), "weight": float32 [B],
         "bad": [(position, where, why)]}."""
         positions = np.asarray(positions, dtype=np.int64)
         count = len(self.source)
         index = self.order(positions) if self.order else positions
         numbers = uniform(self.seed, positions, "crop", 22).tolist()
-        images = np.zeros((len(positions), *self.size, self.channels), dtype=np.uint8)
+        shape, kind = (*self.size, self.channels), np.uint8
+        if self.features is not None:
+            shape, kind = self.features.shape[1:], np.float32
+        images = np.zeros((len(positions), *shape), kind)
         labels, weights, bad = np.full(len(positions), -1), np.zeros(len(positions)), []
         tags = [[] for _ in positions]
         for row, (position, i) in enumerate(zip(positions.tolist(), index.tolist())):
@@ -1851,12 +1939,8 @@ class Samples(Dataset):
             for i in self.candidates(position, i):
                 try:
                     sample = self.source.open(i)
-                    pixels = read_pixels(
-                        sample["image"], functools.partial(self.choose_box, numbers=numbers[row],
-                                                           size=self.size),
-                        self.size, self.channels, self.max_pixels)
-                    images[row] = (self.augment(pixels, self.seed, position) if self.augment
-                                   else pixels)
+                    images[row] = self.pixels(sample, numbers[row], position) \
+                        if self.features is None else self.features[i]
                 except UserError as error:      # a shard is gone or changed: nothing to replace
                     return {"fault": str(error)}
                 except Exception as error:      # what decoders raise on damage has no common class
@@ -1991,10 +2075,10 @@ def most_probable(model, pixels, args, device, names, k=5):
             for row in zip(top.indices.tolist(), top.values.tolist())]
 
 
-def print_predictions(model, args, device, names, choose_box=WHOLE_WIDTH):
+def print_predictions(model, config, args, device, names, choose_box=WHOLE_WIDTH):
     """--predict: what the user's pictures most probably are."""
     for name in args.predict:
-        pixels = read_picture(name, model.config, args.max_pixels, choose_box)
+        pixels = read_picture(name, config, args.max_pixels, choose_box)
         best, = most_probable(model, pixels[None], args, device, names)
         say(f"{name}: " + ", ".join(f"{word} {chance:.3f}" for word, chance in best))
 

@@ -25,14 +25,19 @@ that by the most similar ones and by a linear layer (MAE's appendix A.1).
 
 import functools
 import math
+import re
+import struct
+from array import array
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 import data
 import vit
@@ -192,19 +197,24 @@ def evaluate(model, val, args, device, rank, world, names):
     An image with several right classes (as in "Are we done with ImageNet?", arXiv 2006.07159) is
     right where any of them is predicted. With --loss bce or softmax also "map", the mean over
     classes of the average precision (rank 0 then holds the logits of all images)."""
-    K, several, rows = len(names), args.loss != "ce", []
+    rows = []
     for images, batch in data.validate(val, args, device, rank, world):
         with vit.autocast(args, device):
             logits = model(images)                                          # [B,K]
-        right = batch["tags"].to(device)                                    # [B,k]
-        loss = losses(logits, targets(right, K, 0.0, args.loss), args.loss)     # [B]
-        top = logits.topk(min(5, K)).indices                                # [B,5]
-        scores = logits.float().cpu().numpy() if several else [None] * len(logits)
-        rows += [row[1:] for row in zip(
-            batch["weight"].tolist(), batch["position"].tolist(), right.tolist(), top.tolist(),
-            loss.tolist(), scores) if row[0]]
+        rows += answers(logits, batch, args)
     parts = vit.to_rank_0(rows)
     return vit.on_rank_0(lambda: summarise(sum(parts, []), len(val.source), args, names))
+
+
+def answers(logits, batch, args):
+    """(position, right classes, five most probable, loss, logits where several may be right) of
+    each image that counts."""
+    right, K = batch["tags"].to(logits.device), logits.shape[1]             # [B,k]
+    loss = losses(logits, targets(right, K, 0.0, args.loss), args.loss)     # [B]
+    top = logits.topk(min(5, K)).indices                                    # [B,5]
+    scores = [None] * len(top) if args.loss == "ce" else logits.float().cpu().numpy()
+    return [row[1:] for row in zip(batch["weight"].tolist(), batch["position"].tolist(),
+                                   right.tolist(), top.tolist(), loss.tolist(), scores) if row[0]]
 
 
 def summarise(rows, total, args, names):
@@ -249,39 +259,6 @@ def average_precision(scores, right):
 # classify: main
 # ======================================================================================
 
-def open_classes(args, told):
-    """(--data as data.Tagged or None, --val or None, the name of each output)."""
-    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
-    train, val = None, None
-    if args.predict or args.eval_only:
-        if "head.weight" not in told["shapes"]:
-            raise UserError(f"{args.init} has no head: --predict and --eval-only need a finetuned "
-                            "file, as runs/classify/model.pt")
-        K, args.loss = told["shapes"]["head.weight"][0], told.get("config", {}).get("loss", "ce")
-        classes = data.read_classes(args.classes) if args.classes else [
-            [name] for name in told.get("classes", ())] or K
-        if classes != K and len(classes) != K:
-            raise UserError(f"--classes {args.classes} has {len(classes)} lines, but {args.init} "
-                            f"has {K} outputs")
-    else:
-        source = data.open_data(*args.data, **places)
-        found = [[name] for name in source.classes or data.all_names(source, "tags")]
-        classes = data.read_classes(args.classes) if args.classes else found
-        if len(classes) < 2:
-            raise UserError(f"--data has {len(classes)} classes: there is nothing to tell apart; "
-                            "images have the class of their folder, or a label")
-        if args.loss == "ce" and not source.classes:
-            raise UserError("labels of --data are lists, of several classes: give --loss bce or "
-                            "softmax")
-        train = data.labelled(source, classes, "--data")
-    if args.val and not args.predict:
-        val = data.labelled(data.open_data(*args.val, **places), classes, "--val", args.class_map)
-        if classes == len(val.source.classes):
-            classes = [[name] for name in val.source.classes]
-    return train, val, [str(i) for i in range(classes)] if isinstance(classes, int) else [
-        some[0] for some in classes]
-
-
 def central_box(args, config):
     """How an evaluation crops: all of it above 224 pixels, else the central 7/8 (MAE); or all."""
     return data.whole if args.crop == "squash" else functools.partial(
@@ -297,7 +274,7 @@ def classify(argv):
     device, rank, world = vit.start(args)
 
     # ---- data and classes
-    train, val, names = open_classes(args, told)
+    train, val, names = data.open_classes(args, told)
     K = len(names)
     choose_box = central_box(args, config)
     val = val and data.unshuffled(val, args, config, choose_box)
@@ -314,7 +291,7 @@ def classify(argv):
             say(f"a new head for {K} classes: the file's is for {outputs} "
                 + ("hashtags" if "vocabulary" in told else "other classes"))
     if args.predict:
-        return data.print_predictions(model, args, device, names, choose_box)
+        return data.print_predictions(model, config, args, device, names, choose_box)
     if args.eval_only:
         return vit.report(args, evaluate(model, val, args, device, rank, world, names))
     crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
@@ -666,7 +643,8 @@ class Probe(nn.Module):
             for name, p in self.named_parameters():
                 own = {"weight": "head.weight", "query": "head.weight"}.get(name.split(".")[-1])
                 own = "kv.weight" if "kv" in name else own          # alike in all heads
-                p.copy_(vit.initial_value(own, p.shape, None, seed, 0.01) if own else
+                starts = {"head.weight": 0.01}
+                p.copy_(vit.initial_value(own, p.shape, None, seed, starts) if own else
                         torch.zeros(()))
 
     def forward(self, features):
@@ -1020,11 +998,889 @@ def lowshot(argv):
 
 
 # ======================================================================================
+# Zero-shot: from text to tokens
+# ======================================================================================
+
+START, PAD, END, UNKNOWN = range(4)     # <s> <pad> </s> <unk> (XLM-R)
+
+
+def protobuf(message):
+    """The fields of a protobuf message: yields (number, value), an int or bytes.
+
+    Raises ValueError or IndexError where it is none, or not a whole one."""
+    at = 0
+
+    def varint():
+        nonlocal at
+        value, shift = 0, 0
+        while True:
+            value |= (message[at] & 127) << shift
+            shift, at = shift + 7, at + 1
+            if message[at - 1] < 128:
+                return value
+
+    while at < len(message):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            yield number, varint()
+            continue
+        size = varint() if kind == 2 else {1: 8, 5: 4}.get(kind, len(message))
+        yield number, message[at:at + size]
+        at += size
+        if at > len(message):
+            raise ValueError(f"field {number} is cut short")
+
+
+def read_charsmap(blob):
+    """The normaliser's map in a SentencePiece file: {text: what replaces it}.
+
+    4 bytes with the size of a double array (as the Darts-clone library lays it out), its units of 4
+    bytes, then strings that end with a zero. Of a unit, bits 0 to 7 are the byte that leads to it,
+    bit 8 says that a key ends here, and the upper ones are an offset: the unit's place xor that is
+    the place of the key's value; this xor a byte, that of a child."""
+    size = int.from_bytes(blob[:4], "little")
+    units, strings = np.frombuffer(blob, "<u4", size // 4, 4).astype(np.int64), blob[4 + size:]
+    offsets, labels = (units >> 10 << ((units & 512) >> 6)).tolist(), (units & 255).tolist()
+    below, found = {}, {}
+    for place in np.flatnonzero(units >> 31 == 0).tolist():     # the others are values
+        below.setdefault(place ^ labels[place], []).append(place)
+    todo = [(b"", offsets[0])]
+    while todo:
+        key, base = todo.pop()
+        for place in below.get(base, ()):
+            if not labels[place]:
+                continue
+            longer, beyond = key + bytes([labels[place]]), place ^ offsets[place]
+            if units[place] & 256:
+                begin = int(units[beyond]) & 0x7fffffff
+                found[longer.decode()] = strings[begin:strings.index(b"\0", begin)].decode()
+            if len(longer) > 1000:
+                raise ValueError("its map of characters runs in circles")
+            todo.append((longer, beyond))
+    return found
+
+
+class SentencePiece:
+    """A SentencePiece unigram model (arXiv 1804.10959, 1808.06226), read from its .model file, or
+    from the bytes of one that `path` names.
+
+    encode("text") gives ids as XLM-R numbers them, a piece's number + 1 and 3 for what is unknown,
+    without <s> and </s>; `size` is how many ids there are, XLM-R's <mask> the last. Raises
+    UserError for a file that is none, not a whole one or of another kind."""
+
+    def __init__(self, path, content=None):
+        try:
+            self.read(Path(path).read_bytes() if content is None else content)
+        except (OSError, ValueError, IndexError, KeyError, TypeError, struct.error) as error:
+            raise UserError(f"{path} is no whole SentencePiece model ({error}); give a file like "
+                            "XLM-R's sentencepiece.bpe.model") from error
+
+    def read(self, content):
+        messages = {1: [], 2: [], 3: []}    # pieces, the trainer's settings, the normaliser's
+        for number, value in protobuf(content):
+            messages.setdefault(number, []).append(value)
+        if not all(messages[number] for number in (1, 2, 3)):
+            raise ValueError("it lacks pieces or settings")
+        trained, normaliser = (dict(protobuf(messages[number][-1])) for number in (2, 3))
+        if trained.get(3, 1) != 1:
+            raise ValueError("it is of another kind than unigram")
+        pieces = [{2: bytes(4), 3: 1, **dict(protobuf(message))} for message in messages[1]]
+        pieces = [(piece[1].decode(), *struct.unpack("<f", piece[2]),
+                   (None, "normal", "unknown", "control", "own", "unused", "byte")[piece[3]])
+                  for piece in pieces]
+        kinds = [kind for _, _, kind in pieces]
+        if kinds.count("unknown") != 1 or {"normal", "own"} & {*kinds[:3]}:
+            raise ValueError("its first three pieces are not XLM-R's <unk>, <s> and </s>")
+        scores = [score for _, score, kind in pieces if kind == "normal"]
+        top = max([2.0 ** -126, *scores])   # the smallest float: log-probabilities are not above 0
+        self.unknown_score = float(np.float32(min(scores, default=0.0)) - np.float32(10))
+        # Every prefix of a piece, so that a search ends early: None for what is no piece itself.
+        self.table, self.bytes, own = {}, {}, []
+        for number, (text, score, kind) in enumerate(pieces, 1):
+            if kind == "own":               # user-defined: always taken
+                own.append(text)
+                score = len(text.encode()) * top - 0.1
+            if kind == "byte" and trained.get(35):      # <0x41>, instead of the unknown
+                self.bytes[int(text[1:-1], 16)] = number
+            if kind in ("normal", "own"):
+                for end in range(1, len(text)):
+                    self.table.setdefault(text[:end])
+                self.table[text] = number, score
+        self.size = len(pieces) + 2
+        own.sort(key=len, reverse=True)
+        self.own = re.compile("(" + "|".join(map(re.escape, own)) + ")") if own else None
+        self.map = read_charsmap(normaliser[2]) if normaliser.get(2) else {}
+        self.one = {ord(key): value for key, value in self.map.items() if len(key) == 1}
+        self.later = {character for key in self.map for character in key[1:]}
+        self.longest = max(map(len, self.map), default=0)
+        self.prefix, self.squeeze, self.escape = (normaliser.get(field, 1) for field in (3, 4, 5))
+        self.suffix = trained.get(24, 0)    # spaces belong to the word before
+
+    def replaced(self, text):
+        """A text by the normaliser's map: of what begins at a place, one's own piece stays, else
+        the longest key is replaced."""
+        if self.later.isdisjoint(text):     # the usual case: no key of several characters
+            parts = self.own.split(text) if self.own else [text]    # every second is one's own
+            return "".join(part if i % 2 else part.translate(self.one)
+                           for i, part in enumerate(parts))
+        parts, at = [], 0
+        while at < len(text):
+            match, end = self.own and self.own.match(text, at), at + 1
+            if match:
+                end, part = match.end(), match[0]
+            else:
+                end = next((end for end in range(at + self.longest, at, -1)
+                            if text[at:end] in self.map), at + 1)
+                part = self.map.get(text[at:end], text[at:end])
+            parts.append(part)
+            at = end
+        return "".join(parts)
+
+    def normalise(self, text):
+        """A text as pieces are looked for in it: spaces single, one before it, written as ▁."""
+        text = text.encode("utf-8", "replace").decode()     # half of a surrogate pair is no text
+        if not text or self.squeeze and not text.strip(" "):
+            return ""
+        text, space = self.replaced(text), "▁" if self.escape else " "
+        if self.squeeze:
+            text = re.sub(" +", " ", text).lstrip(" ")
+        text = (" " * (self.prefix and not self.suffix) + text).replace(" ", space)
+        if self.squeeze:
+            text = text.rstrip(space)
+        return text + space * bool(text and self.prefix and self.suffix)
+
+    def encode(self, text):
+        """The ids of the most probable pieces (Viterbi), those of unknown characters in a row as
+        one: linear in the length of the text."""
+        text = self.normalise(text)
+        # Sums of 32 bits, as the library has them: long texts have many that are nearly equal.
+        best, sum32 = array("f", bytes(4 * len(text) + 4)), array("f", [0])
+        ids, starts, missing = [0] * (len(text) + 1), [-1] * (len(text) + 1), object()
+        table = self.table
+        for start in range(len(text)):
+            before, alone = best[start], True
+            for end in range(start + 1, len(text) + 1):
+                entry = table.get(text[start:end], missing)
+                if entry is missing:
+                    break
+                if entry:
+                    alone = alone and end > start + 1
+                    sum32[0] = before + entry[1]
+                    if starts[end] < 0 or sum32[0] > best[end]:
+                        best[end], starts[end], ids[end] = sum32[0], start, entry[0]
+            if alone:                       # no piece is this one character
+                sum32[0], end = before + self.unknown_score, start + 1
+                if starts[end] < 0 or sum32[0] > best[end]:
+                    best[end], starts[end], ids[end] = sum32[0], start, UNKNOWN
+        found, end = [], len(text)
+        while end:
+            start = starts[end]
+            if ids[end] != UNKNOWN:
+                found.append(ids[end])
+            elif self.bytes:
+                found += [self.bytes[byte] for byte in reversed(text[start:end].encode())]
+            elif not (found and found[-1] == UNKNOWN):
+                found.append(UNKNOWN)
+            end = start
+        return found[::-1]
+
+
+def encode_bytes(text):
+    """The ids of a text without a SentencePiece file: its bytes, after the four special ones."""
+    return [4 + byte for byte in text.encode("utf-8", "surrogateescape")]
+
+
+def open_tokenizer(args, told):
+    """--tokenizer, or what --init's file says it was trained with, or bytes: (encode, the number of
+    ids, the file's content as uint8 [n] or None). Raises UserError."""
+    content = told.get("tokenizer")
+    if args.tokenizer:
+        try:
+            content = torch.frombuffer(bytearray(Path(args.tokenizer).read_bytes()),
+                                       dtype=torch.uint8)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--tokenizer {args.tokenizer} cannot be read: {error}") from error
+    if content is None:
+        return encode_bytes, 4 + 256, None
+    pieces = SentencePiece(args.tokenizer or args.init, content.numpy().tobytes())
+    return pieces.encode, pieces.size, content
+
+
+def framed(text, encode, longest):
+    """The ids of a text, as many as fit, between <s> and </s>."""
+    return [START, *encode(text)[:longest - 2], END]
+
+
+def padded(rows):
+    """Lists of ids as one tensor [n,N], N the longest, filled up with <pad>."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
+
+
+# ======================================================================================
+# Zero-shot: the model
+# ======================================================================================
+
+TEXT_SIZES = {
+    # name:  width depth heads hidden positions
+    "nano":  (128,   4,   4,   512,  104),      # ours
+    "base":  (768,  12,  12,  3072,  514),      # XLM-R base, arXiv 1911.02116
+    "large": (1024, 24,  16,  4096,  514),      # XLM-R large
+}
+TOWERS = vit.table("text_model embedding", {    # of both towers together (paper, released models)
+    "nano … small": ("nano", 128),              # ours
+    "base":         ("base", 768),
+    "large … huge": ("large", 1024),
+    "2b … 6.5b":    ("large", 2048),            # 6.5b: not published
+})
+LONGEST = 102       # tokens of a text, with <s> and </s> (released models)
+
+
+@dataclass
+class TextConfig:
+    """The shape of a text tower; `hidden` is the width inside its MLPs, `positions` the rows of its
+    table, of which the first two are of no token (XLM-R's)."""
+    vocabulary: int
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+    positions: int
+
+    @property
+    def longest(self):
+        """The tokens of a text at most, with <s> and </s>."""
+        return min(LONGEST, self.positions - 2)
+
+
+class TextAttention(nn.Module):
+    """Multi-head self-attention over tokens [B,N,D], none of which looks at padding."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x, real):
+        B, N, D = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)           # [B,N,3D]
+        q, k, v = qkv.reshape(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)   # 3 x [B,h,N,D/h]
+        x = F.scaled_dot_product_attention(q, k, v, real[:, None, None])    # [B,h,N,D/h]
+        return self.out_proj(x.transpose(1, 2).reshape(B, N, D))            # [B,N,D]
+
+
+class TextBlock(nn.Module):
+    """A post-LayerNorm transformer block over tokens [B,N,D], as in BERT."""
+
+    def __init__(self, width, heads, hidden):
+        super().__init__()
+        self.self_attn = TextAttention(width, heads)
+        self.norm1 = vit.LayerNorm(width, 1e-5)
+        self.linear1 = nn.Linear(width, hidden)
+        self.linear2 = nn.Linear(hidden, width)
+        self.norm2 = vit.LayerNorm(width, 1e-5)
+
+    def forward(self, x, real):
+        x = self.norm1(x + self.self_attn(x, real))
+        return self.norm2(x + self.linear2(F.gelu(self.linear1(x))))
+
+
+class TextTransformer(nn.Module):
+    """XLM-R (arXiv 1911.02116) as a text tower: ids [B,N] to the feature of <s> [B,D].
+
+    Positions are counted from PAD + 1 on, over what is no padding. Parameters have the names of the
+    released zero-shot files."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, self.recompute = config.width, False
+        self.token_embedding = nn.Embedding(config.vocabulary, D)
+        self.positional_embedding = nn.ModuleDict({"embedding": nn.Embedding(config.positions, D)})
+        self.embedding_layer_norm = vit.LayerNorm(D, 1e-5)
+        self.layers = nn.ModuleDict({"layers": nn.ModuleList(
+            TextBlock(D, config.heads, config.hidden) for _ in range(config.depth))})
+
+    def forward(self, tokens):
+        real = tokens != PAD                                                # [B,N]
+        positions = real.cumsum(1) * real + PAD                             # [B,N]
+        x = self.token_embedding(tokens) + self.positional_embedding["embedding"](positions)
+        x = self.embedding_layer_norm(x)                                    # [B,N,D]
+        for block in self.layers["layers"]:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, real, use_reentrant=False)
+            else:
+                x = block(x, real)
+        return x[:, 0]                                                      # [B,D]
+
+
+class Towers(nn.Module):
+    """An image tower and a text tower that map into one space, as in CLIP (arXiv 2103.00020).
+
+    With `locked` the image tower is left as it is (LiT, arXiv 2111.07991; paper, section 4: "zero-
+    shot"). Projections have no bias and start as N(0, D^-0.5), logit_scale as ln(1/0.07) (released
+    models); it is a vector [1], since FSDP2 takes no scalars."""
+
+    def __init__(self, config, text, embedding, pool="cls", locked=True):
+        super().__init__()
+        self.config, self.text_config = config, text
+        self.vision_encoder = ViT(config, 0, pool).requires_grad_(not locked)
+        self.text_encoder = nn.ModuleDict({"encoder": nn.ModuleDict({
+            "transformer": TextTransformer(text)})})
+        self.vision_projection = nn.Parameter(torch.empty(config.width, embedding))
+        self.text_projection = nn.Parameter(torch.empty(text.width, embedding))
+        self.logit_scale = nn.Parameter(torch.empty(1))
+        transformer = "text_encoder.encoder.transformer"
+        self.starts = {"vision_projection": config.width ** -0.5,
+                       "text_projection": text.width ** -0.5, "logit_scale": math.log(1 / 0.07),
+                       f"{transformer}.token_embedding.weight": 0.02,       # XLM-R
+                       f"{transformer}.positional_embedding.embedding.weight": 0.02}
+        vit.init_weights(self)
+
+    def text(self, tokens):
+        return self.text_encoder["encoder"]["transformer"](tokens)          # [B,D]
+
+    def trunk(self, images):
+        """Images [B,C,H,W] to what the image tower makes of them, [B,D]."""
+        return self.vision_encoder(images)
+
+    def embed_images(self, images):
+        """Images [B,C,H,W] to vectors [B,E] of length 1."""
+        return project(self.vision_encoder(images), self.vision_projection)
+
+    def embed_texts(self, tokens):
+        """Ids [B,N] to vectors [B,E] of length 1."""
+        return project(self.text(tokens), self.text_projection)
+
+    def forward(self, images, tokens):
+        """The vectors [B,E] of images [B,C,H,W] or of their trunk's [B,D], those of their texts
+        [B,N], and the factor [1] of logits."""
+        x = self.vision_encoder(images) if images.dim() == 4 else images    # [B,D]
+        return project(x, self.vision_projection), project(
+            self.text(tokens), self.text_projection), self.logit_scale.exp()
+
+
+def project(x, matrix):
+    """Features [B,D] to the common space [B,E], brought to length 1."""
+    return F.normalize((x.to(matrix.dtype) @ matrix).to(matrix.dtype), dim=1)
+
+
+METHODS = "trunk", "embed_images", "embed_texts"        # called besides forward
+
+
+# --------------------------------------------------------------------------------------
+# Weights from files: ours, released zero-shot models in both layouts, Hugging Face XLM-R
+# --------------------------------------------------------------------------------------
+
+TEXT_RENAMES = [(re.compile(pattern), new) for pattern, new in (
+    (r"^text_encoder\.encoder\.transformer\.|^(xlm_)?roberta\.", ""),
+    (r"^(encoder\.layer|layers(\.layers)?)\.(?=\d)", "layers.layers."),
+    (r"\.attention\.input_projection\.", ".self_attn.in_proj_"),        # the older layout
+    (r"\.attention\.output_projection\.", ".self_attn.out_proj."),
+    (r"\.residual_mlp\.mlp\.0\.", ".linear1."),
+    (r"\.residual_mlp\.mlp\.3\.", ".linear2."),
+    (r"\.attention_layer_norm\.", ".norm1."),
+    (r"\.final_layer_norm\.", ".norm2."),
+    (r"^embeddings\.word_embeddings\.", "token_embedding."),            # Hugging Face
+    (r"^embeddings\.position_embeddings\.", "positional_embedding.embedding."),
+    (r"^embeddings\.LayerNorm\.", "embedding_layer_norm."),
+    (r"\.attention\.self\.(q|k|v)(uery|ey|alue)\.", r".self_attn.\1."),
+    (r"\.attention\.output\.dense\.", ".self_attn.out_proj."),
+    (r"\.attention\.output\.LayerNorm\.", ".norm1."),
+    (r"\.intermediate\.dense\.", ".linear1."),
+    (r"\.output\.dense\.", ".linear2."),
+    (r"\.output\.LayerNorm\.", ".norm2."))]
+
+
+def text_names(tensors):
+    """Rename a file's tensors to those of TextTransformer; join query, key and value; fold the
+    type of Hugging Face's tokens, which is always the same, into their positions."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for pattern, new in TEXT_RENAMES:
+            name = pattern.sub(new, name)
+        renamed[name] = tensor
+    for name in [name for name in renamed if ".self_attn.q." in name]:
+        parts = [renamed.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
+        renamed[name.replace(".q.", ".in_proj_")] = torch.cat(parts)
+    kind = renamed.pop("embeddings.token_type_embeddings.weight", None)
+    if kind is not None:
+        renamed["positional_embedding.embedding.weight"] = \
+            renamed["positional_embedding.embedding.weight"] + kind[:1]
+    return {name: tensor for name, tensor in renamed.items()
+            if not name.startswith(("lm_head.", "pooler.", "classifier."))
+            and not name.endswith("position_ids")}
+
+
+def tower_names(tensors):
+    """Rename the tensors of a zero-shot file to those of Towers."""
+    named = {re.sub(r"^((module|model|_orig_mod|clip)\.)+", "", name): tensor
+             for name, tensor in tensors.items()}
+    text = {name: tensor for name, tensor in named.items() if name.startswith("text_encoder.")}
+    own = {name: tensor.reshape(1) if name == "logit_scale" else tensor
+           for name, tensor in named.items() if name in (
+               "vision_projection", "text_projection", "logit_scale")}
+    vision = {name: tensor for name, tensor in named.items()
+              if name not in text and name not in own}
+    return {**own, **{f"vision_encoder.{name}": tensor
+                      for name, tensor in vit.our_names(vision).items()},
+            **{f"text_encoder.encoder.transformer.{name}": tensor
+               for name, tensor in text_names(text).items()}}
+
+
+def text_part(tensors):
+    """The text tower's tensors of a file of any kind, under TextTransformer's names."""
+    start = "text_encoder.encoder.transformer."
+    own = {name.removeprefix(start): tensor for name, tensor in tower_names(tensors).items()
+           if name.startswith(start)}
+    return own or text_names(tensors)
+
+
+def text_config(path):
+    """The TextConfig of a file, and what it says of itself. Raises UserError."""
+    tensors, told = vit.read_weights(path)
+    if "text" in told.get("config", {}):
+        return TextConfig(**told["config"]["text"]), told
+    shapes = {name: tuple(tensor.shape) for name, tensor in text_part(tensors).items()}
+    depth = len({name.split(".")[2] for name in shapes if name.startswith("layers.layers.")})
+    try:
+        vocabulary, width = shapes["token_embedding.weight"]
+        hidden, _ = shapes["layers.layers.0.linear1.weight"]
+        positions, _ = shapes["positional_embedding.embedding.weight"]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} holds no text tower that is known here: it lacks {error}; give a "
+                        "released zero-shot file or Hugging Face's XLM-R") from error
+    said = vit.read_json(Path(path).with_name("config.json"))
+    heads = said.get("num_attention_heads") if said.get("hidden_size") == width else \
+        {row[:2]: row[2] for row in TEXT_SIZES.values()}.get((width, depth))
+    if heads is None:
+        raise UserError(f"the text tower of {path} is {width} wide and {depth} deep, which none of "
+                        f"{', '.join(TEXT_SIZES)} is, so its number of heads is unknown")
+    return TextConfig(vocabulary, width, depth, heads, hidden, positions), told
+
+
+# ======================================================================================
+# Zero-shot: the loss
+# ======================================================================================
+
+def contrastive_loss(images, texts, all_images, all_texts, scale, right):
+    """The loss of each pair [b]: how surely an image finds its text among all, and the text its
+    image (CLIP; LiT, section 3). `images`, `texts` [b,E] are those of the pairs number `right` [b]
+    of `all_images`, `all_texts` [B,E], vectors of length 1; `scale` [1] multiplies cosines."""
+    by_image = F.cross_entropy(scale * images @ all_texts.T, right, reduction="none")      # [b]
+    by_text = F.cross_entropy(scale * texts @ all_images.T, right, reduction="none")
+    return (by_image + by_text) / 2
+
+
+def global_loss(images, texts, scale, rank, world):
+    """The loss over the batch of all ranks, and its derivatives by this rank's `images` and `texts`
+    [b,E] and by `scale` [1].
+
+    A rank compares its own pairs with everybody's, so that it never holds all B x B logits; what
+    others' comparisons say of its vectors comes back as a sum over ranks."""
+    b = len(images)
+    all_images, all_texts, scale = (x.detach().requires_grad_() for x in (
+        vit.gathered(images.detach()), vit.gathered(texts.detach()), scale))    # [B,E] [B,E] [1]
+    mine = slice(rank * b, rank * b + b)
+    right = torch.arange(rank * b, rank * b + b, device=images.device)      # [b]
+    loss = contrastive_loss(all_images[mine], all_texts[mine], all_images, all_texts, scale, right)
+    (loss.mean() / world).backward()
+    by_images, by_texts, by_scale = (vit.sum_over_ranks(x.grad) for x in (
+        all_images, all_texts, scale))
+    return vit.sum_over_ranks(loss.detach().mean() / world), by_images[mine], by_texts[mine], \
+        by_scale
+
+
+def factor(model):
+    """What multiplies cosines, a tensor [1]; every rank has to call it."""
+    scale = model.logit_scale.detach().exp()
+    return scale.full_tensor() if isinstance(scale, DTensor) else scale
+
+
+@torch.no_grad()
+def clamp_scale(model):
+    """Keep the factor of cosines at 100 or below (CLIP)."""
+    scale = model.logit_scale
+    (scale.to_local() if isinstance(scale, DTensor) else scale).clamp_(max=math.log(100))
+
+
+# ======================================================================================
+# Zero-shot: evaluation
+# ======================================================================================
+
+TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a close-up photo of a {}.", "{}",
+             "a small {} in a picture.", "a drawing of a {}.", "there is a {} here.")   # ours
+
+
+@torch.no_grad()
+def embed_all(model, texts, encode, args, device, rank, world):
+    """Vectors [n,E] of texts, on the CPU, the same on every rank.
+
+    Sorted by length, so that little is computed for padding; ranks share them, and all call the
+    model equally often."""
+    longest = model.text_config.longest
+    cut = sum(len(encode(text)) > longest - 2 for text in texts)
+    if cut:
+        say(f"{cut:,} of {len(texts):,} texts have more than {longest - 2} pieces: cut there")
+    rows = [framed(text, encode, longest) for text in texts]
+    order, size = sorted(range(len(rows)), key=lambda i: len(rows[i])), 4 * args.micro_batch
+    vectors = torch.zeros(len(texts), model.text_projection.shape[1])       # [n,E]
+    for at in range(0, len(order), size * world):
+        mine = order[at + rank * size:][:size]
+        with vit.autocast(args, device):
+            found = model.embed_texts(padded([rows[i] for i in mine or order[:1]]).to(device))
+        vectors[mine] = found[:len(mine)].cpu()
+    return vit.sum_over_ranks(vectors)
+
+
+def class_vectors(model, classes, templates, encode, args, device, rank, world):
+    """The vector [K,E] of each class [[name]]: the mean over its names in all templates, brought to
+    length 1 (CLIP, section 3.1.4; released evaluation): {"": that, "single_": by the first
+    template alone}."""
+    texts = [(number, k, template.replace("{}", name)) for number, some in enumerate(classes)
+             for name in some for k, template in enumerate(templates)]
+    vectors = embed_all(model, [text for *_, text in texts], encode, args, device, rank, world)
+    sums = torch.zeros(2, len(classes), vectors.shape[1])                   # [2,K,E]
+    sums[0].index_add_(0, torch.tensor([number for number, _, _ in texts]), vectors)
+    first = torch.tensor([k == 0 for _, k, _ in texts])
+    sums[1].index_add_(0, torch.tensor([number for number, k, _ in texts if k == 0]),
+                       vectors[first])
+    full, single = F.normalize(sums, dim=2)
+    return {"": full, "single_": single}
+
+
+@torch.no_grad()
+def evaluate_towers(model, val, args, device, rank, world, names, vectors, encode):
+    """Of a source, every image once: with names and `vectors` of classes zero-shot top-1 and top-5,
+    also by a single template, and OUT/classes.txt; with captions, retrieval."""
+    vectors = {name: factor(model) * table.to(device) for name, table in vectors.items()}
+    rows, kept, positions = {name: [] for name in vectors}, [], []
+    for images, batch in data.validate(val, args, device, rank, world):
+        with vit.autocast(args, device):
+            x = model.embed_images(images)                                  # [B,E]
+            for name, table in vectors.items():
+                rows[name] += answers(x @ table.T, batch, args)
+        seen = batch["weight"] > 0
+        kept.append(x[seen.to(device)].cpu())
+        positions += batch["position"][seen].tolist()
+    metrics = {"count": int(vit.sum_over_ranks(torch.tensor(len(positions))))}
+    metrics["bad"] = len(val.source) - metrics["count"]
+    for name in sorted(vectors, reverse=True):      # the last leaves its classes.txt
+        parts = vit.to_rank_0(rows[name])
+        found = vit.on_rank_0(lambda: summarise(sum(parts, []), len(val.source), args, names))
+        metrics = {**{name + key: found[key] for key in ("loss", "top1", "top5")}, **metrics}
+    if data.has_captions(val.source):
+        captions = [val.source.caption(i) for i in positions]
+        told = [i for i, caption in enumerate(captions) if caption]
+        parts = vit.from_all_ranks(([captions[i] for i in told], torch.cat(kept)[told].numpy()))
+        captions = [caption for some, _ in parts for caption in some]
+        images = torch.from_numpy(np.concatenate([part for _, part in parts]))
+        metrics |= retrieval(model, images, captions, encode, args, device, rank, world)
+    return metrics
+
+
+def retrieval(model, images, captions, encode, args, device, rank, world):
+    """Recall at 1, 5, 10 of an image's caption among all captions, and of an image of a caption
+    among all images, for vectors of images [n,E] and their n captions. Equal captions are one."""
+    texts = sorted({*captions})
+    number = {text: i for i, text in enumerate(texts)}
+    own = torch.tensor([number[caption] for caption in captions], device=device)        # [n]
+    images = images.to(device)                                              # [n,E]
+    texts = embed_all(model, texts, encode, args, device, rank, world).to(device)       # [m,E]
+    hits = torch.zeros(2, 3)
+    for at in range(256 * rank, len(images), 256 * world):
+        similar = images[at:at + 256] @ texts.T                             # [c,m]
+        right = similar.gather(1, own[at:at + 256, None])                   # [c,1]
+        before = (similar > right).sum(1)                                   # [c]
+        hits[0] += torch.stack([(before < k).sum() for k in (1, 5, 10)]).cpu()
+    for at in range(256 * rank, len(texts), 256 * world):
+        similar = texts[at:at + 256] @ images.T                             # [c,n]
+        wrong = own != torch.arange(at, at + len(similar), device=device)[:, None]      # [c,n]
+        right = similar.masked_fill(wrong, -2).max(1, keepdim=True).values
+        before = (similar > right).sum(1)
+        hits[1] += torch.stack([(before < k).sum() for k in (1, 5, 10)]).cpu()
+    hits = vit.sum_over_ranks(hits) / torch.tensor([[len(images)], [len(texts)]])
+    return {f"{way}_recall{k}": share for way, row in zip(("image_to_text", "text_to_image"),
+                                                         hits.tolist())
+            for k, share in zip((1, 5, 10), row)} | {"captions": len(texts)}
+
+
+# ======================================================================================
+# Zero-shot: flags and main
+# ======================================================================================
+
+TOWER_RECIPES = vit.table("batch length smallest_crop", {
+    "nano … small": (256, {"samples": 200e3, "base_lr": 1e-3}, 0.6),        # ours
+    # not published, but one epoch (paper): LiT's batch and rate; crop ours
+    "base … 6.5b": (16384, {"epochs": 1, "lr": 1e-3}, 0.9),
+})
+TOWER_COMMON = {"weight_decay": 0.01, "warmup": 0.03, "clip_grad": 1.0}     # LiT
+
+
+def parse_zeroshot_flags(argv):
+    """All flags, with the recipe filled in: (args, Config, name of the recipe's row, what --init's
+    file says of itself)."""
+    parser = vit.stage_parser("finetune.py zeroshot", __doc__,
+                              {**TOWER_RECIPES, "all": TOWER_COMMON})
+    add = parser.add_argument_group("zero-shot").add_argument
+    add("--tokenizer", metavar="FILE", help="a SentencePiece model, XLM-R's sentencepiece.bpe.model "
+        "for released models; default: what --init was trained with, else bytes")
+    add("--text-model", choices=TEXT_SIZES, help="size of the text tower; default by model: nano, "
+        "base for base, large from large on (paper)")
+    add("--text-init", metavar="FILE", help="start the text tower from this file: Hugging Face's "
+        "XLM-R (paper: XLM-R), or any zero-shot model; default: that of --init, or random weights")
+    add("--unlock", action="store_true", help="train the image tower, too; default off (LiT)")
+    add("--cache-features", metavar="DIR", help="compute what the locked image tower makes of each "
+        "image once, without augmentation, and keep it there; default off")
+    add("--smallest-crop", type=float, metavar="SHARE", help="of the image's area that a random "
+        "crop has; default by model, below")
+    add("--classes", metavar="FILE", help="to choose from: a line each, names separated by commas; "
+        "default: the classes of --val")
+    add("--templates", metavar="FILE", help="lines with {} in the place of a name; default: the "
+        f"world's own for the world, else {len(TEMPLATES)} of ours")
+    add("--texts", nargs="+", metavar="TEXT", help="with --predict: to choose from as they are, in "
+        "any language, instead of --classes")
+    args = parser.parse_args(argv)
+    config, name, told = vit.choose_config(args, "zeroshot")
+    whole, using = "text_projection" in told.get("shapes", {}), args.predict or args.eval_only
+    if using and not whole:
+        raise UserError(f"{args.init} has no text tower: --predict and --eval-only need a zero-shot "
+                        "model, as runs/zeroshot/model.pt")
+    if not args.init and not args.unlock:
+        raise UserError("zeroshot trains a text tower for an image tower: give its file as --init, "
+                        "or --unlock to train both from random weights")
+    if args.predict and bool(args.texts) == bool(args.classes):
+        raise UserError("--predict needs something to choose from: --texts or --classes")
+    if args.texts and not args.predict:
+        raise UserError("--texts is for --predict; an evaluation takes --classes")
+    if args.cache_features and args.unlock:
+        raise UserError("--cache-features keeps what a locked image tower says: leave --unlock out")
+    if (args.text_init or whole) and args.text_model:
+        raise UserError("the text tower is that of a file: leave --text-model out")
+    vit.fill_recipe(args, {**TOWER_RECIPES[name], **TOWER_COMMON})
+    data.choose_val(args)
+    args.loss, args.pool = "ce", "mean" if "fc_norm.weight" in told.get("shapes", {}) else "cls"
+    args.crop = "all"
+    return args, config, name, told
+
+
+def open_text(args, name, told):
+    """(TextConfig, width of the common space, encode, the tokenizer's file as uint8 [n] or None).
+    Raises UserError where they do not fit together."""
+    whole = "text_projection" in told.get("shapes", {})
+    width, depth, heads, hidden, positions = TEXT_SIZES[args.text_model or TOWERS[name]["text_model"]]
+    text, said = TextConfig(0, width, depth, heads, hidden, positions), told
+    if args.text_init or whole:
+        text, said = text_config(args.text_init or args.init)
+    encode, size, content = open_tokenizer(args, said)
+    if text.vocabulary and (size > text.vocabulary or content is None and size < text.vocabulary):
+        raise UserError(f"the text tower knows {text.vocabulary:,} ids, the tokenizer has {size:,}: "
+                        "give the one that it was trained with as --tokenizer (XLM-R's: "
+                        "sentencepiece.bpe.model)")
+    text.vocabulary = text.vocabulary or size
+    return (text, told["shapes"]["text_projection"][1] if whole else TOWERS[name]["embedding"],
+            encode, content)
+
+
+def open_pairs(args, config, model, encode, device, rank, world):
+    """--data as data.Samples of images, or of what --cache-features keeps of them, with the tokens
+    of their captions as "tags"; and what tells these data from others."""
+    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
+    source, features = data.open_data(*args.data, **places), None
+    mark = source.fingerprint()
+    if not data.has_captions(source):
+        raise UserError("--data has no captions: give shards with .txt or a \"caption\" in .json, a "
+                        "manifest with a caption, or the world")
+    choose_box = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
+    if args.cache_features:
+        about = about_features(args, config, source)
+        path = Path(args.cache_features) / f"{data.crc(repr(about)):08x}.npz"
+        if not vit.on_rank_0(path.is_file):
+            vit.on_rank_0(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+            samples = data.unshuffled(source, args, config, data.WHOLE_WIDTH)
+            data.write_features(path, model.trunk, samples, args, device, rank, world, about)
+        table = data.read_features(path)
+        source = data.Chosen(source, table["index"], table["labels"])
+        features = table["features"]
+    encode = functools.partial(framed, encode=encode, longest=model.text_config.longest)
+    return data.Samples(data.Captioned(source, encode), config.image, config.channels, choose_box,
+                        args.seed, max_pixels=args.max_pixels, features=features), mark
+
+
+def open_classes_and_val(args, config):
+    """(--val as data.Samples or None, the classes to choose from [[name]], templates)."""
+    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
+    templates = TEMPLATES
+    if args.val and all(map(data.is_world, args.val)) and not args.classes:
+        templates = [line.replace("{texture} {shape}", "{}") for line in data.TEMPLATES]
+    if args.templates:
+        templates = [line.strip() for _, line in data.read_lines(args.templates, "--templates")]
+        if not all("{}" in line for line in templates):
+            raise UserError(f"--templates {args.templates} has a line without {{}}, where the name "
+                            "of a class goes")
+    if args.texts:
+        return None, [[text] for text in args.texts], ["{}"]
+    classes = data.read_classes(args.classes) if args.classes else []
+    if args.predict or not args.val:
+        return None, classes, templates
+    val = data.open_data(*args.val, **places)
+    classes = classes or [[name] for name in val.classes]
+    if not classes and not data.has_captions(val):
+        raise UserError("--val has neither classes nor captions: there is nothing to evaluate")
+    if classes:
+        val = data.labelled(val, classes, "--val")
+    return data.unshuffled(val, args, config, data.WHOLE_WIDTH), classes, templates
+
+
+def zeroshot(argv):
+    args, config, name, told = parse_zeroshot_flags(argv)
+    text, width, encode, content = open_text(args, name, told)
+    make = lambda: Towers(config, text, width, args.pool, locked=not args.unlock)
+    example = lambda batch: (torch.empty(batch, config.channels, *config.image),
+                             torch.zeros(batch, text.longest, dtype=torch.int64))
+    if args.plan:
+        return vit.plan(args, make, example)
+    device, rank, world = vit.start(args)
+
+    # ---- model: a checkpoint in --out, else --init and --text-init, else random weights
+    val, classes, templates = open_classes_and_val(args, config)
+    names = [some[0] for some in classes]
+    model, wrapped = vit.build(make, args, device, METHODS)
+    if "text_projection" in told.get("shapes", {}):
+        again = ("text_encoder.*", "text_projection") if args.text_init else ()
+        vit.load_weights(model, args.init, renew=again, rename=tower_names)
+    elif args.init:
+        vit.load_weights(model.vision_encoder, args.init)
+    if args.text_init:
+        vit.load_weights(model.text_encoder["encoder"]["transformer"], args.text_init,
+                         rename=text_part)
+
+    def vectors_now():
+        return class_vectors(model, classes, templates, encode, args, device, rank, world) \
+            if classes else {}
+
+    if args.predict or args.eval_only:
+        key = data.crc(repr([vit.file_mark(args.init), args.tokenizer and vit.file_mark(
+            args.tokenizer), classes, templates, args.precision]))
+        path = Path(args.out) / f"classes-{key:08x}.npz"
+        vectors = {name: torch.from_numpy(value) for name, value in data.kept_arrays(
+            path, lambda: {name or "all": table.numpy() for name, table in vectors_now().items()}
+        ).items()} if classes else {}
+        if args.predict:
+            table = factor(model) * vectors["all"].to(device)               # [K,E]
+            logits = lambda images: model.embed_images(images) @ table.T
+            return data.print_predictions(logits, config, args, device, names)
+        vectors = {name.replace("all", ""): table for name, table in vectors.items()}
+        return vit.report(args, evaluate_towers(model, val, args, device, rank, world, names,
+                                                vectors, encode))
+
+    # ---- data
+    train, mark = open_pairs(args, config, model, encode, device, rank, world)
+    steps, micro, accumulate, peak = vit.derive(args, len(train.source), world)
+    if not vit.open_run(args, "zeroshot", {
+            "what --data holds": mark,
+            "tokenizer": "bytes" if content is None else f"{len(content):,} bytes (CRC "
+            f"{data.crc(content.numpy().tobytes()):08x})"}, model):
+        return
+
+    # ---- optimizer and state
+    groups = vit.decay_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=BETAS, fused=True)
+    state = vit.restore(args, model, optimizer, {**vit.fresh_state(args, device), "long_texts": 0})
+    data.cut_bad_list(args, state)
+    flops = vit.forward_flops(make, example) * 3
+    log = vit.Log(args, device, state["step"], steps, flops)
+    positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
+    batches = data.load(train, positions, args.workers, device)
+    about = {"config": {**asdict(config), "text": asdict(text)}, "stage": "zeroshot",
+             **({} if content is None else {"tokenizer": content})}
+    examples = val and classes and data.examples(val, device)
+
+    def draw_and_evaluate():
+        vectors = vectors_now()
+        if examples:
+            table = factor(model) * vectors[""].to(device)                  # [K,E]
+            data.draw_predictions(lambda images: model.embed_images(images) @ table.T, examples,
+                                  args, device, names)
+        return evaluate_towers(model, val, args, device, rank, world, names, vectors,
+                               encode) if val else {}
+
+    # ---- loop
+    while state["step"] < steps:
+        if log.evaluation_due(state["step"]):
+            log.evaluated(draw_and_evaluate())
+        lr = vit.learning_rate(state["step"], steps, peak, args.warmup * steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        parts, found, bad, long = [], [], [], 0
+        for _ in range(accumulate):
+            batch = log.wait(batches)
+            bad += batch["bad"]
+            tokens = batch["tags"].to(device, non_blocking=True)            # [B,N]
+            long += int((batch["tags"] >= 0).sum(1).eq(text.longest).sum())
+            images = batch["images"].to(device, non_blocking=True)          # [B,H,W,C] or [B,D]
+            with vit.autocast(args, device):
+                if not args.cache_features:
+                    images = data.normalise(images)                         # [B,C,H,W]
+                if not args.cache_features and not args.unlock:
+                    images = model.trunk(images)                            # [B,D]
+                tokens = tokens.masked_fill(tokens < 0, PAD)
+                # Of several parts none can be kept for a backward: they are computed again.
+                with torch.set_grad_enabled(accumulate == 1):
+                    found.append(wrapped(images, tokens))                   # [B,E] [B,E] [1]
+            parts.append((images, tokens))
+        vectors = [torch.cat([vector.detach() for vector in some])
+                   for some in zip(*(vectors[:2] for vectors in found))]    # 2 x [b,E]
+        loss, by_images, by_texts, by_scale = global_loss(*vectors, found[0][2], rank, world)
+        slopes = zip(by_images.split(micro), by_texts.split(micro))         # [B,E] [B,E]
+        for part, (by_image, by_text) in enumerate(slopes):
+            with vit.accumulating(wrapped, last=part == accumulate - 1):
+                if accumulate > 1:
+                    with vit.autocast(args, device):
+                        found[part] = wrapped(*parts[part])
+                image_vectors, text_vectors, scale = found[part]
+                # A number with the batch's derivatives. Ranks are averaged, these are to be summed.
+                chain = world * ((image_vectors * by_image).sum() + (text_vectors * by_text).sum())
+                chain = chain + (scale * by_scale).sum() / accumulate
+                (chain * state["scale"]).backward()
+        norm = vit.clip_gradients(model, args.clip_grad, state["scale"])
+        loss, norm, stop, due, count, long = vit.agree(
+            (loss / world, norm / world), (vit.asked_to_stop(), log.save_due(), len(bad), long))
+        finite = math.isfinite(norm)
+        if finite:
+            optimizer.step()
+            clamp_scale(model)
+        optimizer.zero_grad(set_to_none=True)
+        vit.note_step(state, finite, args.batch)
+        data.note_bad(count, bad, args, state)
+        state["long_texts"] += int(long)
+        log.step(state["step"], {"loss": loss, "lr": lr, "grad_norm": norm,
+                                 "bad_samples": state["bad_samples"],
+                                 "long_texts": state["long_texts"]})
+
+        done = state["step"] == steps
+        # Before an evaluation too: what interrupts it costs no step.
+        if stop or due or done or log.evaluation_due(state["step"]):
+            vit.save(args, model, optimizer, state,
+                     {**about, "samples": state["step"] * args.batch})
+            log.saved()
+        if stop and not done:
+            return say(f"stopped after step {state['step']} of {steps}; the same command goes on")
+
+    # ---- end
+    metrics = draw_and_evaluate()
+    log.evaluated(metrics)
+    vit.report(args, {**metrics, "samples": steps * args.batch})
+    vit.finish(args)
+
+
+# ======================================================================================
 # Main
 # ======================================================================================
 
 TASKS = {"classify": classify, "features": features, "knn": knn, "linear": linear,
-         "lowshot": lowshot}
+         "lowshot": lowshot, "zeroshot": zeroshot}
 
 
 def main(argv):

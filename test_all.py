@@ -11,6 +11,7 @@ of four processes that join a gloo group for each task.
 import argparse
 import ast
 import atexit
+import base64
 import contextlib
 import faulthandler
 import functools
@@ -34,6 +35,7 @@ import tempfile
 import threading
 import time
 import traceback
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -2925,6 +2927,363 @@ def claim_world_is_drawn_fast():
             times.append(time.perf_counter() - begun)
         print(f"    {side}: {1 / np.median(times):.0f} images/s")
         assert 1 / np.median(times) > least, side
+
+
+# ======================================================================================
+# Stage 3: zero-shot
+# ======================================================================================
+
+# A model of 2,200 bytes that the sentencepiece library (0.2.3) trained, with rules for full-width
+# letters, ligatures, zero-width characters and combining accents, two user-defined pieces and a
+# control piece; and what the library makes of texts, numbered as XLM-R does.
+PIECES = (
+    "c-lqP3s6*57zgnGSsua-QmHdN%u#C`by5<17dfe=W|o-wN>kV6@<>>8cTuv}E}$TSAaB&f2bl;6q8OsU7Ft$hOJ!<iqm"
+    "o)<rfFJ{R{!hWs|>&SzH`ra&OP_ub3nOQ@ry{ZE*dStp9f7!km3_z_qKeLV8u7$iMvg$*y4!4)9$MHM<kf-#%N!qo6^O"
+    "mM)i(POg64?zROL;cl!g+7P-!?EWNOyOm6Bs$;~MOc*SClZmp0PZIj)~J&G?c43VSezU1cp{n@yXRVm8{OmXx6UD%9{v"
+    "&YKw{*lJuSk-KE$c0NHjll!u{I*DAa8zQ9RFB>1>myr+Pj!12k{BHwXHjM9_^HO+wm55yj7)#osPHs;n%h(4wIkEqd=x"
+    ")zj8$IjG2NJ*Pb-Uh-Dz6P4*ANm8E&P!qOfUq*y0wm;_8(dMuj6*m9_;l?>>uFm9FD6jqVQDPI+_8ETh}g<f)ar>t-9P"
+    "50&ftzG^hga_E3LZsmR@n2q+7cBiM-Q|GCd`H#;r78@2WpYJu-c$kiqs*aRO8Bz9{@#^de=J<G7(tn;&Vl}tcELG)*rx"
+    "v)CK*iKrBPT3Z-AaHWmdcB7>REzZ^ENX@@!^Cr{9Pljlt-O<MYv2((X%l5NSb<ks&=PrS)r#~qb1#&)=B?WdTFTKk?Fn"
+    "IBwx((&dT?3C0j38EDLhH1<i8AT5sAYPv+_UedId@dNxo#TBMKHw$7nq{pt`ITdEJ@UJF|9E#OA1*`Vj#mvY)hy*OUpD"
+    "D&Q-R<7IZeTEeI^j5t;MxHL$vnZLiP0wOwzwLUKD8H!CGmErV>X}uBRO^{T*6-9ayPQ?4XEu3rm!8GRvfX+XEyvaCnOU"
+    "CSt7odrY|vNBuO$aHs>Y{`v6=1m+ZRFxD}I(xN3tVCIC{TuRp@87Q+Us6r!dZFr_j!3h6xYn1S&yEcGWgNO4W8`RLHde"
+    "`0~j11_A>C#SajGvnK^V1oUF;Lv15Xc#N?x^`pTQP8qD9qxHiCS1>S-`Bn}#GjdjE7fPL~4KN`)4A{c@$!w<On&1qgBw"
+    "+ObU{f|w)y;%K>|@jE;=OY|0#f<+#E0#c>wurOChAJvsrn3XA0tbgO#wbQaL@-2Fy~Nb4{CVJg#BqI3}rr?M$(fML8G-"
+    "X)xa~1V`<_rfoB=VYdP&zfk}*0NL&6i8pE2gVFKgmSt;;bPl54_6M_YDPYJ9&Balb=R6vE71d7fH6c-AVR11{W3ry!cG"
+    "if%(P&3!K@k=0Y6_8K4Nt}nVi0`Ag9w=ZeTmh_W=R4hFLJ8kVDJ|ky^`Hrfe92ZyIU$frcIGawW#uh_bly9Sam96kOd+"
+    "tEGT66@>tDk>hwIMjE|5(w=pQUqn~Qi$q)|GpBrXXVw3;%B%R(0A&>C7xxs*?NR7eF>Ohr^mCA6N_(R;Lk%4j2PrcJb!"
+    "w$S@jP9M-Vs-W#uNjr$24pme`J82iy(&dQ)b&Py<*h3%EUfM?uw4WNOi4IT;H4|Sc+|)`R(;+%YpVBAv86DR8`U`x{$W"
+    "Mkg`ihPaKMy?g4Sh{V>03HR-_Z#=PABPmIz>Ndb2JG2$jGgX)6_v{=^Xt;7qn;EF7ONE&syJMfsW$>mze*m_0eziJ6)k"
+    "`bd`8q@CW@#H|THri~gZbx<xnXKl&H9&;MYAA?&OxEgaz(!b39*!!ZIQF^Y$IAuNc3ifHivDEJ$LSj6FV?!$N_a0e!0F"
+    "_yr_{pWxq0ZCYjWk|*wSdP|mv{v9u<GwZ*_^*Si5FThtidXHS4*Syo0RfLs)c")
+PIECE_IDS = {
+    "": [],
+    "   ": [],
+    " \u200b ": [],
+    "a cat on grass": [29, 22, 20, 75],
+    "  a  cat\u3000\u3000on\tgrass  ": [29, 22, 20, 75],
+    "\uff26\uff49\uff53\uff48\u3000\ufb01ne o\ufb03ce \xbd \u2122": [
+        74, 3, 70, 68, 63, 25, 17, 74, 41, 3, 40, 74, 67, 37],
+    "cafe\u0301 e\u0301\u0323 cafe na\u0308 \uff76\uff9e\uff76\u732b\u306e\u5199\u771f": [
+        9, 74, 3, 74, 65, 72, 71, 73, 74, 66, 3, 32, 53, 47, 57, 56],
+    "zero\u200bwidth\ufeff\xad s\u200da": [74, 3, 73, 69, 64, 3, 70, 62, 67, 63, 74, 68, 72],
+    "\U0001f600\U0001f600\U0001f468\u200d\U0001f469 \u2764\ufe0f x": [74, 3, 74, 3, 74, 3],
+    "日本語 wx𓀀𓀁 a": [74, 3, 74, 3, 29],
+    "<mask>red fox<ctl></s><unk>ｗ ﬁ<mask>": [
+        74, 5, 69, 73, 62, 74, 71, 64, 3, 65, 67, 58, 3, 68, 3, 66, 3, 7, 74, 71, 70, 5],
+    "▁a▁▁b▁": [74, 29, 74, 74, 3],
+    "Кот на траве, 12.": [74, 3, 49, 60, 27, 30, 52, 31, 45],
+    "\u0301e\u0301\u0301\u0323": [74, 3, 55, 3],
+    "aaaaaaaaoooooo!!!": [29, 72, 72, 72, 72, 72, 72, 72, 64, 64, 64, 64, 64, 64, 51, 51, 51],
+}
+
+
+@functools.lru_cache
+def pieces_file():
+    path = folder() / "tiny.model"
+    path.write_bytes(zlib.decompress(base64.b85decode(PIECES)))
+    return path
+
+
+def test_pieces_are_those_of_the_library():
+    pieces = finetune.SentencePiece(pieces_file())
+    for text, ids in PIECE_IDS.items():
+        assert pieces.encode(text) == ids, (text, pieces.encode(text), ids)
+    assert pieces.encode("x\ud800y") == pieces.encode("x?y")    # half a surrogate pair is no text
+    long = ("a striped \ufb01sh on \uff27rass, cafe\u0301 \U0001f600\U0001f600 \u732b\u306e\u5199\u771f  n"
+            "a\xefve\u200b \u043a\u043e\u0442 red fox zz ring12 " * 2000)[:100_000]
+    begun = time.perf_counter()
+    ids = pieces.encode(long)
+    assert time.perf_counter() - begun < 20             # linear: 0.3 s on an idle machine
+    assert len(ids) == 44120 and zlib.crc32(json.dumps(ids).encode()) == 2844278312
+
+
+def test_a_file_that_is_no_tokenizer_is_one_clear_line():
+    whole = pieces_file().read_bytes()
+    path = folder() / "broken.model"
+    for content in (b"", b"not a model at all", whole[:1000], whole[:-400], whole[:-1],
+                    random.Random(0).randbytes(3000)):
+        path.write_bytes(content)
+        refused("is no whole SentencePiece model", finetune.SentencePiece, path)
+    refused("is no whole SentencePiece model", finetune.SentencePiece, folder() / "missing")
+
+
+def towers(locked=True):
+    """Towers of the size of the reference values."""
+    return finetune.Towers(vit.Config(64, 3, 4, 8, 32), finetune.TextConfig(100, 32, 2, 4, 64, 20),
+                           24, locked=locked)
+
+
+REFERENCE_TOKENS = torch.tensor([[0, 5, 6, 7, 2, 1, 1], [0, 9, 11, 13, 15, 17, 2]])
+
+
+def test_zero_shot_model_agrees_with_the_original():
+    """REFERENCE_VALUES 4, from a file in either layout of the released ones."""
+    filled = fill(towers(locked=False).double()).state_dict()
+    filled["logit_scale"] = filled["logit_scale"].reshape(())
+    older = {}
+    for name, value in filled.items():
+        for new, old in ((".layers.layers.", ".layers."), (".in_proj_", ".attention.input_projection."),
+                         (".self_attn.out_proj.", ".attention.output_projection."),
+                         (".self_attn.attention.", ".attention."),
+                         (".linear1.", ".residual_mlp.mlp.0."), (".linear2.", ".residual_mlp.mlp.3."),
+                         *(((".norm1.", ".attention_layer_norm."), (".norm2.", ".final_layer_norm."))
+                           if name.startswith("text_encoder.") else ())):
+            name = name.replace(new, old)
+        older[f"module.{name}"] = value
+    assert any(".attention.input_projection.bias" in name for name in older)
+    for tensors in (filled, older):
+        path = folder() / "released.pt"
+        torch.save(tensors, path)
+        model = towers().double()
+        vit.load_weights(model, path, rename=finetune.tower_names)
+        images, texts, scale = model(wave(2, 3, 32, 32), REFERENCE_TOKENS)
+        assert close(images[:, :3].detach(), torch.tensor([
+            [0.015300908590245892, 0.11641300238990626, 0.20176914243421348],
+            [0.015248234983592929, 0.11636571603595204, 0.20173364331913535]]))
+        assert close(texts[:, :3].detach(), torch.tensor([
+            [-0.10046555497443768, -0.18839200722624408, -0.2508204850868459],
+            [-0.08526665484251188, -0.17623288077798951, -0.2433468130459958]]))
+        assert close((scale * images @ texts.T).softmax(1).detach(), torch.tensor([
+            [0.5036151732084871, 0.4963848267915129], [0.503617522053939, 0.496382477946061]]))
+        assert scale.item() == 1
+
+
+def test_padding_changes_nothing():
+    model = fill(towers(locked=False).double())
+    short = torch.tensor([[0, 5, 6, 7, 2]])
+    assert close(model.embed_texts(short).detach(),
+                 model.embed_texts(REFERENCE_TOKENS[:1]).detach(), 1e-12)
+
+
+def test_xlm_r_from_hugging_face_is_folded_in():
+    """Its names, its query, key and value apart, its one token type, which is added to all."""
+    text, theirs = finetune.TextTransformer(finetune.TextConfig(9, 8, 2, 2, 16, 12)), {}
+    for name, value in text.state_dict().items():
+        value.normal_()
+        name = re.sub(r"^layers\.layers\.", "roberta.encoder.layer.", name)
+        for ours, other in ((".self_attn.out_proj.", ".attention.output.dense."),
+                            (".norm1.", ".attention.output.LayerNorm."),
+                            (".linear1.", ".intermediate.dense."), (".linear2.", ".output.dense."),
+                            (".norm2.", ".output.LayerNorm."),
+                            ("token_embedding.", "roberta.embeddings.word_embeddings."),
+                            ("positional_embedding.embedding.",
+                             "roberta.embeddings.position_embeddings."),
+                            ("embedding_layer_norm.", "roberta.embeddings.LayerNorm.")):
+            name = name.replace(ours, other)
+        if ".self_attn.in_proj_" in name:
+            for part, third in zip(("query", "key", "value"), value.chunk(3)):
+                theirs[name.replace(".self_attn.in_proj_", f".attention.self.{part}.")] = third
+        else:
+            theirs[name] = value.clone()
+    kind = torch.randn(1, 8)
+    theirs["roberta.embeddings.position_embeddings.weight"] -= kind
+    theirs |= {"roberta.embeddings.token_type_embeddings.weight": kind,
+               "lm_head.bias": torch.zeros(9), "roberta.pooler.dense.weight": torch.zeros(8, 8)}
+    path = folder() / "xlm-r.bin"
+    torch.save(theirs, path)
+    other = finetune.TextTransformer(finetune.TextConfig(9, 8, 2, 2, 16, 12))
+    vit.load_weights(other, path, rename=finetune.text_part)
+    tokens = torch.tensor([[0, 4, 5, 2, 1]])
+    assert close(other(tokens).detach(), text(tokens).detach(), 1e-5)
+    refused("so its number of heads is unknown", finetune.text_config, path)
+    (path.parent / "config.json").write_text('{"hidden_size": 8, "num_attention_heads": 2}')
+    assert finetune.text_config(path)[0] == finetune.TextConfig(9, 8, 2, 2, 16, 12)
+
+
+def test_contrastive_loss_is_that_of_all_pairs():
+    """Loss and derivatives of every rank together are those of one matrix of B x B logits."""
+    images, texts = (F.normalize(torch.randn(6, 5, dtype=torch.float64), dim=1).requires_grad_()
+                     for _ in range(2))
+    scale = torch.tensor([7.0], dtype=torch.float64, requires_grad=True)
+    logits = scale * images @ texts.T
+    right = torch.arange(6)
+    loss = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+    loss.backward()
+    for world in (1, 3):
+        found = [answer for answer, _ in on_ranks(world, part_of_loss, images.detach(),
+                                                  texts.detach(), scale.detach())]
+        for rank, (theirs, by_images, by_texts, by_scale) in enumerate(found):
+            mine = slice(rank * 6 // world, (rank + 1) * 6 // world)
+            assert close(theirs, loss.detach(), 1e-9) and close(by_scale, scale.grad, 1e-9)
+            assert close(by_images, images.grad[mine], 1e-9)
+            assert close(by_texts, texts.grad[mine], 1e-9)
+
+
+def part_of_loss(images, texts, scale):
+    """global_loss on this rank's share of the pairs."""
+    device, rank, world = vit.start(argparse.Namespace(
+        device="cpu", precision="fp32", init=None, parallel="ddp", workers=0))
+    mine = slice(rank * 6 // world, (rank + 1) * 6 // world)
+    return finetune.global_loss(images[mine], texts[mine], scale, rank, world)
+
+
+class Zeroshot:
+    @staticmethod
+    def main(argv):
+        finetune.main(["zeroshot", *argv])
+
+
+@functools.lru_cache
+def paired():
+    """A run of `zeroshot` with a checkpoint after every step: (folder, flags, losses, weights)."""
+    out = folder() / "run"
+    flags = ("--data", "world:40", "--init", stepwise() / "model.pt")
+    losses, weights, _ = train(out, *flags, "--save-every", 0, "--keep", 99, stage=Zeroshot)
+    return out, flags, losses, weights
+
+
+def test_text_tower_trains_the_same_however_it_is_run():
+    """The loss compares all pairs of the batch, wherever they are; the image tower stays."""
+    out, flags, losses, weights = paired()
+    for world, more in ((3, ()), (2, ("--micro-batch", 3)), (2, ("--parallel", "fsdp")),
+                        (1, ("--micro-batch", 4)), (1, ("--activation-checkpoint",))):
+        other, theirs, _ = train(folder() / "run", *flags, *more, world=world, stage=Zeroshot)
+        assert close(other, losses, 1e-4), (world, more)
+        for name in ("text_projection", "vision_projection", "logit_scale"):
+            assert close(theirs[name], weights[name], 1e-3), (world, more, name)
+    trunk = torch.load(stepwise() / "model.pt", weights_only=True)["model"]
+    assert torch.equal(weights["vision_encoder.blocks.0.attn.qkv.weight"],
+                       trunk["blocks.0.attn.qkv.weight"])
+    again, saved, _, _ = resumed(out, flags, at=6, stage=Zeroshot)
+    assert again == losses and equal(saved, weights)
+
+
+def test_unlocked_both_towers_are_trained():
+    _, flags, locked, weights = paired()
+    runs = [train(folder() / "run", *flags, "--unlock", *more, world=world, stage=Zeroshot)
+            for world, more in ((1, ()), (2, ("--micro-batch", 2, "--parallel", "fsdp")))]
+    assert close(runs[0][0], runs[1][0], 1e-4)
+    assert runs[0][0][0] == locked[0] and runs[0][0][-1] != locked[-1]
+    name = "vision_encoder.blocks.0.attn.qkv.weight"
+    assert not torch.equal(runs[0][1][name], weights[name])
+    assert close(runs[0][1][name], runs[1][1][name], 1e-3)
+
+
+def test_kept_features_are_those_of_whole_images():
+    """--cache-features: what is trained on is what the tower makes of the central crop."""
+    out, flags, _, _ = paired()
+    kept, config = folder(), trained_towers(out).config
+    runs = [train(folder() / "run", *flags, "--cache-features", kept, world=world, stage=Zeroshot)
+            for world in (1, 3)]
+    assert close(runs[0][0], runs[1][0], 1e-4) and len([*kept.iterdir()]) == 1
+    table = data.read_features(next(kept.iterdir()))
+    images = data.unshuffled(data.open_data("world:40"), argparse.Namespace(max_pixels=1 << 20),
+                             config, data.WHOLE_WIDTH).__getitems__([3])["images"]
+    encoder = vit.ViT(config)
+    vit.load_weights(encoder, flags[3])
+    assert close(encoder(data.normalise(images))[0].detach(), torch.tensor(table["features"][3]),
+                 1e-4)
+
+
+def test_zero_shot_classes_are_means_over_names_and_templates():
+    """Class vectors, top-1 and top-5, also by one template, and retrieval, by plain loops."""
+    out, flags, _, _ = paired()
+    names = folder_with(folder() / "names.txt", "\n".join(
+        f"{name}, a {name}" for name in data.class_names()) + "\n")
+    templates = folder_with(folder() / "templates.txt", "a {}.\n\nsee {} {}\n")
+    given = ("--init", out / "model.pt", "--eval-only", "--val", "world-val:50", "--classes", names,
+             "--templates", templates, "--image-size", 32)
+    found, where = asked("zeroshot", *given)
+    both, _ = asked("zeroshot", *given, world=3)
+    assert {name: value for name, value in found.items() if "loss" not in name} == {
+        name: value for name, value in both.items() if "loss" not in name}
+    model, source = trained_towers(out), data.open_data("world-val:50")
+    one = lambda text: model.embed_texts(torch.tensor([[0, *text.encode(), 2]]) + torch.tensor(
+        [[0] + [4] * len(text.encode()) + [0]]))[0]
+    classes = data.class_names()
+    full, single = ([F.normalize(sum(one(line.replace("{}", name)) for line in lines for name in (
+        word, f"a {word}")), dim=0) for word in classes] for lines in (
+        ("a {}.", "see {} {}"), ("a {}.",)))
+    samples = data.unshuffled(source, argparse.Namespace(max_pixels=1 << 20), model.config,
+                              data.WHOLE_WIDTH)
+    batch = samples.__getitems__(range(50))
+    images = model.embed_images(data.normalise(batch["images"]))
+    for name, vectors in (("", full), ("single_", single)):
+        order = (images @ torch.stack(vectors).T).argsort(1, descending=True)
+        right = order == batch["label"][:, None]
+        assert close(found[f"{name}top1"], right[:, 0].float().mean())
+        assert close(found[f"{name}top5"], right[:, :5].any(1).float().mean())
+    captions = [source.caption(i) for i in range(50)]
+    texts = sorted({*captions})
+    table = images @ torch.stack([one(text) for text in texts]).T           # [n,m]
+    for k in (1, 5, 10):
+        hits = [captions[i] in [texts[j] for j in table[i].argsort(descending=True)[:k]]
+                for i in range(50)]
+        assert close(found[f"image_to_text_recall{k}"], sum(hits) / 50)
+        hits = [text in [captions[i] for i in table[:, j].argsort(descending=True)[:k]]
+                for j, text in enumerate(texts)]
+        assert close(found[f"text_to_image_recall{k}"], sum(hits) / len(texts))
+    assert found["captions"] == len(texts) and found["count"] == 50
+    assert sum(path.name.startswith("classes-") for path in where.iterdir()) == 1
+
+
+def trained_towers(out):
+    """The Towers of a run's model.pt."""
+    content = torch.load(out / "model.pt", weights_only=True)
+    config = content["config"]
+    model = finetune.Towers(vit.told_config(content), finetune.TextConfig(**config["text"]), 128)
+    model.load_state_dict(content["model"])
+    return model.requires_grad_(False)
+
+
+def test_zero_shot_answers_in_the_words_of_the_user():
+    """--predict by --texts and by --classes; and the trunk is one like any other."""
+    out, _, _, _ = paired()
+    picture = next(photos().glob("cat/*.jpg"))
+    given = ("zeroshot", "--device", "cpu", "--init", str(out / "model.pt"), "--out",
+             str(folder()), "--predict", str(picture))
+    said = on_ranks(1, finetune.main, [*given, "--texts", "ein Herz", "звезда"])[0][1]
+    line = next(line for line in said.splitlines() if line.startswith(str(picture)))
+    answers = re.findall(r"[:,] ([^,:]+) (\d\.\d+)(?=,|$)", line)
+    assert {word for word, _ in answers} == {"ein Herz", "звезда"}
+    assert abs(sum(float(chance) for _, chance in answers) - 1) < 0.01
+    features, _ = asked("features", "--init", out / "model.pt", "--data", photos())
+    assert features["width"] == trained_towers(out).config.width
+    refused("--predict needs something to choose from", finetune.main, [*given])
+
+
+def test_zero_shot_with_pieces_takes_its_tokenizer_along():
+    """A run with --tokenizer: the model needs none to be used; a text tower takes no other."""
+    _, flags, _, _ = paired()
+    out = folder() / "run"
+    train(out, *flags, "--steps", 2, "--tokenizer", pieces_file(), stage=Zeroshot)
+    given = ("--eval-only", "--val", "world-val:13", "--init", out / "model.pt")
+    trained = json.loads((out / "metrics.json").read_text())
+    for name, value in asked("zeroshot", *given)[0].items():
+        assert close(value, trained[name], 1e-4), name
+    content = torch.load(out / "model.pt", weights_only=True)
+    assert content["tokenizer"].numpy().tobytes() == pieces_file().read_bytes()
+    content.pop("tokenizer")
+    torch.save(content, out / "bare.pt")
+    refused("ids, the tokenizer has 260", asked, "zeroshot", *given[:-1], out / "bare.pt")
+    long = folder_with(folder() / "long.txt", "word " * 300 + "\nring\n")
+    said = on_ranks(1, finetune.main, [
+        "zeroshot", "--device", "cpu", "--init", str(out / "model.pt"), "--classes", str(long),
+        "--tokenizer", str(pieces_file()), "--predict", str(next(photos().glob("cat/*.jpg"))), "--out", str(folder())])[0][1]
+    assert f"{len(finetune.TEMPLATES)} of {2 * len(finetune.TEMPLATES)} texts have more" in said
+
+
+def test_zero_shot_mistakes_are_one_clear_line():
+    out, flags, _, _ = paired()
+    model = ("--init", out / "model.pt")
+    ask = functools.partial(asked, "zeroshot")
+    refused("--data has no captions", ask, "--init", stepwise() / "model.pt", "--data", photos())
+    refused("has no text tower", ask, "--init", stepwise() / "model.pt", "--eval-only", "--val",
+            photos())
+    refused("give its file as --init, or --unlock", ask, "--data", "world:40")
+    refused("is empty", ask, *model, "--eval-only", "--val", photos(), "--classes",
+            folder_with(folder() / "x.txt", "\n"))
+    refused("in 2 lines; a name is of one class", ask, *model, "--eval-only", "--val", photos(),
+            "--classes", folder_with(folder() / "x.txt", "cat\ncat, dog\n"))
+    refused("has a line without {}", ask, *model, "--eval-only", "--val", photos(), "--templates",
+            folder_with(folder() / "x.txt", "a {}\na picture\n"))
+    refused("has neither classes nor captions", ask, *model, "--eval-only", "--val",
+            photos() / "cat")
+    refused("is no whole SentencePiece model", ask, *model, "--tokenizer", out / "config.json",
+            "--eval-only", "--val", photos())
+    refused("holds no text tower", ask, *flags[2:], "--text-init", stepwise() / "model.pt")
+    refused("leave --unlock out", ask, *flags, "--unlock", "--cache-features", folder())
 
 
 def main():

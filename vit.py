@@ -203,14 +203,14 @@ class LayerNorm(nn.Module):
 
     nn.LayerNorm refuses half-precision weights, which a sharded block has, for fp32 tokens."""
 
-    def __init__(self, width):
+    def __init__(self, width, eps=1e-6):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x):
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, weight.shape, weight, bias, eps=1e-6)        # [...,D]
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)        # [...,D]
 
 
 class Attention(nn.Module):
@@ -298,7 +298,7 @@ class ViT(nn.Module):
         super().__init__()
         if pool not in ("cls", "mean", "patches", "none"):
             raise UserError(f"pool is 'cls', 'mean', 'patches' or 'none'; found {pool!r}")
-        self.config, self.pool, self.head_std, self.recompute = config, pool, head_std, False
+        self.config, self.pool, self.recompute = config, pool, False
         D = config.width
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
@@ -310,6 +310,7 @@ class ViT(nn.Module):
         else:
             self.norm = norm
         self.head = nn.Linear(D, classes) if classes else nn.Identity()
+        self.starts = {"head.weight": head_std}
         init_weights(self)
 
     def embed(self, images):
@@ -333,7 +334,7 @@ class ViT(nn.Module):
 # Initialisation
 # --------------------------------------------------------------------------------------
 
-def initial_value(name, shape, grid, seed, head_std=0.0):
+def initial_value(name, shape, grid, seed, starts={}):
     """The start value of one tensor, on the CPU: a pure function of its name, its shape and `seed`.
 
     | what                              | value                                                   |
@@ -341,7 +342,7 @@ def initial_value(name, shape, grid, seed, head_std=0.0):
     | pos_embed, decoder_pos_embed      | sine-cosine table                                       |
     | cls_token, mask_token             | N(0, 0.02)                                              |
     | LayerNorm weights, all biases     | 1, 0                                                    |
-    | head.weight                       | N(0, head_std); 0 for stage 2 (SWAG)                    |
+    | what `starts` names: head.weight  | N(0, that value); 0 for stage 2 (SWAG); 1-D: the value  |
     | other weights                     | xavier uniform; the patch kernel as a linear map [D,P]  |
 
     The others are MAE's. A generator for each name (not one for the model) makes the value
@@ -349,11 +350,11 @@ def initial_value(name, shape, grid, seed, head_std=0.0):
     if name.endswith("pos_embed"):
         return sincos_positions(shape[-1], grid)
     if len(shape) == 1:
-        return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
+        return torch.full(shape, starts.get(name, 1.0 if name.endswith("weight") else 0.0))
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    if name.endswith("token") or name == "head.weight":
-        std = head_std if name == "head.weight" else 0.02
+    std = starts.get(name, 0.02 if name.endswith("token") else None)
+    if std is not None:
         return torch.empty(shape).normal_(0, std, generator=generator)
     fan_out, fan_in = shape[0], math.prod(shape[1:])
     bound = math.sqrt(6 / (fan_in + fan_out))
@@ -365,10 +366,10 @@ def init_weights(model, seed=0):
     """Initialise every parameter and buffer of a model in place, by `initial_value`.
 
     A model on the meta device has nothing to fill and is left alone: `build` comes back to it."""
-    head_std = getattr(model, "head_std", 0.0)
+    starts = getattr(model, "starts", {})
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if not tensor.is_meta:
-            copy_into(tensor, initial_value(name, tensor.shape, model.config.grid, seed, head_std))
+            copy_into(tensor, initial_value(name, tensor.shape, model.config.grid, seed, starts))
 
 
 # --------------------------------------------------------------------------------------
@@ -711,9 +712,9 @@ def to_rank_0(value):
 
 
 def sum_over_ranks(tensor):
-    """The sum of a CPU tensor over all ranks, on every rank."""
+    """The sum of a tensor over all ranks, on every rank."""
     if dist.is_initialized():
-        dist.all_reduce(tensor, group=hosts)
+        dist.all_reduce(tensor, group=hosts if tensor.device.type == "cpu" else None)
     return tensor
 
 
@@ -908,8 +909,9 @@ def build(make, args, device, methods=(), frozen=False):
     with torch.device("meta"):
         model = make()
     count = sum(parameter.numel() for parameter in model.parameters())
-    model.recompute = args.activation_checkpoint
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for module in model.modules():
+        module.recompute = args.activation_checkpoint
+    blocks = blocks_of(model)
     if args.compile:
         for block in blocks:
             block.compile()             # in place: torch.compile(model) would rename parameters
@@ -937,11 +939,19 @@ def build(make, args, device, methods=(), frozen=False):
     init_weights(model, getattr(args, "seed", 0))
     say(f"model: {count / 1e6:.1f}M parameters; {how} on {world} x {device.type}, "
         f"{str(autocast_dtype(args, device) or torch.float32).removeprefix('torch.')}")
-    model.requires_grad_(not frozen)
-    if how == "ddp" and not frozen:
+    if frozen:
+        model.requires_grad_(False)
+    elif how == "ddp":
         return model, DistributedDataParallel(model, forward_sync_buffers=False,
                                               gradient_as_bucket_view=True)
     return model, model
+
+
+def blocks_of(model):
+    """The parts that a model consists of many of, of all its towers: what is sharded, compiled and
+    recomputed one by one."""
+    return [block for module in model.modules() if isinstance(module, nn.ModuleList)
+            for block in module]
 
 
 def copy_into(target, value):
@@ -1501,10 +1511,10 @@ def kept_bytes(make, example, batch, dtype):
             inputs.append(args[0].nbytes)
             starts.append(sum(kept.values()))
 
-        for block in model.modules():
-            if isinstance(block, Block):
-                block.register_forward_pre_hook(begin)
-                block.register_forward_hook(lambda *_: ends.append(sum(kept.values())))
+        trained = lambda block: any(p.requires_grad for p in block.parameters())
+        for block in filter(trained, blocks_of(model)):
+            block.register_forward_pre_hook(begin)
+            block.register_forward_hook(lambda *_: ends.append(sum(kept.values())))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
                 torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             loss = model(*example(batch))       # as long as it lives, what it keeps does
@@ -1526,8 +1536,8 @@ def plan(args, make, example):
     with torch.device("meta"):
         model = make()
     count = sum(parameter.numel() for parameter in model.parameters())
-    blocks = [sum(p.numel() for p in module.parameters()) for module in model.modules()
-              if isinstance(module, Block)]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(model)]
     dtype = {"fp32": None, "fp16": torch.float16}.get(args.precision, torch.bfloat16)
     half = 4 if dtype is None else 2
     share, micro = micro_batch(args, args.ranks)
@@ -1536,7 +1546,7 @@ def plan(args, make, example):
     rows = []
     for how, shards in (("ddp", 1), ("fsdp", args.ranks),
                         ("hsdp", min(args.ranks_per_node, args.ranks))):
-        weights, gradients, adam = 4 * count / shards, 4 * count / shards, 8 * count / shards
+        weights, gradients, adam = 4 * count / shards, 4 * trained / shards, 8 * trained / shards
         # ddp: autocast's copies of the weights. Sharded: two blocks and what is in none, with its
         # gradients, and a block's gradients before and after they are turned to fp32
         gathered = fixed[0] if how == "ddp" else (
@@ -1737,17 +1747,17 @@ EXTRAS = ("decoder_*", "mask_token", "embeddings.mask_token", "head.*", "norm.*"
 
 
 @torch.no_grad()
-def load_weights(model, path, new=(), renew=(), say=say):
+def load_weights(model, path, new=(), renew=(), say=say, rename=our_names):
     """Fill a model from a file, whoever wrote it, and print what was done in one line.
 
     `new` lists patterns of tensors that the file may lack ("decoder_*"); they keep their values, as
-    do those of `renew`, whether the file has them or not. Positions are resized to the model's
-    grid. Returns {"loaded", "new", "unused"}: lists of names.
+    do those of `renew`, whether the file has them or not; `rename` gives the file's tensors the
+    model's names. Positions are resized to the model's grid. Returns {"loaded", "new", "unused"}: lists of names.
     Raises UserError, before anything is changed, where a tensor outside `new` is missing, has
     another shape, or is left over and none of EXTRAS: weights that match nothing, or half of a
     network, must never pass for loaded."""
     tensors, about = read_weights(path)
-    tensors = our_names(tensors)
+    tensors = rename(tensors)
     targets = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
     values, missing, wrong = {}, [], []
     for name, target in targets.items():

@@ -297,7 +297,7 @@ def main(argv):
             say(f"NOTE: a new head for {len(about['vocabulary'])} tags: --init's vocabulary of "
                 f"{len(told['vocabulary'])} is another one")
     if args.predict:
-        return data.print_predictions(model, args, device, about["vocabulary"])
+        return data.print_predictions(model, config, args, device, about["vocabulary"])
     if args.eval_only:
         return vit.report(args, evaluate(model, val, args, device, rank, world, about))
     crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
