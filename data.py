@@ -1920,9 +1920,9 @@ class Samples(Dataset):
         return self.augment(pixels, self.seed, position) if self.augment else pixels
 
     def __getitems__(self, positions):
-        """Returns {"images": uint8 [B,H,W,C] or features, "position": int64 [B], "label": int64 [B] (-1: none),
-        "tags": int64 [B,k] (the "numbers" of Tagged, filled up with -1), "weight": float32 [B],
-        "bad": [(position, where, why)]}."""
+        """Returns {"images": uint8 [B,H,W,C] or features, "position": int64 [B], "label": int64 [B]
+        (-1: none), "tags": int64 [B,k] (the "numbers" of Tagged or Captioned, filled up with -1),
+        "weight": float32 [B], "bad": [(position, where, why)]}."""
         positions = np.asarray(positions, dtype=np.int64)
         count = len(self.source)
         index = self.order(positions) if self.order else positions

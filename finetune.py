@@ -21,6 +21,11 @@ features, knn, linear leave the encoder as it is: they write what it makes of pi
 that by the most similar ones and by a linear layer (MAE's appendix A.1).
 
     torchrun finetune.py linear --init runs/wsp/model.pt --data photos/train --val photos/val
+
+zeroshot trains a text tower that speaks to an encoder, or uses a released one: classes are words.
+
+    python finetune.py zeroshot --init maws_clip.pt --tokenizer sentencepiece.bpe.model --predict \\
+        cat.jpg --texts "une photo de chat" "a photo of a dog"
 """
 
 import functools
@@ -1611,7 +1616,7 @@ def retrieval(model, images, captions, encode, args, device, rank, world):
 # ======================================================================================
 
 TOWER_RECIPES = vit.table("batch length smallest_crop", {
-    "nano … small": (256, {"samples": 200e3, "base_lr": 1e-3}, 0.6),        # ours
+    "nano … small": (128, {"samples": 90e3, "base_lr": 2e-3}, 0.6),     # ours, for a classroom
     # not published, but one epoch (paper): LiT's batch and rate; crop ours
     "base … 6.5b": (16384, {"epochs": 1, "lr": 1e-3}, 0.9),
 })
@@ -1624,8 +1629,8 @@ def parse_zeroshot_flags(argv):
     parser = vit.stage_parser("finetune.py zeroshot", __doc__,
                               {**TOWER_RECIPES, "all": TOWER_COMMON})
     add = parser.add_argument_group("zero-shot").add_argument
-    add("--tokenizer", metavar="FILE", help="a SentencePiece model, XLM-R's sentencepiece.bpe.model "
-        "for released models; default: what --init was trained with, else bytes")
+    add("--tokenizer", metavar="FILE", help="a SentencePiece model, for released models XLM-R's "
+        "sentencepiece.bpe.model; default: what --init was trained with, else bytes")
     add("--text-model", choices=TEXT_SIZES, help="size of the text tower; default by model: nano, "
         "base for base, large from large on (paper)")
     add("--text-init", metavar="FILE", help="start the text tower from this file: Hugging Face's "
@@ -1645,8 +1650,8 @@ def parse_zeroshot_flags(argv):
     config, name, told = vit.choose_config(args, "zeroshot")
     whole, using = "text_projection" in told.get("shapes", {}), args.predict or args.eval_only
     if using and not whole:
-        raise UserError(f"{args.init} has no text tower: --predict and --eval-only need a zero-shot "
-                        "model, as runs/zeroshot/model.pt")
+        raise UserError(f"{args.init} has no text tower: --predict and --eval-only need a "
+                        "zero-shot model, as runs/zeroshot/model.pt")
     if not args.init and not args.unlock:
         raise UserError("zeroshot trains a text tower for an image tower: give its file as --init, "
                         "or --unlock to train both from random weights")
@@ -1669,16 +1674,19 @@ def open_text(args, name, told):
     """(TextConfig, width of the common space, encode, the tokenizer's file as uint8 [n] or None).
     Raises UserError where they do not fit together."""
     whole = "text_projection" in told.get("shapes", {})
-    width, depth, heads, hidden, positions = TEXT_SIZES[args.text_model or TOWERS[name]["text_model"]]
-    text, said = TextConfig(0, width, depth, heads, hidden, positions), told
+    size = args.text_model or TOWERS[name]["text_model"]
+    text, said = TextConfig(0, *TEXT_SIZES[size]), told
     if args.text_init or whole:
         text, said = text_config(args.text_init or args.init)
     encode, size, content = open_tokenizer(args, said)
     if text.vocabulary and (size > text.vocabulary or content is None and size < text.vocabulary):
-        raise UserError(f"the text tower knows {text.vocabulary:,} ids, the tokenizer has {size:,}: "
-                        "give the one that it was trained with as --tokenizer (XLM-R's: "
+        raise UserError(f"the text tower knows {text.vocabulary:,} ids, the tokenizer has "
+                        f"{size:,}: give the one that it was trained with as --tokenizer (XLM-R's: "
                         "sentencepiece.bpe.model)")
     text.vocabulary = text.vocabulary or size
+    if size < text.vocabulary:
+        say(f"NOTE: the text tower knows {text.vocabulary:,} ids, the tokenizer has {size:,}: is "
+            "it the one that it was trained with?")
     return (text, told["shapes"]["text_projection"][1] if whole else TOWERS[name]["embedding"],
             encode, content)
 
@@ -1690,8 +1698,8 @@ def open_pairs(args, config, model, encode, device, rank, world):
     source, features = data.open_data(*args.data, **places), None
     mark = source.fingerprint()
     if not data.has_captions(source):
-        raise UserError("--data has no captions: give shards with .txt or a \"caption\" in .json, a "
-                        "manifest with a caption, or the world")
+        raise UserError('--data has no captions: give shards with .txt or a "caption" in .json, '
+                        "a manifest with captions, or the world")
     choose_box = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
     if args.cache_features:
         about = about_features(args, config, source)

@@ -2990,8 +2990,9 @@ def test_pieces_are_those_of_the_library():
     for text, ids in PIECE_IDS.items():
         assert pieces.encode(text) == ids, (text, pieces.encode(text), ids)
     assert pieces.encode("x\ud800y") == pieces.encode("x?y")    # half a surrogate pair is no text
-    long = ("a striped \ufb01sh on \uff27rass, cafe\u0301 \U0001f600\U0001f600 \u732b\u306e\u5199\u771f  n"
-            "a\xefve\u200b \u043a\u043e\u0442 red fox zz ring12 " * 2000)[:100_000]
+    long = ("a striped \ufb01sh on \uff27rass, "
+            "cafe\u0301 \U0001f600\U0001f600 \u732b\u306e\u5199\u771f  na\xefve\u200b "
+            "\u043a\u043e\u0442 red fox zz ring12 " * 2000)[:100_000]
     begun = time.perf_counter()
     ids = pieces.encode(long)
     assert time.perf_counter() - begun < 20             # linear: 0.3 s on an idle machine
@@ -3023,11 +3024,14 @@ def test_zero_shot_model_agrees_with_the_original():
     filled["logit_scale"] = filled["logit_scale"].reshape(())
     older = {}
     for name, value in filled.items():
-        for new, old in ((".layers.layers.", ".layers."), (".in_proj_", ".attention.input_projection."),
+        for new, old in ((".layers.layers.", ".layers."),
+                         (".in_proj_", ".attention.input_projection."),
                          (".self_attn.out_proj.", ".attention.output_projection."),
                          (".self_attn.attention.", ".attention."),
-                         (".linear1.", ".residual_mlp.mlp.0."), (".linear2.", ".residual_mlp.mlp.3."),
-                         *(((".norm1.", ".attention_layer_norm."), (".norm2.", ".final_layer_norm."))
+                         (".linear1.", ".residual_mlp.mlp.0."),
+                         (".linear2.", ".residual_mlp.mlp.3."),
+                         *(((".norm1.", ".attention_layer_norm."),
+                            (".norm2.", ".final_layer_norm."))
                            if name.startswith("text_encoder.") else ())):
             name = name.replace(new, old)
         older[f"module.{name}"] = value
@@ -3260,7 +3264,8 @@ def test_zero_shot_with_pieces_takes_its_tokenizer_along():
     long = folder_with(folder() / "long.txt", "word " * 300 + "\nring\n")
     said = on_ranks(1, finetune.main, [
         "zeroshot", "--device", "cpu", "--init", str(out / "model.pt"), "--classes", str(long),
-        "--tokenizer", str(pieces_file()), "--predict", str(next(photos().glob("cat/*.jpg"))), "--out", str(folder())])[0][1]
+        "--tokenizer", str(pieces_file()), "--out", str(folder()),
+        "--predict", str(next(photos().glob("cat/*.jpg")))])[0][1]
     assert f"{len(finetune.TEMPLATES)} of {2 * len(finetune.TEMPLATES)} texts have more" in said
 
 

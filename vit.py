@@ -1752,7 +1752,8 @@ def load_weights(model, path, new=(), renew=(), say=say, rename=our_names):
 
     `new` lists patterns of tensors that the file may lack ("decoder_*"); they keep their values, as
     do those of `renew`, whether the file has them or not; `rename` gives the file's tensors the
-    model's names. Positions are resized to the model's grid. Returns {"loaded", "new", "unused"}: lists of names.
+    model's names. Positions are resized to the model's grid.
+    Returns {"loaded", "new", "unused"}: lists of names.
     Raises UserError, before anything is changed, where a tensor outside `new` is missing, has
     another shape, or is left over and none of EXTRAS: weights that match nothing, or half of a
     network, must never pass for loaded."""
