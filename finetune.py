@@ -1747,8 +1747,10 @@ def zeroshot(argv):
     make = lambda: Towers(config, text, width, args.pool, locked=not args.unlock)
     example = lambda batch: (torch.empty(batch, config.channels, *config.image),
                              torch.zeros(batch, text.longest, dtype=torch.int64))
+    image = vit.forward_flops(lambda: ViT(config), lambda batch: example(batch)[:1])
+    flops = 3 * vit.forward_flops(make, example) - (0 if args.unlock else 2 * image)
     if args.plan:
-        return vit.plan(args, make, example)
+        return vit.plan(args, make, example, flops)
     device, rank, world = vit.start(args)
 
     # ---- model: a checkpoint in --out, else --init and --text-init, else random weights
@@ -1797,7 +1799,6 @@ def zeroshot(argv):
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=BETAS, fused=True)
     state = vit.restore(args, model, optimizer, {**vit.fresh_state(args, device), "long_texts": 0})
     data.cut_bad_list(args, state)
-    flops = vit.forward_flops(make, example) * 3
     log = vit.Log(args, device, state["step"], steps, flops)
     positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
     batches = data.load(train, positions, args.workers, device)

@@ -1527,12 +1527,13 @@ def kept_bytes(make, example, batch, dtype):
     return np.array([total, recomputed]) + (ends - starts).max() / 2
 
 
-def plan(args, make, example):
+def plan(args, make, example, training=None):
     """--plan: print what a run needs, as a table and as one line of JSON.
 
     Memory of a rank: weights, gradients and Adam's two moments in fp32, split over the ranks that
     shard; what is gathered; and what the forward keeps. Gradients come as that goes, unless they
-    are accumulated. Time: three forwards (a fourth with --activation-checkpoint) at --mfu."""
+    are accumulated. Time: three forwards, or the FLOPs `training` an image where a part is frozen
+    (and a forward more with --activation-checkpoint), at --mfu."""
     with torch.device("meta"):
         model = make()
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -1562,7 +1563,7 @@ def plan(args, make, example):
                     ("gathered", gathered), ("activations", kept), ("total", total))},
                 "largest": max(0, int(room / image[int(recompute)]))})
     flops = forward_flops(make, example)
-    step = flops * args.batch * (4 if args.activation_checkpoint else 3)
+    step = args.batch * ((training or 3 * flops) + flops * args.activation_checkpoint)
     seconds = step / (args.ranks * PEAKS[args.gpu] * args.mfu)
     samples = args.samples or (args.steps or 0) * args.batch
     million, hours = seconds / args.batch * 1e6 / 3600, seconds / args.batch * samples / 3600
