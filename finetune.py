@@ -1593,14 +1593,14 @@ def retrieval(model, images, captions, encode, args, device, rank, world):
     own = torch.tensor([number[caption] for caption in captions], device=device)        # [n]
     images = images.to(device)                                              # [n,E]
     texts = embed_all(model, texts, encode, args, device, rank, world).to(device)       # [m,E]
-    hits = torch.zeros(2, 3)
-    for at in range(256 * rank, len(images), 256 * world):
-        similar = images[at:at + 256] @ texts.T                             # [c,m]
-        right = similar.gather(1, own[at:at + 256, None])                   # [c,1]
+    hits, size = torch.zeros(2, 3), 4 * args.micro_batch
+    for at in range(size * rank, len(images), size * world):
+        similar = images[at:at + size] @ texts.T                            # [c,m]
+        right = similar.gather(1, own[at:at + size, None])                  # [c,1]
         before = (similar > right).sum(1)                                   # [c]
         hits[0] += torch.stack([(before < k).sum() for k in (1, 5, 10)]).cpu()
-    for at in range(256 * rank, len(texts), 256 * world):
-        similar = texts[at:at + 256] @ images.T                             # [c,n]
+    for at in range(size * rank, len(texts), size * world):
+        similar = texts[at:at + size] @ images.T                            # [c,n]
         wrong = own != torch.arange(at, at + len(similar), device=device)[:, None]      # [c,n]
         right = similar.masked_fill(wrong, -2).max(1, keepdim=True).values
         before = (similar > right).sum(1)

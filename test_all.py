@@ -2934,47 +2934,47 @@ def claim_world_is_drawn_fast():
 # ======================================================================================
 
 # A model of 2,200 bytes that the sentencepiece library (0.2.3) trained, with rules for full-width
-# letters, ligatures, zero-width characters and combining accents, two user-defined pieces and a
+# letters, ligatures, zero-width characters and combining accents, three user-defined pieces and a
 # control piece; and what the library makes of texts, numbered as XLM-R does.
 PIECES = (
-    "c-lqP3s6*57zgnGSsua-QmHdN%u#C`by5<17dfe=W|o-wN>kV6@<>>8cTuv}E}$TSAaB&f2bl;6q8OsU7Ft$hOJ!<iqm"
-    "o)<rfFJ{R{!hWs|>&SzH`ra&OP_ub3nOQ@ry{ZE*dStp9f7!km3_z_qKeLV8u7$iMvg$*y4!4)9$MHM<kf-#%N!qo6^O"
-    "mM)i(POg64?zROL;cl!g+7P-!?EWNOyOm6Bs$;~MOc*SClZmp0PZIj)~J&G?c43VSezU1cp{n@yXRVm8{OmXx6UD%9{v"
-    "&YKw{*lJuSk-KE$c0NHjll!u{I*DAa8zQ9RFB>1>myr+Pj!12k{BHwXHjM9_^HO+wm55yj7)#osPHs;n%h(4wIkEqd=x"
-    ")zj8$IjG2NJ*Pb-Uh-Dz6P4*ANm8E&P!qOfUq*y0wm;_8(dMuj6*m9_;l?>>uFm9FD6jqVQDPI+_8ETh}g<f)ar>t-9P"
-    "50&ftzG^hga_E3LZsmR@n2q+7cBiM-Q|GCd`H#;r78@2WpYJu-c$kiqs*aRO8Bz9{@#^de=J<G7(tn;&Vl}tcELG)*rx"
-    "v)CK*iKrBPT3Z-AaHWmdcB7>REzZ^ENX@@!^Cr{9Pljlt-O<MYv2((X%l5NSb<ks&=PrS)r#~qb1#&)=B?WdTFTKk?Fn"
-    "IBwx((&dT?3C0j38EDLhH1<i8AT5sAYPv+_UedId@dNxo#TBMKHw$7nq{pt`ITdEJ@UJF|9E#OA1*`Vj#mvY)hy*OUpD"
-    "D&Q-R<7IZeTEeI^j5t;MxHL$vnZLiP0wOwzwLUKD8H!CGmErV>X}uBRO^{T*6-9ayPQ?4XEu3rm!8GRvfX+XEyvaCnOU"
-    "CSt7odrY|vNBuO$aHs>Y{`v6=1m+ZRFxD}I(xN3tVCIC{TuRp@87Q+Us6r!dZFr_j!3h6xYn1S&yEcGWgNO4W8`RLHde"
-    "`0~j11_A>C#SajGvnK^V1oUF;Lv15Xc#N?x^`pTQP8qD9qxHiCS1>S-`Bn}#GjdjE7fPL~4KN`)4A{c@$!w<On&1qgBw"
-    "+ObU{f|w)y;%K>|@jE;=OY|0#f<+#E0#c>wurOChAJvsrn3XA0tbgO#wbQaL@-2Fy~Nb4{CVJg#BqI3}rr?M$(fML8G-"
-    "X)xa~1V`<_rfoB=VYdP&zfk}*0NL&6i8pE2gVFKgmSt;;bPl54_6M_YDPYJ9&Balb=R6vE71d7fH6c-AVR11{W3ry!cG"
-    "if%(P&3!K@k=0Y6_8K4Nt}nVi0`Ag9w=ZeTmh_W=R4hFLJ8kVDJ|ky^`Hrfe92ZyIU$frcIGawW#uh_bly9Sam96kOd+"
-    "tEGT66@>tDk>hwIMjE|5(w=pQUqn~Qi$q)|GpBrXXVw3;%B%R(0A&>C7xxs*?NR7eF>Ohr^mCA6N_(R;Lk%4j2PrcJb!"
-    "w$S@jP9M-Vs-W#uNjr$24pme`J82iy(&dQ)b&Py<*h3%EUfM?uw4WNOi4IT;H4|Sc+|)`R(;+%YpVBAv86DR8`U`x{$W"
-    "Mkg`ihPaKMy?g4Sh{V>03HR-_Z#=PABPmIz>Ndb2JG2$jGgX)6_v{=^Xt;7qn;EF7ONE&syJMfsW$>mze*m_0eziJ6)k"
-    "`bd`8q@CW@#H|THri~gZbx<xnXKl&H9&;MYAA?&OxEgaz(!b39*!!ZIQF^Y$IAuNc3ifHivDEJ$LSj6FV?!$N_a0e!0F"
-    "_yr_{pWxq0ZCYjWk|*wSdP|mv{v9u<GwZ*_^*Si5FThtidXHS4*Syo0RfLs)c")
+    "c-lqP3s6*57zgn0EDzxZsnj<;%u#C`byAY`U7M4S)ErC9e5I-Da(N^yy1O9RYj;6F1VP@Yi4QUn5JWLVfi1MG$d<~~%t"
+    "j@(#!S<+BCY<{vsW2@^L^)e&pr1XQ0`X(Oi9+IW0~;tut5n?{7iOV$xjJY{7p~YD{7rBj`+Lf`xJvIK^FX#?n<C3;YxG"
+    "qSiPc$(#@tu^^HzU(Q7dImFALr?ZM}YUFXxwE^aL6&Hbl(Fhvk*EavF8O1@;9=D`E}Q8A3iEO^O-#RQ^oF}sQ@22J;1G"
+    "2Kv%j<d(|g}_LCaI9*!Ie5wPNPX~NUeq3`4~|NVVfFakwtn0?a)!sZki_WdIE%`ulV<31+v2P-9GUU5-oxAEZRv3H^`k"
+    "RAc$ENcjFm6-nx)T<x8>qKcZ(LYgI`%O+oSYU6cp_aTii1AxOR26-op{AvTgC4d+%aZ*>z%$-rVWh#ka=I)tkM|-a6h>"
+    "KTltMIB)3xs$MYj@ImuE%7aQM3LWkar?<{q?``0MC+F*njWF^HeHQ31)9J46bXT#d{55^+><Q-hcrG2dQ14<jx78-AJn"
+    "EUn9wk^YwAJ$Dm8wSxQbaOedQ)Zzy!LHmisFX}+4!!WSMf2Y>|x{-x6C5=u{8D0R2@!kT_sbj(URdy>p5_>>>AEHvwW4"
+    "!{9?9mR_w>s9NA$R7v}mpwD72PzO;!?<;(Vd{7#|F2J_>^a=dnQ4wuN<VH{f~2jQ%RZ18o!L9E><bDT?_xk+}8=bPoeC"
+    ")Dx!Exvbf^RwGzdkmkckXaO`ZI@Xr57;5IME;^uW)`+q$;`@OH8OK>!!DWGd2XG|Y<z3C%;LCwkIbTZLW9iAd|{u=RL*"
+    "LYtHsyiAx*0ODPwGAyZuf@*a#)S67EQGgb7FAY1f3jz+D0tw@dggY?sh4YM0P1Xr_T4%?(yUlI*H&QIx73%c!vHLFA8n"
+    "+m|Rfm`DjA5=7445c&vFAH;spKH5M}Aohm=FcgfCiT?Aob~2DFlxQLHZ5V7u#H`M4kUB#fV4$1`qOIsZ4aKxP135z=iD"
+    "=CrqRlx()jbR}1Z^lfU3hlxM?|UkqvD5h>kXm+ZB5V}dP2=vq6ZMs#n~L>M+Xo2(L=~F)Y%If-!jmFGy@GsJ`zU5(_n("
+    "J+L#)m=Mcxklo5g^B2LnB*ryUrMVt=W@@K+0^cf!^XaY=RLC^OVGzoEXsGz*lg4UfCln(_^2t}6#6`vPWQY5IfMo?LUp"
+    "jnt_4$OlXXu%pceMywRny3Ksk}wZqG4`XRfv6C%Xcf`=4(#b(1C?S=%3vwRs)r1eh)uSF`=p>$up@V2E$O!fW#HLqh^u"
+    "Z0$`XRsKqlH&WBqH9=VIO2Jq6`}i{uAO)#d^`lF}dp(g91NOjrY1fMroO<ic852YFBc`A`IfPy)qJ2Bok8*28<S5z1i`"
+    "Y=O<N4YtDjPyrvncBq6MPz5^ypN^`b7IwjIsDmq01l1#A>u4{02>W0^G{OOBf@U}ft<VD4Qu06>d<=)-5PS-sz-MqoYa"
+    "1x&b3}YHYKO1jDB$yu7rue7;TU`i$Kg9T2`Atbd=IDL2W^f<K|dnmDAO6}gmZ8neu9hIJM9qk3*ygO+Yv#XCj?za{;Sp"
+    "ozrpWt6|TcIz;&TN;7_;-f5Tt!4|Kt8xCQ^gzjWvR52Xl-IOj?;l97ht(u|;yG>S&k7+mHhWT7ZhDVp%ll<*rvu@pzI;"
+    "~d6Q0#0BeEu-aR!})WNBY~1AnO0B=y+JFft%BMr>1@;fb{FCQ2UL?W*p?Kp+QS|8<o^LNL{x?")
 PIECE_IDS = {
     "": [],
     "   ": [],
     " \u200b ": [],
-    "a cat on grass": [29, 22, 20, 75],
-    "  a  cat\u3000\u3000on\tgrass  ": [29, 22, 20, 75],
+    "a cat on grass": [30, 23, 21, 76],
+    "  a  cat\u3000\u3000on\tgrass  ": [30, 23, 21, 76],
     "\uff26\uff49\uff53\uff48\u3000\ufb01ne o\ufb03ce \xbd \u2122": [
-        74, 3, 70, 68, 63, 25, 17, 74, 41, 3, 40, 74, 67, 37],
+        75, 3, 71, 69, 64, 26, 18, 75, 42, 3, 41, 75, 68, 38],
     "cafe\u0301 e\u0301\u0323 cafe na\u0308 \uff76\uff9e\uff76\u732b\u306e\u5199\u771f": [
-        9, 74, 3, 74, 65, 72, 71, 73, 74, 66, 3, 32, 53, 47, 57, 56],
-    "zero\u200bwidth\ufeff\xad s\u200da": [74, 3, 73, 69, 64, 3, 70, 62, 67, 63, 74, 68, 72],
-    "\U0001f600\U0001f600\U0001f468\u200d\U0001f469 \u2764\ufe0f x": [74, 3, 74, 3, 74, 3],
-    "日本語 wx𓀀𓀁 a": [74, 3, 74, 3, 29],
-    "<mask>red fox<ctl></s><unk>ｗ ﬁ<mask>": [
-        74, 5, 69, 73, 62, 74, 71, 64, 3, 65, 67, 58, 3, 68, 3, 66, 3, 7, 74, 71, 70, 5],
-    "▁a▁▁b▁": [74, 29, 74, 74, 3],
-    "Кот на траве, 12.": [74, 3, 49, 60, 27, 30, 52, 31, 45],
-    "\u0301e\u0301\u0301\u0323": [74, 3, 55, 3],
-    "aaaaaaaaoooooo!!!": [29, 72, 72, 72, 72, 72, 72, 72, 64, 64, 64, 64, 64, 64, 51, 51, 51],
+        10, 75, 3, 75, 66, 73, 72, 74, 75, 67, 3, 33, 54, 48, 58, 57],
+    "zero\u200bwidth\ufeff\xad s\u200da": [75, 3, 74, 70, 65, 3, 71, 63, 68, 64, 75, 69, 73],
+    "\U0001f600\U0001f600\U0001f468\u200d\U0001f469 \u2764\ufe0f x": [75, 3, 75, 3, 75, 3],
+    "日本語 wx𓀀𓀁 a": [75, 3, 75, 3, 30],
+    "<m<mｘ>red fox<ctl></s><unk>ｗ ﬁ<mｘ>": [
+        75, 5, 6, 70, 74, 63, 75, 72, 65, 3, 66, 68, 59, 3, 69, 3, 67, 3, 8, 75, 72, 71, 6],
+    "▁a▁▁b▁": [75, 30, 75, 75, 3],
+    "Кот на траве, 12.": [75, 3, 50, 61, 28, 31, 53, 32, 46],
+    "\u0301e\u0301\u0301\u0323": [75, 3, 56, 3],
+    "aaaaaaaaoooooo!!!": [30, 73, 73, 73, 73, 73, 73, 73, 65, 65, 65, 65, 65, 65, 52, 52, 52],
 }
 
 
@@ -2996,7 +2996,7 @@ def test_pieces_are_those_of_the_library():
     begun = time.perf_counter()
     ids = pieces.encode(long)
     assert time.perf_counter() - begun < 20             # linear: 0.3 s on an idle machine
-    assert len(ids) == 44120 and zlib.crc32(json.dumps(ids).encode()) == 2844278312
+    assert len(ids) == 44120 and zlib.crc32(json.dumps(ids).encode()) == 3055415279
 
 
 def test_a_file_that_is_no_tokenizer_is_one_clear_line():
@@ -3204,7 +3204,9 @@ def test_zero_shot_classes_are_means_over_names_and_templates():
     batch = samples.__getitems__(range(50))
     images = model.embed_images(data.normalise(batch["images"]))
     for name, vectors in (("", full), ("single_", single)):
-        order = (images @ torch.stack(vectors).T).argsort(1, descending=True)
+        logits = model.logit_scale.exp() * images @ torch.stack(vectors).T      # [n,K]
+        assert close(found[f"{name}loss"], F.cross_entropy(logits, batch["label"]), 1e-4)
+        order = logits.argsort(1, descending=True)
         right = order == batch["label"][:, None]
         assert close(found[f"{name}top1"], right[:, 0].float().mean())
         assert close(found[f"{name}top5"], right[:, :5].any(1).float().mean())
