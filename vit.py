@@ -1450,7 +1450,8 @@ def draw_curves(records, path):
     width, height, left, top = 480, 300, 60, 30
     fields = ["loss", "lr", "grad_norm", "images_per_second"]
     fields += dict.fromkeys(name[4:] for record in records for name in record if name[:4] == "val_"
-                            and name not in ("val_loss", "val_count", "val_bad", "val_entropy"))
+                            and name not in ("val_loss", "val_count", "val_bad", "val_entropy",
+                                             "val_captions"))
     sheet = Image.new("RGB", (2 * width, (len(fields) + 1) // 2 * height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, field in enumerate(fields):
