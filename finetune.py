@@ -1211,9 +1211,13 @@ def open_tokenizer(args, told):
     return pieces.encode, pieces.size, content
 
 
-def framed(text, encode, longest):
+def framed(ids, longest):
     """The ids of a text, as many as fit, between <s> and </s>."""
-    return [START, *encode(text)[:longest - 2], END]
+    return [START, *ids[:longest - 2], END]
+
+
+def encode_framed(text, encode, longest):
+    return framed(encode(text), longest)
 
 
 def padded(rows):
@@ -1524,11 +1528,11 @@ def embed_all(model, texts, encode, args, device, rank, world):
 
     Sorted by length, so that little is computed for padding; ranks share them, and all call the
     model equally often."""
-    longest = model.text_config.longest
-    cut = sum(len(encode(text)) > longest - 2 for text in texts)
+    longest, ids = model.text_config.longest, [encode(text) for text in texts]
+    cut = sum(len(some) > longest - 2 for some in ids)
     if cut:
         say(f"{cut:,} of {len(texts):,} texts have more than {longest - 2} pieces: cut there")
-    rows = [framed(text, encode, longest) for text in texts]
+    rows = [framed(some, longest) for some in ids]
     order, size = sorted(range(len(rows)), key=lambda i: len(rows[i])), 4 * args.micro_batch
     vectors = torch.zeros(len(texts), model.text_projection.shape[1])       # [n,E]
     for at in range(0, len(order), size * world):
@@ -1711,7 +1715,7 @@ def open_pairs(args, config, model, encode, device, rank, world):
         table = data.read_features(path)
         source = data.Chosen(source, table["index"], table["labels"])
         features = table["features"]
-    encode = functools.partial(framed, encode=encode, longest=model.text_config.longest)
+    encode = functools.partial(encode_framed, encode=encode, longest=model.text_config.longest)
     return data.Samples(data.Captioned(source, encode), config.image, config.channels, choose_box,
                         args.seed, max_pixels=args.max_pixels, features=features), mark
 
