@@ -55,8 +55,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vit import (
-    RankError, UserError, autocast, cpu_cores, environment, from_all_ranks, joined, on_rank_0,
-    positive, read_json, run, say, sum_over_ranks, to_rank_0, write_aside)
+    RankError, UserError, all_gather_objects, all_reduce_sum, autocast, cpu_cores, environment,
+    gather_objects, get_rank, get_world_size, on_rank_0, positive, rank0_print, read_json, run,
+    write_aside)
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -615,8 +616,8 @@ def list_folder(root):
     if not names and tars:
         return sorted(tars)
     if tars:
-        say(f"NOTE: {root} holds images and {len(tars)} tars, which are passed over; "
-            f"--data '{tars[0]}' would read one")
+        rank0_print(f"NOTE: {root} holds images and {len(tars)} tars, which are passed over; "
+                    f"--data '{tars[0]}' would read one")
     if not names:
         raise UserError(f"no image below {root}; looked for {' '.join(IMAGE_ENDINGS)} and .tar")
     names.sort()
@@ -1112,7 +1113,7 @@ def sizes_and_times(paths):
 def index_shards(paths, stats, place):
     """Index those shards that are not, each rank its part: what the catalogue has to say of them,
     (number and CRC of the samples of each, what was left out, names of labels)."""
-    rank, world = joined()
+    rank, world = get_rank(), get_world_size()
     found, left_out, label_names = np.zeros((2, len(paths)), np.int64), Counter(), set()
     problem, seen = None, set()
     try:
@@ -1130,7 +1131,7 @@ def index_shards(paths, stats, place):
                 label_names.update(string_at(labels, i) for i in range(len(labels[1])))
     except (UserError, OSError) as error:
         problem = str(error)
-    parts = from_all_ranks((problem, found[:, rank::world], left_out, label_names))
+    parts = all_gather_objects((problem, found[:, rank::world], left_out, label_names))
     for other, (problem, their_found, *_) in enumerate(parts):
         if problem:
             raise UserError(problem)
@@ -1164,8 +1165,8 @@ def open_shards(paths, index_dir, fallback):
         on_rank_0(lambda: write_arrays(path, catalogue))
     source, more = Shards(catalogue, place), f" and {len(paths) - 1} more" if paths[1:] else ""
     if source.left_out:
-        say(f"in {paths[0]}{more}: " + ", ".join(
-            f"{count:,} {what}" for what, count in source.left_out.items()))
+        rank0_print(f"in {paths[0]}{more}: " + ", ".join(
+                    f"{count:,} {what}" for what, count in source.left_out.items()))
     if not len(source):
         raise UserError(f"no image in {paths[0]}{more}")
     return source
@@ -1414,7 +1415,7 @@ def rarest_tags(rows, numbers):
 
 def my_chunks(source, what):
     """The chunks that this rank goes through, with a bar."""
-    rank, world = joined()
+    rank, world = get_rank(), get_world_size()
     return tqdm(range(rank, len(source.chunks), world), desc=what, unit="shard",
                 disable=rank > 0 or not sys.stderr.isatty())
 
@@ -1422,7 +1423,7 @@ def my_chunks(source, what):
 def all_names(source, what):
     """All classes or tags of a source as they are written, sorted; all ranks have to call it."""
     mine = {name for c in my_chunks(source, "names") for name in source.chunk_names(c, what)[0]}
-    return class_names_of(set().union(*from_all_ranks(mine)))
+    return class_names_of(set().union(*all_gather_objects(mine)))
 
 
 def count_tags(source, synonyms):
@@ -1437,7 +1438,7 @@ def count_tags(source, synonyms):
         which, images = np.unique(tag_pairs(source, c, number)[1], return_counts=True)
         counts.update(dict(zip(which.tolist(), images.tolist())))
     mine = {tag: counts[i] for tag, i in table.items()}
-    parts = to_rank_0(mine)         # only there: rare tags may be many millions
+    parts = gather_objects(mine)         # only there: rare tags may be many millions
     for part in parts or ():
         total.update(part)
     return parts and total
@@ -1461,7 +1462,7 @@ def count_rarest(source, numbers, K):
         by_rarest += torch.from_numpy(np.bincount(rarest_tags(rows, found)[1], minlength=K))
         lengths = np.bincount(rows, minlength=int(source.chunks[c])).clip(max=64)
         by_length += torch.from_numpy(np.bincount(lengths, minlength=65))
-    return sum_over_ranks(by_rarest).numpy(), sum_over_ranks(by_length).numpy()
+    return all_reduce_sum(by_rarest).numpy(), all_reduce_sum(by_length).numpy()
 
 
 def count_shown(tagged, K):
@@ -1474,7 +1475,7 @@ def count_shown(tagged, K):
         mass = times[rows] / np.bincount(rows, minlength=len(times))[rows]
         for total, weights in zip(shown, (mass, times[rows])):
             total += torch.from_numpy(np.bincount(found, weights, K))
-    return sum_over_ranks(shown)
+    return all_reduce_sum(shown)
 
 
 class Tagged:
@@ -1495,7 +1496,7 @@ class Tagged:
             sums = torch.zeros(len(source.chunks), dtype=torch.int64)
             for c in my_chunks(source, "tagged images"):
                 sums[c] = int(self.stands(c)[-1:].sum())
-            sums = sum_over_ranks(sums).numpy()
+            sums = all_reduce_sum(sums).numpy()
         self.chunks, self.ends = sums, np.cumsum(sums)
 
     def number_of(self, tag):
@@ -1581,8 +1582,8 @@ def outputs_of(classes, names, where, class_map=None):
     the data that the model lacks, unless a `class_map` says what counts."""
     if isinstance(classes, int):
         if len(names) == classes:
-            say(f"the model does not name its {classes} outputs: taken as the {classes} classes of "
-                f"{where}, in alphabetical order")
+            rank0_print(f"the model does not name its {classes} outputs: taken as the {classes} classes of "
+                        f"{where}, in alphabetical order")
             classes = [[name] for name in names]
         else:
             classes = [[str(i)] for i in range(classes)]
@@ -1590,7 +1591,7 @@ def outputs_of(classes, names, where, class_map=None):
     if not outputs.keys() & {*names}:
         outputs |= {str(i): [i] for i in range(len(classes))}
         if not class_map and outputs.keys() & {*names}:
-            say(f"{where} has numbers for classes: taken as the model's outputs, from 0 on")
+            rank0_print(f"{where} has numbers for classes: taken as the model's outputs, from 0 on")
     if class_map:
         outputs = read_class_map(class_map, outputs)
     unknown = [name for name in names if name not in outputs]
@@ -1610,8 +1611,8 @@ def labelled(source, classes, where, class_map=None, part=(0, 1)):
     outputs = outputs_of(classes, all_names(source, what), where, class_map)
     chosen = Tagged(source, outputs.get, what=what, part=part)
     if len(chosen) < len(source) and part == (0, 1):
-        say(f"{where}: {len(source) - len(chosen):,} of {len(source):,} images have no "
-            f"{'known ' if class_map else ''}class and are left out")
+        rank0_print(f"{where}: {len(source) - len(chosen):,} of {len(source):,} images have no "
+                    f"{'known ' if class_map else ''}class and are left out")
     if not len(chosen):
         raise UserError(f"no image of {where} has a class: a folder each, or a label each")
     return chosen
@@ -2029,7 +2030,7 @@ def validate(val, args, device, rank, world):
         seen, bad = seen + batch["weight"].sum(), bad + batch["bad"]
         yield normalise(batch["images"].to(device)), batch
     bad = list_bad(args, bad, "bad_val_samples.txt", "w")
-    if not sum_over_ranks(seen):
+    if not all_reduce_sum(seen):
         raise UserError(f"none of the {len(bad)} images of --val can be read: the last: "
                         f"{bad[-1][1]}: {bad[-1][2]}")
 
@@ -2080,7 +2081,7 @@ def print_predictions(model, config, args, device, names, choose_box=WHOLE_WIDTH
     for name in args.predict:
         pixels = read_picture(name, config, args.max_pixels, choose_box)
         best, = most_probable(model, pixels[None], args, device, names)
-        say(f"{name}: " + ", ".join(f"{word} {chance:.3f}" for word, chance in best))
+        rank0_print(f"{name}: " + ", ".join(f"{word} {chance:.3f}" for word, chance in best))
 
 
 def draw_predictions(model, batch, args, device, names):
@@ -2107,7 +2108,7 @@ def draw_predictions(model, batch, args, device, names):
 def list_bad(args, bad, name, mode):
     """Write the bad samples of all ranks, [(position, where, why)], into the file OUT/name, by
     line; mode "a" appends, "w" writes anew. Call it on every rank; returns the whole list."""
-    bad = sorted(sum(from_all_ranks(bad), []))
+    bad = sorted(sum(all_gather_objects(bad), []))
     path = Path(args.out) / name
     if environment().rank == 0 and (bad or path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -2166,7 +2167,7 @@ def write_features(path, encoder, samples, args, device, rank, world, about):
             features = encoder(images).float().cpu().numpy()                # [B,D]
         seen = batch["weight"].numpy() > 0
         mine = [batch[name].numpy()[seen] for name in ("position", "label")] + [features[seen]]
-        for positions, labels, rows in to_rank_0(mine) or ():
+        for positions, labels, rows in gather_objects(mine) or ():
             width = rows.shape[1]
             kept.extend(positions.tolist())
             writers["features"].write(rows.tobytes())

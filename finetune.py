@@ -46,7 +46,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import vit
-from vit import UserError, ViT, say
+from vit import UserError, ViT, rank0_print
 
 # ======================================================================================
 # classify: recipes and flags
@@ -77,7 +77,7 @@ BY_MODEL = vit.table("epochs base_lr layer_decay drop_path warmup", {    # of "m
 })
 BETAS = 0.9, 0.999                              # MAE
 HEAD_STD = {"mae": 2e-5, "maws": 0.0, "ours": 2e-5}     # MAE; SWAG; ours
-EXEMPT = "pos_embed", "cls_token"               # from weight decay (MAE)
+NO_DECAY = "pos_embed", "cls_token"               # from weight decay (MAE)
 
 
 def parse_classify_flags(argv):
@@ -207,7 +207,7 @@ def evaluate(model, val, args, device, rank, world, names):
         with vit.autocast(args, device):
             logits = model(images)                                          # [B,K]
         rows += answers(logits, batch, args)
-    parts = vit.to_rank_0(rows)
+    parts = vit.gather_objects(rows)
     return vit.on_rank_0(lambda: summarise(sum(parts, []), len(val.source), args, names))
 
 
@@ -293,8 +293,8 @@ def classify(argv):
         vit.load_weights(model, args.init, new=() if using else ("norm.*", "fc_norm.*"),
                          renew=() if same else ("head.*",))
         if outputs and not same:
-            say(f"a new head for {K} classes: the file's is for {outputs} "
-                + ("hashtags" if "vocabulary" in told else "other classes"))
+            rank0_print(f"a new head for {K} classes: the file's is for {outputs} "
+                        + ("hashtags" if "vocabulary" in told else "other classes"))
     if args.predict:
         return data.print_predictions(model, config, args, device, names, choose_box)
     if args.eval_only:
@@ -314,7 +314,7 @@ def classify(argv):
     examples = data.examples(val or data.unshuffled(train.source, args, config), device)
 
     # ---- optimizer and state
-    groups = vit.decay_groups(model, args.weight_decay, EXEMPT, args.layer_decay)
+    groups = vit.decay_groups(model, args.weight_decay, NO_DECAY, args.layer_decay)
     optimizer = (torch.optim.AdamW(groups, lr=peak, betas=BETAS, fused=True)
                  if args.optimizer == "adamw" else
                  torch.optim.SGD(groups, lr=peak, momentum=0.9, nesterov=True))
@@ -370,8 +370,8 @@ def classify(argv):
                 (part_loss * state["scale"]).backward()
             loss += part_loss.detach()
         norm = vit.clip_gradients(model, args.clip_grad, state["scale"])
-        loss, norm, stop, due, found = vit.agree(
-            (loss / world, norm / world), (vit.asked_to_stop(), log.save_due(), len(bad)))
+        loss, norm, stop, due, found = vit.all_reduce_floats(
+            (loss / world, norm / world), (vit.stop_requested(), log.save_due(), len(bad)))
         finite = math.isfinite(norm)
         if finite:
             optimizer.step()
@@ -389,7 +389,7 @@ def classify(argv):
                      {**about, "samples": state["step"] * args.batch}, ema)
             log.saved()
         if stop and not done:
-            return say(f"stopped after step {state['step']} of {steps}; the same command goes on")
+            return rank0_print(f"stopped after step {state['step']} of {steps}; the same command goes on")
 
     # ---- end
     metrics = draw_and_evaluate()
@@ -464,7 +464,7 @@ def features(argv):
 
 def about_features(args, config, source):
     """Of which encoder and data features are: equal where they can be used again."""
-    return {"encoder": vit.file_mark(args.init), "image": list(config.image), "pool": args.pool,
+    return {"encoder": vit.file_fingerprint(args.init), "image": list(config.image), "pool": args.pool,
             "crop": args.crop, "precision": args.precision, "data": source.fingerprint()}
 
 
@@ -486,7 +486,7 @@ def open_features(args, config, told, task):
         about = about_features(args, config, source)
         path = Path(args.features) / f"{data.crc(repr(about)):08x}.npz"
         if vit.on_rank_0(path.is_file):
-            say(f"features of {' '.join(specs)} are kept in {path}")
+            rank0_print(f"features of {' '.join(specs)} are kept in {path}")
         else:
             encoder = encoder or load_encoder(args, config, told, device, args.pool)
             vit.on_rank_0(lambda: path.parent.mkdir(parents=True, exist_ok=True))
@@ -498,7 +498,7 @@ def open_features(args, config, told, task):
     if encoders[0] != encoders[1]:
         raise UserError("the features of --data and --val are of different encoders or sizes: "
                         f"{encoders[0]} and {encoders[1]}")
-    if config is None and args.init and encoders[0]["encoder"] != vit.file_mark(args.init):
+    if config is None and args.init and encoders[0]["encoder"] != vit.file_fingerprint(args.init):
         raise UserError(f"the features are not of --init {args.init}; make them again by "
                         "`finetune.py features`, or leave --init out")
     classes = tables[0]["classes"].tolist()
@@ -511,8 +511,8 @@ def open_features(args, config, told, task):
     for flag, table in zip(("--data", "--val"), tables):
         known = table["labels"] >= 0
         if not known.all():
-            say(f"{flag}: {(~known).sum():,} of {len(known):,} images have no class and are left "
-                "out")
+            rank0_print(f"{flag}: {(~known).sum():,} of {len(known):,} images have no class and are left "
+                        "out")
             for name in ("features", "labels", "index"):
                 table[name] = table[name][known]
         if not len(table["labels"]):
@@ -563,7 +563,7 @@ def knn(argv):
             right[row] += (found == truth).sum().cpu()
     count = len(val["labels"])
     vit.report(args, {**{f"knn{k}": hits / count for k, hits in zip(
-        ks, vit.sum_over_ranks(right).tolist())}, "count": count, "train": len(labels)})
+        ks, vit.all_reduce_sum(right).tolist())}, "count": count, "train": len(labels)})
 
 
 # ======================================================================================
@@ -666,7 +666,7 @@ class Probe(nn.Module):
                 x = encoder(images).float()                                 # [B,1+N,D]
             x = x[batch["weight"].to(device) > 0].flatten(0, 1).double()    # [n,D]
             sums += torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)]).cpu()
-        count, total, squares = vit.sum_over_ranks(sums)                    # 3 x [D]
+        count, total, squares = vit.all_reduce_sum(sums)                    # 3 x [D]
         mean = total / count
         self.token_mean.copy_(mean)
         self.token_scale.copy_((squares / count - mean.square() + 1e-6).rsqrt())
@@ -715,7 +715,7 @@ def right_answers(encoder, probe, samples, args, device, rank, world):
         right = (found[..., None] == batch["tags"]).any(-1) * batch["weight"]
         sums += torch.cat([batch["weight"].sum()[None], right.sum(1)]).double()
     probe.train()
-    count, *right = vit.sum_over_ranks(sums).tolist()
+    count, *right = vit.all_reduce_sum(sums).tolist()
     return [hits / count for hits in right]
 
 
@@ -807,16 +807,16 @@ def linear(argv):
             for number in range(len(probe.attentive)):
                 loss = F.cross_entropy(probe.attend(x, number), labels[-1])
                 (loss / accumulate).backward()
-        features, labels = (vit.gathered(torch.cat(part)) for part in (features, labels))
+        features, labels = (vit.all_gather_rows(torch.cat(part)) for part in (features, labels))
         logits = probe(features)                                            # [heads,B,K]
         per_head = torch.stack([F.cross_entropy(some, labels) for some in logits])  # [heads]
         per_head.sum().backward()
         vit.average_gradients(probe.attentive.parameters())
         lars(probe.parameters(), args.weight_decay)
         norm = vit.clip_gradients(probe, args.clip_grad)
-        loss, norm, stop, due, found = vit.agree(
+        loss, norm, stop, due, found = vit.all_reduce_floats(
             (per_head.detach().min() / world, norm / world),
-            (vit.asked_to_stop(), log.save_due(), len(bad)))
+            (vit.stop_requested(), log.save_due(), len(bad)))
         finite = math.isfinite(norm)
         if finite:
             optimizer.step()
@@ -830,7 +830,7 @@ def linear(argv):
             vit.save(args, probe, optimizer, state, about()[0])
             log.saved()
         if stop and not done:
-            return say(f"stopped after step {state['step']} of {steps}; the same command goes on")
+            return rank0_print(f"stopped after step {state['step']} of {steps}; the same command goes on")
 
     # ---- end: the chosen head, on --val
     content, best, shares = about()
@@ -974,7 +974,7 @@ def lowshot(argv):
     counts = np.bincount(train["labels"], minlength=len(classes))
     for shots in args.shots:
         if (few := int((counts < shots).sum())):
-            say(f"{few} of {len(classes)} classes have fewer than {shots} images: all are used")
+            rank0_print(f"{few} of {len(classes)} classes have fewer than {shots} images: all are used")
     crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
     queries = torch.tensor(np.array(val["features"]), device=device)        # [m,D]
     queries = F.normalize(queries, dim=1) * math.sqrt(config.width)
@@ -993,7 +993,7 @@ def lowshot(argv):
         results.append((shots, by_prompts, by_linear))
         print(f"{shots} a class, split {split}: vpt {by_prompts:.4f}, linear {by_linear:.4f}",
               flush=True)
-    results, metrics = sum(vit.from_all_ranks(results), []), {}
+    results, metrics = sum(vit.all_gather_objects(results), []), {}
     for shots in args.shots:
         rows = np.array([row[1:] for row in results if row[0] == shots])    # [splits,2]
         for name, column in zip(("vpt", "linear"), rows.T):
@@ -1490,14 +1490,14 @@ def global_loss(images, texts, scale, rank, world):
     others' comparisons say of its vectors comes back as a sum over ranks."""
     b = len(images)
     all_images, all_texts, scale = (x.detach().requires_grad_() for x in (
-        vit.gathered(images.detach()), vit.gathered(texts.detach()), scale))    # [B,E] [B,E] [1]
+        vit.all_gather_rows(images.detach()), vit.all_gather_rows(texts.detach()), scale))    # [B,E] [B,E] [1]
     mine = slice(rank * b, rank * b + b)
     right = torch.arange(rank * b, rank * b + b, device=images.device)      # [b]
     loss = contrastive_loss(all_images[mine], all_texts[mine], all_images, all_texts, scale, right)
     (loss.mean() / world).backward()
-    by_images, by_texts, by_scale = (vit.sum_over_ranks(x.grad) for x in (
+    by_images, by_texts, by_scale = (vit.all_reduce_sum(x.grad) for x in (
         all_images, all_texts, scale))
-    return vit.sum_over_ranks(loss.detach().mean() / world), by_images[mine], by_texts[mine], \
+    return vit.all_reduce_sum(loss.detach().mean() / world), by_images[mine], by_texts[mine], \
         by_scale
 
 
@@ -1531,7 +1531,7 @@ def embed_all(model, texts, encode, args, device, rank, world):
     longest, ids = model.text_config.longest, [encode(text) for text in texts]
     cut = sum(len(some) > longest - 2 for some in ids)
     if cut:
-        say(f"{cut:,} of {len(texts):,} texts have more than {longest - 2} pieces: cut there")
+        rank0_print(f"{cut:,} of {len(texts):,} texts have more than {longest - 2} pieces: cut there")
     rows = [framed(some, longest) for some in ids]
     order, size = sorted(range(len(rows)), key=lambda i: len(rows[i])), 4 * args.micro_batch
     vectors = torch.zeros(len(texts), model.text_projection.shape[1])       # [n,E]
@@ -1540,7 +1540,7 @@ def embed_all(model, texts, encode, args, device, rank, world):
         with vit.autocast(args, device):
             found = model.embed_texts(padded([rows[i] for i in mine or order[:1]]).to(device))
         vectors[mine] = found[:len(mine)].cpu()
-    return vit.sum_over_ranks(vectors)
+    return vit.all_reduce_sum(vectors)
 
 
 def class_vectors(model, classes, templates, encode, args, device, rank, world):
@@ -1573,16 +1573,16 @@ def evaluate_towers(model, val, args, device, rank, world, names, vectors, encod
         seen = batch["weight"] > 0
         kept.append(x[seen.to(device)].cpu())
         positions += batch["position"][seen].tolist()
-    metrics = {"count": int(vit.sum_over_ranks(torch.tensor(len(positions))))}
+    metrics = {"count": int(vit.all_reduce_sum(torch.tensor(len(positions))))}
     metrics["bad"] = len(val.source) - metrics["count"]
     for name in sorted(vectors, reverse=True):      # the last leaves its classes.txt
-        parts = vit.to_rank_0(rows[name])
+        parts = vit.gather_objects(rows[name])
         found = vit.on_rank_0(lambda: summarise(sum(parts, []), len(val.source), args, names))
         metrics = {**{name + key: found[key] for key in ("loss", "top1", "top5")}, **metrics}
     if data.has_captions(val.source):
         captions = [val.source.caption(i) for i in positions]
         told = [i for i, caption in enumerate(captions) if caption]
-        parts = vit.from_all_ranks(([captions[i] for i in told], torch.cat(kept)[told].numpy()))
+        parts = vit.all_gather_objects(([captions[i] for i in told], torch.cat(kept)[told].numpy()))
         captions = [caption for some, _ in parts for caption in some]
         images = torch.from_numpy(np.concatenate([part for _, part in parts]))
         metrics |= retrieval(model, images, captions, encode, args, device, rank, world)
@@ -1609,7 +1609,7 @@ def retrieval(model, images, captions, encode, args, device, rank, world):
         right = similar.masked_fill(wrong, -2).max(1, keepdim=True).values
         before = (similar > right).sum(1)
         hits[1] += torch.stack([(before < k).sum() for k in (1, 5, 10)]).cpu()
-    hits = vit.sum_over_ranks(hits) / torch.tensor([[len(images)], [len(texts)]])
+    hits = vit.all_reduce_sum(hits) / torch.tensor([[len(images)], [len(texts)]])
     return {f"{way}_recall{k}": share for way, row in zip(("image_to_text", "text_to_image"),
                                                          hits.tolist())
             for k, share in zip((1, 5, 10), row)} | {"captions": len(texts)}
@@ -1689,8 +1689,8 @@ def open_text(args, name, told):
                         "sentencepiece.bpe.model)")
     text.vocabulary = text.vocabulary or size
     if size < text.vocabulary:
-        say(f"NOTE: the text tower knows {text.vocabulary:,} ids, the tokenizer has {size:,}: is "
-            "it the one that it was trained with?")
+        rank0_print(f"NOTE: the text tower knows {text.vocabulary:,} ids, the tokenizer has {size:,}: is "
+                    "it the one that it was trained with?")
     return (text, told["shapes"]["text_projection"][1] if whole else TOWERS[name]["embedding"],
             encode, content)
 
@@ -1775,7 +1775,7 @@ def zeroshot(argv):
             if classes else {}
 
     if args.predict or args.eval_only:
-        key = data.crc(repr([vit.file_mark(args.init), args.tokenizer and vit.file_mark(
+        key = data.crc(repr([vit.file_fingerprint(args.init), args.tokenizer and vit.file_fingerprint(
             args.tokenizer), classes, templates, args.precision]))
         path = Path(args.out) / f"classes-{key:08x}.npz"
         vectors = {name: torch.from_numpy(value) for name, value in data.kept_arrays(
@@ -1858,8 +1858,8 @@ def zeroshot(argv):
                 chain = chain + (scale * by_scale).sum() / accumulate
                 (chain * state["scale"]).backward()
         norm = vit.clip_gradients(model, args.clip_grad, state["scale"])
-        loss, norm, stop, due, count, long = vit.agree(
-            (loss / world, norm / world), (vit.asked_to_stop(), log.save_due(), len(bad), long))
+        loss, norm, stop, due, count, long = vit.all_reduce_floats(
+            (loss / world, norm / world), (vit.stop_requested(), log.save_due(), len(bad), long))
         finite = math.isfinite(norm)
         if finite:
             optimizer.step()
@@ -1879,7 +1879,7 @@ def zeroshot(argv):
                      {**about, "samples": state["step"] * args.batch})
             log.saved()
         if stop and not done:
-            return say(f"stopped after step {state['step']} of {steps}; the same command goes on")
+            return rank0_print(f"stopped after step {state['step']} of {steps}; the same command goes on")
 
     # ---- end
     metrics = draw_and_evaluate()
@@ -1898,7 +1898,7 @@ TASKS = {"classify": classify, "features": features, "knn": knn, "linear": linea
 
 def main(argv):
     if argv[:1] in ([], ["-h"], ["--help"]):
-        return say(__doc__)
+        return rank0_print(__doc__)
     if argv[0] not in TASKS:
         raise UserError(f"the first word is the task, one of: {' '.join(TASKS)}; found {argv[0]!r}")
     TASKS[argv[0]](argv[1:])

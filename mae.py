@@ -31,7 +31,7 @@ from torch import nn
 import data
 import vit
 from vit import (
-    Block, LayerNorm, PatchEmbed, UserError, patchify, run_blocks, say, take, unpatchify)
+    Block, LayerNorm, PatchEmbed, UserError, patchify, run_blocks, rank0_print, gather_tokens, unpatchify)
 
 RECIPES = vit.table("decoder_width decoder_depth decoder_heads batch length base_lr", {
     "nano":  (96,   2,    4,        32,  {"samples": 72e3},  0.012),    # ours, for a classroom
@@ -44,7 +44,7 @@ RECIPES = vit.table("decoder_width decoder_depth decoder_heads batch length base
 BETAS, COMMON = (0.9, 0.95), {"weight_decay": 0.05, "clip_grad": 0.0, "warmup": 0.05}
 
 # What a model is made with besides the encoder's Config: arguments of MAE, flags, kept in model.pt
-OWN = ("decoder_width", "decoder_depth", "decoder_heads", "norm_pix", "mask_ratio")
+MODEL_FLAGS = ("decoder_width", "decoder_depth", "decoder_heads", "norm_pix", "mask_ratio")
 
 
 def parse_flags(argv):
@@ -59,7 +59,7 @@ def parse_flags(argv):
         add(f"--decoder-{part}", type=vit.positive, help="default by model, below")
     args = parser.parse_args(argv)
     config, name, about = vit.choose_config(args, "mae")
-    told = {flag: value for flag, value in about.get("config", {}).items() if flag in OWN}
+    told = {flag: value for flag, value in about.get("config", {}).items() if flag in MODEL_FLAGS}
     vit.fill_recipe(args, {"norm_pix": True, "mask_ratio": 0.75, **RECIPES[name], **COMMON, **told})
     if args.decoder_width % args.decoder_heads or args.decoder_width % 4:
         raise UserError(f"--decoder-width {args.decoder_width} must be divisible by "
@@ -72,7 +72,7 @@ def parse_flags(argv):
 # The algorithm
 # ======================================================================================
 
-def kept_patches(patches, ratio):
+def num_visible(patches, ratio):
     """How many of the patches the encoder sees: at least one (MAE's code rounds down)."""
     return max(1, int(patches * (1 - ratio)))
 
@@ -83,7 +83,7 @@ def random_masking(noise, ratio):
     "We sample random patches without replacement, following a uniform distribution" (the MAE
     paper, section 3): those of the smallest noise are kept, N * (1 - ratio) of them, at least one.
     Both lists are in raster order."""
-    kept = kept_patches(noise.shape[1], ratio)
+    kept = num_visible(noise.shape[1], ratio)
     shuffled = noise.argsort(dim=1, stable=True)                              # [B,N]
     return shuffled[:, :kept].sort(1).values, shuffled[:, kept:].sort(1).values
 
@@ -138,7 +138,7 @@ class MAE(nn.Module):
         """Patches [B,N,P], of which `keep` [B,V] are seen, to tokens [B,1+V,D].
 
         "A ViT but applied only on visible, unmasked patches" (MAE encoder)."""
-        x = self.patch_embed(take(patches, keep)) + take(self.pos_embed[:, 1:], keep)  # [B,V,D]
+        x = self.patch_embed(gather_tokens(patches, keep)) + gather_tokens(self.pos_embed[:, 1:], keep)  # [B,V,D]
         first = self.cls_token + self.pos_embed[:, :1]                      # [1,1,D]
         x = torch.cat([first.expand(len(x), -1, -1), x], 1)                 # [B,1+V,D]
         return self.norm(run_blocks(self.blocks, x, self.recompute))        # [B,1+V,D]
@@ -153,7 +153,7 @@ class MAE(nn.Module):
         x = torch.cat([self.decoder_embed(x), self.mask_token.expand(B, hidden, -1)], 1)
         first = torch.zeros_like(keep[:, :1])                               # [B,1]
         index = torch.cat([first, 1 + keep, 1 + masked], 1)                 # [B,1+N]
-        x = x + take(self.decoder_pos_embed, index)                         # [B,1+N,d]
+        x = x + gather_tokens(self.decoder_pos_embed, index)                         # [B,1+N,d]
         return self.decoder_norm(run_blocks(self.decoder_blocks, x, self.recompute))
 
     def losses(self, images, noise):
@@ -164,7 +164,7 @@ class MAE(nn.Module):
         keep, masked = random_masking(noise, self.mask_ratio)               # [B,V] [B,N-V]
         x = self.decode(self.encode(patches, keep), keep, masked)           # [B,1+N,d]
         predicted = self.decoder_pred(x[:, 1 + keep.shape[1]:])             # [B,N-V,P]
-        target = pixel_targets(take(patches, masked), self.norm_pix)        # [B,N-V,P]
+        target = pixel_targets(gather_tokens(patches, masked), self.norm_pix)        # [B,N-V,P]
         error = (predicted.to(target.dtype) - target).square().mean(-1)     # [B,N-V]
         return error.sum(1) / max(1, masked.shape[1])                       # [B]
 
@@ -177,7 +177,7 @@ class MAE(nn.Module):
         keep, masked = random_masking(noise, self.mask_ratio)               # [B,V] [B,N-V]
         x = self.decode(self.encode(patches, keep), keep, masked)           # [B,1+N,d]
         place = torch.cat([keep, masked], 1).argsort(1)                     # [B,N]
-        return take(self.decoder_pred(x[:, 1:]), place)                     # [B,N,P]
+        return gather_tokens(self.decoder_pred(x[:, 1:]), place)                     # [B,N,P]
 
 
 # ======================================================================================
@@ -195,7 +195,7 @@ def evaluate(model, val, args, device, rank, world):
         with vit.autocast(args, device):
             losses = model.losses(images, noise).cpu().double()             # [B]
         sums += torch.stack([(losses * batch["weight"]).sum(), batch["weight"].sum().double()])
-    total, count = vit.sum_over_ranks(sums).tolist()
+    total, count = vit.all_reduce_sum(sums).tolist()
     return {"loss": total / count, "count": int(count), "bad": len(val.source) - int(count)}
 
 
@@ -239,9 +239,9 @@ def predict(model, args, device):
     path = Path(args.out) / "reconstruction.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_reconstruction(model, torch.stack(rows), torch.arange(len(rows)), args, device, path)
-    say(f"wrote {path}: {len(rows)} pictures, {100 * args.mask_ratio:.0f}% masked, predicted as "
-        + ("pixels normalised by patch, shown with each true patch's mean and deviation"
-           if args.norm_pix else "plain pixels"))
+    rank0_print(f"wrote {path}: {len(rows)} pictures, {100 * args.mask_ratio:.0f}% masked, predicted as "
+                + ("pixels normalised by patch, shown with each true patch's mean and deviation"
+                   if args.norm_pix else "plain pixels"))
 
 
 # ======================================================================================
@@ -250,7 +250,7 @@ def predict(model, args, device):
 
 def main(argv):
     args, config, about = parse_flags(argv)
-    own = {flag: getattr(args, flag) for flag in OWN}
+    own = {flag: getattr(args, flag) for flag in MODEL_FLAGS}
     make = lambda: MAE(config, **own)
     example = lambda batch: (torch.empty(batch, config.channels, *config.image),
                              torch.empty(batch, config.patches))
@@ -267,8 +267,8 @@ def main(argv):
             raise UserError(f"{args.init} holds an encoder only: a reconstruction needs the "
                             "decoder too, as in runs/mae/model.pt or MAE's full files")
         if using and "norm_pix" not in about.get("config", {}):
-            say(f"{args.init} does not say what it predicts: taken as "
-                f"{'normalised' if args.norm_pix else 'plain'} pixels; see --norm-pix")
+            rank0_print(f"{args.init} does not say what it predicts: taken as "
+                        f"{'normalised' if args.norm_pix else 'plain'} pixels; see --norm-pix")
     if args.predict:
         return predict(model, args, device)
 
@@ -280,10 +280,10 @@ def main(argv):
         return vit.report(args, evaluate(model, val, args, device, rank, world))
     train_data = data.open_data(*args.data, **places)
     if args.data == ["world"] and config.width > 192:
-        say("NOTE: training on the built-in world, which is made for nano and tiny; see --data")
-    if kept_patches(config.patches, args.mask_ratio) == config.patches:
-        say(f"NOTE: --mask-ratio {args.mask_ratio} hides none of {config.patches} patches: there "
-            "is nothing to learn")
+        rank0_print("NOTE: training on the built-in world, which is made for nano and tiny; see --data")
+    if num_visible(config.patches, args.mask_ratio) == config.patches:
+        rank0_print(f"NOTE: --mask-ratio {args.mask_ratio} hides none of {config.patches} patches: there "
+                    "is nothing to learn")
     train = data.Samples(train_data, config.image, config.channels, data.random_resized_crop,
                          args.seed, max_pixels=args.max_pixels)
     steps, micro, accumulate, peak = vit.derive(args, len(train_data), world)
@@ -329,8 +329,8 @@ def main(argv):
                 (part_loss * state["scale"]).backward()
             loss += part_loss.detach()
         norm = vit.clip_gradients(model, args.clip_grad, state["scale"])
-        loss, norm, stop, due, found = vit.agree(
-            (loss / world, norm / world), (vit.asked_to_stop(), log.save_due(), len(bad)))
+        loss, norm, stop, due, found = vit.all_reduce_floats(
+            (loss / world, norm / world), (vit.stop_requested(), log.save_due(), len(bad)))
         finite = math.isfinite(norm)
         if finite:
             optimizer.step()
@@ -347,7 +347,7 @@ def main(argv):
                      {**describe, "samples": state["step"] * args.batch})
             log.saved()
         if stop and not done:
-            return say(f"stopped after step {state['step']} of {steps}; the same command goes on")
+            return rank0_print(f"stopped after step {state['step']} of {steps}; the same command goes on")
 
     # ---- end
     metrics = draw_and_evaluate()

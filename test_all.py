@@ -225,7 +225,7 @@ def test_mask_keeps_the_smallest_noise():
 
 
 def test_positions_agree_with_the_original():
-    table = vit.sincos_positions(64, (4, 4))[0].double()
+    table = vit.sincos_pos_embed(64, (4, 4))[0].double()
     assert close(table.sum(), 525.9784436438931) and not table[0].any()
     assert close(table[5, [0, 1, 16, 17, 32, 33, 48, 49]],
                  [0, 0, 1, 1, 0.84147096, 0.53316844, 0.54030228, 0.84600914])
@@ -249,13 +249,13 @@ def test_vit_agrees_with_the_original():
 
 def test_positions_are_resized_in_two_dimensions():
     table = wave(1, 17, 64, step=0.37)
-    plain = vit.resize_positions(table, (4, 4), (6, 5))
+    plain = vit.resize_pos_embed(table, (4, 4), (6, 5))
     assert close(plain[:, 1:].sum(), -5.411830383103756)
     assert close(plain[0, 7, :3], [-0.7029451452417349, -0.8745811351979863, -0.927846671350764])
-    smooth = vit.resize_positions(table.float(), (4, 4), (6, 5), antialias=True)   # timm: float32
+    smooth = vit.resize_pos_embed(table.float(), (4, 4), (6, 5), antialias=True)   # timm: float32
     assert close(smooth.double().sum(), -2.052218657949293)
     assert torch.equal(plain[:, 0], table[:, 0])                    # the class token's row
-    assert vit.resize_positions(table, (4, 4), (4, 4)) is table     # equal grid: bit-equal
+    assert vit.resize_pos_embed(table, (4, 4), (4, 4)) is table     # equal grid: bit-equal
 
 
 def test_patchify_is_what_a_loop_does_and_can_be_undone():
@@ -432,8 +432,8 @@ def hugging_face_vitmae(version):
         norm = "norm" in name and name.endswith("weight")
         # transformers makes its models in float32, and the reference was filled there
         tensors[name] = (value.reshape(shape) + (1 if norm else 0)).float().double()
-    tensors["vit.embeddings.position_embeddings"] = vit.sincos_positions(D, (4, 4)).double()
-    tensors["decoder.decoder_pos_embed"] = vit.sincos_positions(d, (4, 4)).double()
+    tensors["vit.embeddings.position_embeddings"] = vit.sincos_pos_embed(D, (4, 4)).double()
+    tensors["decoder.decoder_pos_embed"] = vit.sincos_pos_embed(d, (4, 4)).double()
     if version == 5:
         return tensors
     older = (("vit.layers", "vit.encoder.layer"), ("q_proj", "attention.query"),
@@ -453,7 +453,7 @@ def test_hugging_face_vitmae_gives_its_own_loss():
         save(path, tensors)
         with float64():
             model = MAE(SMALL, 48, 1, 4)
-        done = vit.load_weights(model, path, say=str)
+        done = vit.load_weights(model, path, log=str)
         assert not done["new"] and not done["unused"]
         loss = model(wave(2, 3, 32, 32), noise=wave(2, 16, step=1.7, f=torch.cos))
         assert close(loss.item(), 1.3166285490526304)
@@ -471,7 +471,7 @@ def test_weights_load_whatever_wraps_them():
         save = vit.write_safetensors if ending == ".safetensors" else lambda path, x: torch.save(
             x, path)
         save(path, content)
-        vit.load_weights(other, path, say=said.append)
+        vit.load_weights(other, path, log=said.append)
         assert equal(state, other.state_dict())
         assert "(100.0% of parameters)" in said[-1] and "new: none; unused: none" in said[-1]
     foreign = folder() / "foreign.pt"
@@ -480,7 +480,7 @@ def test_weights_load_whatever_wraps_them():
     flat = {**state, "patch_embed.proj.weight": torch.zeros(64, 192)}
     torch.save(flat, foreign)
     refused("it lacks patch_embed.proj.weight of 4 dimensions", vit.config_from, foreign)
-    done = vit.load_weights(ViT(SMALL), path, say=said.append)       # an encoder takes its part
+    done = vit.load_weights(ViT(SMALL), path, log=said.append)       # an encoder takes its part
     assert "unused: mask_token, decoder_pos_embed, dec" in said[-1] and not done["new"]
 
 
@@ -523,10 +523,10 @@ def test_weights_of_another_grid_are_resized():
     small, path = MAE(SMALL, 48, 1, 4), folder() / "model.pt"
     torch.save(small.state_dict(), path)
     wide = MAE(Config(64, 2, 4, 8, (16, 64)), 48, 1, 4)
-    vit.load_weights(wide, path, say=str)
+    vit.load_weights(wide, path, log=str)
     for name in ("pos_embed", "decoder_pos_embed"):
         table = getattr(small, name)
-        assert torch.equal(getattr(wide, name), vit.resize_positions(table, (4, 4), (2, 8)))
+        assert torch.equal(getattr(wide, name), vit.resize_pos_embed(table, (4, 4), (2, 8)))
 
 
 # ======================================================================================
@@ -1447,7 +1447,7 @@ def fake_step(how, ranks, node, micro, recompute=False):
     local = lambda tensors: sum(getattr(one, "_local_tensor", one).numel() for one in tensors)
     try:
         with FakeTensorMode():
-            own = {name: value for name, value in mae.RECIPES["2b"].items() if name in mae.OWN}
+            own = {name: value for name, value in mae.RECIPES["2b"].items() if name in mae.MODEL_FLAGS}
             model, wrapped = vit.build(lambda: MAE(Config.named("2b"), **own), args,
                                        torch.device("cpu"), ("losses", "predict"))
             optimizer = torch.optim.AdamW(vit.decay_groups(model, 0.05), lr=1e-4, fused=True)
@@ -2197,7 +2197,7 @@ def test_layer_decay_follows_the_formula():
         with torch.device("meta"):
             model = ViT(Config.named(size), 10, pool)
         L, names = model.config.depth, {p: name for name, p in model.named_parameters()}
-        groups, seen = vit.decay_groups(model, 0.05, finetune.EXEMPT, 0.65), 0
+        groups, seen = vit.decay_groups(model, 0.05, finetune.NO_DECAY, 0.65), 0
         for group in groups:
             for p in group["params"]:
                 first, *rest = names[p].split(".")
@@ -2585,7 +2585,7 @@ def test_features_are_what_the_encoder_makes_of_whole_images():
     metrics, out = asked("features", *flags)
     config, _ = vit.config_from(init)
     model = ViT(Config(config.width, config.depth, config.heads, config.patch, 32))
-    vit.load_weights(model, init, say=lambda text: None)
+    vit.load_weights(model, init, log=lambda text: None)
     source = data.open_data(photos())
     samples = data.Samples(source, (32, 32), 3, data.centre_crop, shuffle=False)
     batch = samples.__getitems__(range(20))

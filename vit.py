@@ -149,13 +149,13 @@ def unpatchify(patches, patch, grid, channels=3):
     return x.reshape(-1, channels, grid[0] * patch, grid[1] * patch)        # [B,C,H,W]
 
 
-def take(tokens, index):
+def gather_tokens(tokens, index):
     """Pick tokens [B or 1, N, D] by index [B,V] along the second dimension: [B,V,D]."""
     tokens = tokens.expand(len(index), -1, -1)
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def sincos_positions(width, grid):
+def sincos_pos_embed(width, grid):
     """Sine-cosine positions [1, 1+N, D] of a grid (H, W); the class token's row is zero (MAE).
 
     A quarter of the channels each: sine and cosine of the column, sine and cosine of the row."""
@@ -166,7 +166,7 @@ def sincos_positions(width, grid):
     return F.pad(table, (0, 0, 1, 0))[None].to(torch.get_default_dtype())   # [1,1+N,D]
 
 
-def resize_positions(table, old, new, antialias=False):
+def resize_pos_embed(table, old, new, antialias=False):
     """Resize positions [1, 1+N, D] from grid `old` to grid `new`, bicubically in 2-D.
 
     The class token's row is not touched; equal grids return the table itself, bit by bit.
@@ -348,7 +348,7 @@ def initial_value(name, shape, grid, seed, starts={}):
     The others are MAE's. A generator for each name (not one for the model) makes the value
     independent of the order of construction: every rank and layout starts from the same weights."""
     if name.endswith("pos_embed"):
-        return sincos_positions(shape[-1], grid)
+        return sincos_pos_embed(shape[-1], grid)
     if len(shape) == 1:
         return torch.full(shape, starts.get(name, 1.0 if name.endswith("weight") else 0.0))
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -442,7 +442,7 @@ def environment():
         ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))))
 
 
-def say(text):
+def rank0_print(text):
     """Print a line, once for all ranks."""
     if environment().rank == 0:
         print(text, flush=True)
@@ -589,7 +589,7 @@ def add_plan_flags(add):
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 stop_requests = []      # signals received
 PARENT = os.getppid()
-hosts = None            # the process group of on_rank_0 and from_all_ranks; made by start
+gloo_group = None            # the process group of on_rank_0 and from_all_ranks; made by start
 
 
 def start(args):
@@ -619,21 +619,21 @@ def start(args):
                             "GPUs; give torchrun --nproc-per-node gpu")
         torch.cuda.set_device(device)
         if neighbours < torch.cuda.device_count():
-            say(f"{torch.cuda.device_count()} GPUs visible, {neighbours} used: "
-                "add --nproc-per-node gpu")
+            rank0_print(f"{torch.cuda.device_count()} GPUs visible, {neighbours} used: "
+                        "add --nproc-per-node gpu")
     else:
         torch.set_num_threads(max(1, cpu_cores() // neighbours))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         threading.Thread(target=watch_torchrun, daemon=True).start()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
-    global hosts
+    global gloo_group
     # For what ranks tell each other as Python objects. It is patient: some wait while others index
     # their part of the data or write a checkpoint, longer than one waits for lost gradients.
-    hosts = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if world > 1 else None
+    gloo_group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if world > 1 else None
     same = {f"--{flag.replace('_', '-')}": value for flag, value in vars(args).items()}
     same |= {"device": kind, "precision": str(autocast_dtype(args, device)),
-             "a file for --init of": args.init and file_mark(args.init),
+             "a file for --init of": args.init and file_fingerprint(args.init),
              "ranks on its node": args.parallel == "hsdp" and neighbours}
     require_same(same)
     if args.workers is None:
@@ -653,7 +653,7 @@ def listen_for_signals():
         signal.signal(name, note)
 
 
-def asked_to_stop():
+def stop_requested():
     """Whether this process got a signal, or torchrun was killed and left it behind."""
     return bool(stop_requests) or left_behind()
 
@@ -681,7 +681,7 @@ def watch_torchrun():
         time.sleep(1)
 
 
-def file_mark(path):
+def file_fingerprint(path):
     """Size and CRC of both ends of a file: a zip, as torch writes, has CRCs of all of it there."""
     with open(path, "rb") as file:
         size, ends = os.fstat(file.fileno()).st_size, file.read(1 << 20)
@@ -694,35 +694,35 @@ def cpu_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def from_all_ranks(value):
+def all_gather_objects(value):
     """Every rank's value, in a list, on every rank."""
-    values = [value] * joined()[1]
+    values = [value] * get_world_size()
     if dist.is_initialized():
-        dist.all_gather_object(values, value, group=hosts)
+        dist.all_gather_object(values, value, group=gloo_group)
     return values
 
 
-def to_rank_0(value):
+def gather_objects(value):
     """Every rank's value, in a list, on rank 0; None on the others."""
     if not dist.is_initialized():
         return [value]
-    values = [None] * joined()[1] if joined()[0] == 0 else None
-    dist.gather_object(value, values, group=hosts)
+    values = [None] * get_world_size() if get_rank() == 0 else None
+    dist.gather_object(value, values, group=gloo_group)
     return values
 
 
-def sum_over_ranks(tensor):
+def all_reduce_sum(tensor):
     """The sum of a tensor over all ranks, on every rank."""
     if dist.is_initialized():
-        dist.all_reduce(tensor, group=hosts if tensor.device.type == "cpu" else None)
+        dist.all_reduce(tensor, group=gloo_group if tensor.device.type == "cpu" else None)
     return tensor
 
 
-def gathered(tensor):
+def all_gather_rows(tensor):
     """The rows of all ranks' tensors [n,…], rank after rank, on every rank; n is alike on all."""
     if not dist.is_initialized():
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(joined()[1])]
+    parts = [torch.empty_like(tensor) for _ in range(get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
 
@@ -731,17 +731,22 @@ def average_gradients(parameters):
     """Make gradients the mean of those of all ranks, of what is trained without DDP or FSDP."""
     for parameter in parameters if dist.is_initialized() else ():
         dist.all_reduce(parameter.grad)
-        parameter.grad.div_(joined()[1])
+        parameter.grad.div_(get_world_size())
 
 
-def joined():
-    """(rank, world) of the process group; (0, 1) where none was joined, whatever torchrun said."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def get_rank():
+    """This process's number in the process group; 0 where there is no group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size():
+    """The number of processes in the process group; 1 where there is no group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def require_same(values):
     """Raise UserError, on every rank, unless all ranks have the same {name: value}."""
-    for rank, theirs in enumerate(from_all_ranks(values)):
+    for rank, theirs in enumerate(all_gather_objects(values)):
         for name, value in values.items():
             if theirs[name] != value:
                 raise UserError(f"rank {rank} has {name} {theirs[name]}, this one {value}: start "
@@ -751,13 +756,13 @@ def require_same(values):
 def on_rank_0(action):
     """The result of action(), called by rank 0 alone; what it raises, every rank raises."""
     told = [None, None]
-    if joined()[0] == 0:
+    if get_rank() == 0:
         try:
             told[0] = action()
         except (UserError, OSError) as error:
             told[1] = str(error)
     if dist.is_initialized():
-        dist.broadcast_object_list(told, group=hosts)
+        dist.broadcast_object_list(told, group=gloo_group)
     result, problem = told
     if problem:
         raise UserError(problem)
@@ -886,11 +891,11 @@ def derive(args, images, world, together=1):
     steps = max(1, int(samples // args.batch))
     lr = args.lr if args.lr is not None else args.base_lr * args.batch / 256
     if 2 * micro < min(share, args.micro_batch):
-        say(f"NOTE: {share} images a rank have no divisor near --micro-batch {args.micro_batch}: "
-            f"{share // micro} parts of {micro} will be slow")
-    say(f"batch {args.batch} = {world} ranks x {micro} x {share // micro}; lr {lr:.3g}"
-        + (f" = {args.base_lr:.3g} x {args.batch}/256" if args.lr is None else "")
-        + f"; {steps:,} steps = {steps * args.batch / images:.3g} epochs of {images:,} images")
+        rank0_print(f"NOTE: {share} images a rank have no divisor near --micro-batch {args.micro_batch}: "
+                    f"{share // micro} parts of {micro} will be slow")
+    rank0_print(f"batch {args.batch} = {world} ranks x {micro} x {share // micro}; lr {lr:.3g}"
+                + (f" = {args.base_lr:.3g} x {args.batch}/256" if args.lr is None else "")
+                + f"; {steps:,} steps = {steps * args.batch / images:.3g} epochs of {images:,} images")
     return steps, micro, share // micro, lr
 
 
@@ -937,8 +942,8 @@ def build(make, args, device, methods=(), frozen=False):
             register_fsdp_forward_method(model, name)
     model.to_empty(device=device)
     init_weights(model, getattr(args, "seed", 0))
-    say(f"model: {count / 1e6:.1f}M parameters; {how} on {world} x {device.type}, "
-        f"{str(autocast_dtype(args, device) or torch.float32).removeprefix('torch.')}")
+    rank0_print(f"model: {count / 1e6:.1f}M parameters; {how} on {world} x {device.type}, "
+                f"{str(autocast_dtype(args, device) or torch.float32).removeprefix('torch.')}")
     if frozen:
         model.requires_grad_(False)
     elif how == "ddp":
@@ -1035,7 +1040,7 @@ def averaged(model, ema):
         swap()
 
 
-def agree(tensors, numbers):
+def all_reduce_floats(tensors, numbers):
     """Sum scalar tensors on the device and plain numbers over all ranks: returns floats.
 
     The one host wait of a step. What one rank alone knows (a signal, a bad image, its loss, rank
@@ -1074,8 +1079,8 @@ def note_step(state, finite, batch):
     state["skipped"] += 1
     state["skipped_in_a_row"] += 1
     first = (state["step"] - 1) * batch
-    say(f"step {state['step']} skipped: its gradient is not finite; "
-        f"positions {first} to {first + batch - 1}")
+    rank0_print(f"step {state['step']} skipped: its gradient is not finite; "
+                f"positions {first} to {first + batch - 1}")
     if state["skipped_in_a_row"] == 10:
         raise UserError("ten steps in a row had gradients that are not finite; the last checkpoint "
                         "is good: try a lower --lr, --clip-grad 1 or --precision fp32")
@@ -1114,7 +1119,7 @@ def open_run(args, stage, found, model):
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     found = {**found, "weights": f"{len(shapes)} (CRC {zlib.crc32(repr(shapes).encode()):08x})"}
     work = on_rank_0(lambda: prepare_folder(args, stage, found))
-    if len(set(from_all_ranks(read_json(Path(args.out) / "config.json").get("started")))) > 1:
+    if len(set(all_gather_objects(read_json(Path(args.out) / "config.json").get("started")))) > 1:
         raise UserError(f"--out {args.out} is not the same folder on every node; use a shared one")
     listen_for_signals()
     return work
@@ -1152,7 +1157,7 @@ def prepare_folder(args, stage, found):
         moved = next(name for i in itertools.count(1)
                      if not (name := out.with_name(f"{out.name}.{i}")).exists())
         out.rename(moved)
-        say(f"moved the earlier run to {moved}")
+        rank0_print(f"moved the earlier run to {moved}")
         if (moved / "index").is_dir():          # of the data, not of the run
             out.mkdir()
             (moved / "index").rename(out / "index")
@@ -1183,7 +1188,7 @@ def prepare_folder(args, stage, found):
             raise UserError(f"the run in {out} has other flags: {', '.join(changed)}; give the old "
                             "ones, another --out, --resume none or --allow-changed")
         if finished.exists() and not changed:
-            say(f"the run in {out} is finished; --resume none starts it again")
+            rank0_print(f"the run in {out} is finished; --resume none starts it again")
             return False
         finished.unlink(missing_ok=True)
     content = {"stage": stage, "flags": flags, "found": found, "ranks": environment().world,
@@ -1266,7 +1271,7 @@ def save(args, model, optimizer, state, about, ema=None):
                         "checkpoint before is whole, and the same command goes on from it"
                         ) from error
     mine = [*aside.glob(f"__{rank}_*"), *(aside.glob(".metadata") if rank == 0 else ())]
-    sums = from_all_ranks({path.name: crc(path) for path in mine})
+    sums = all_gather_objects({path.name: crc(path) for path in mine})
     on_rank_0(complete)
 
 
@@ -1285,10 +1290,10 @@ def restore(args, model, optimizer, state, ema=None):
         sums = complete.get("crc", {})
         broken = [name for name in sorted(sums)[rank::world]
                   if not (folder / name).is_file() or crc(folder / name) != sums[name]]
-        broken = [name for part in from_all_ranks(broken) for name in part]
+        broken = [name for part in all_gather_objects(broken) for name in part]
         if broken or not sums:
-            say(f"{folder} is damaged ({', '.join(broken) or 'complete.json'}): going back to the "
-                "one before")
+            rank0_print(f"{folder} is damaged ({', '.join(broken) or 'complete.json'}): going back to the "
+                        "one before")
             damaged.append(folder)
             continue
         # The optimizer's numbers are this command's, which may have been allowed to change.
@@ -1302,7 +1307,7 @@ def restore(args, model, optimizer, state, ema=None):
         for group, values in zip(optimizer.param_groups, numbers):
             group.update(values)
         on_rank_0(lambda: set_aside(damaged))
-        say(f"going on from {folder}")
+        rank0_print(f"going on from {folder}")
         old = {**complete["state"], "skipped_in_a_row": 0}
         return old if old["half"] == state["half"] else {
             **old, **{key: state[key] for key in ("half", "scale", "calm")}}
@@ -1438,7 +1443,7 @@ class Log:
             self.write({"step": self.done, "samples": self.done * self.args.batch, **values})
             text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             self.bar.clear()
-            say(f"step {self.done}: {text}")
+            rank0_print(f"step {self.done}: {text}")
         if self.rank == 0:
             draw_curves(self.records(), self.path.with_name("curves.png"))
         self.restart()
@@ -1551,35 +1556,35 @@ def plan(args, make, example, training=None):
         weights, gradients, adam = 4 * count / shards, 4 * trained / shards, 8 * trained / shards
         # ddp: autocast's copies of the weights. Sharded: two blocks and what is in none, with its
         # gradients, and a block's gradients before and after they are turned to fp32
-        gathered = fixed[0] if how == "ddp" else (
+        all_gather_rows = fixed[0] if how == "ddp" else (
             (2 * half + half + 4) * max(blocks) + 8 * (count - sum(blocks)))
         for recompute in (False, True):
             kept = micro * image[int(recompute)]
-            total = weights + adam + gathered + (
+            total = weights + adam + all_gather_rows + (
                 kept + gradients if micro < share else max(kept, gradients))
-            room = args.memory * 1e9 - weights - gradients - adam - gathered
+            room = args.memory * 1e9 - weights - gradients - adam - all_gather_rows
             rows.append({"parallel": how, "checkpoint": recompute, **{
                 name: round(value / 1e9, 3) for name, value in (
                     ("weights", weights), ("gradients", gradients), ("adam", adam),
-                    ("gathered", gathered), ("activations", kept), ("total", total))},
+                    ("gathered", all_gather_rows), ("activations", kept), ("total", total))},
                 "largest": max(0, int(room / image[int(recompute)]))})
     flops = forward_flops(make, example)
     step = args.batch * ((training or 3 * flops) + flops * args.activation_checkpoint)
     seconds = step / (args.ranks * PEAKS[args.gpu] * args.mfu)
     samples = args.samples or (args.steps or 0) * args.batch
     million, hours = seconds / args.batch * 1e6 / 3600, seconds / args.batch * samples / 3600
-    say(f"{count / 1e6:,.1f}M parameters; forward {flops / 1e9:.4g} GFLOP an image, a step of "
-        f"{args.batch} images {step / 1e15:.4g} PFLOP: {seconds:.3g} s on {args.ranks} {args.gpu} "
-        f"at {100 * args.mfu:g}% of their peak; a million images {million:.4g} h"
-        + (f", the run of {samples:,.0f} {hours:.4g} h" if samples else ""))
-    say(f"GB a rank with micro-batches of {micro}; largest: the largest micro-batch in "
-        f"{args.memory:g} GB")
+    rank0_print(f"{count / 1e6:,.1f}M parameters; forward {flops / 1e9:.4g} GFLOP an image, a step of "
+                f"{args.batch} images {step / 1e15:.4g} PFLOP: {seconds:.3g} s on {args.ranks} {args.gpu} "
+                f"at {100 * args.mfu:g}% of their peak; a million images {million:.4g} h"
+                + (f", the run of {samples:,.0f} {hours:.4g} h" if samples else ""))
+    rank0_print(f"GB a rank with micro-batches of {micro}; largest: the largest micro-batch in "
+                f"{args.memory:g} GB")
     for row in (rows[0].keys(), *(row.values() for row in rows)):
-        say("".join(f"{str(value):>12}" for value in row))
-    say(json.dumps({"parameters": count, "flops_per_image": flops, "flops_per_step": step,
-                    "micro_batch": micro, "seconds_per_step": seconds,
-                    "hours": hours if samples else None, "hours_per_million_images": million,
-                    "memory_gb": rows}))
+        rank0_print("".join(f"{str(value):>12}" for value in row))
+    rank0_print(json.dumps({"parameters": count, "flops_per_image": flops, "flops_per_step": step,
+                            "micro_batch": micro, "seconds_per_step": seconds,
+                            "hours": hours if samples else None, "hours_per_million_images": million,
+                            "memory_gb": rows}))
 
 
 # ======================================================================================
@@ -1744,12 +1749,12 @@ def summary(names):
 
 
 # What a file may hold besides what a model takes: heads, decoders and text towers
-EXTRAS = ("decoder_*", "mask_token", "embeddings.mask_token", "head.*", "norm.*", "fc_norm.*",
+IGNORED_TENSORS = ("decoder_*", "mask_token", "embeddings.mask_token", "head.*", "norm.*", "fc_norm.*",
           "pooler.*", "text_encoder.*", "text_projection", "vision_projection", "logit_scale")
 
 
 @torch.no_grad()
-def load_weights(model, path, new=(), renew=(), say=say, rename=our_names):
+def load_weights(model, path, new=(), renew=(), log=rank0_print, rename=our_names):
     """Fill a model from a file, whoever wrote it, and print what was done in one line.
 
     `new` lists patterns of tensors that the file may lack ("decoder_*"); they keep their values, as
@@ -1772,12 +1777,12 @@ def load_weights(model, path, new=(), renew=(), say=say, rename=our_names):
                 missing.append(name)
             continue
         if name.endswith("pos_embed") and value.dim() == 3 and value.shape[2] == target.shape[2]:
-            value = resize_positions(value, file_grid(value, about), model.config.grid)
+            value = resize_pos_embed(value, file_grid(value, about), model.config.grid)
         if value.shape != target.shape:
             wrong.append(f"{name} {list(value.shape)} instead of {list(target.shape)}")
         values[name] = value
     left = [name for name in tensors if name not in targets
-            and not any(fnmatch(name, pattern) for pattern in EXTRAS)]
+            and not any(fnmatch(name, pattern) for pattern in IGNORED_TENSORS)]
     if missing or wrong or left:
         more = lambda names: ", ".join(names[:3]) + (
             f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -1791,8 +1796,8 @@ def load_weights(model, path, new=(), renew=(), say=say, rename=our_names):
     unused = [name for name in tensors if name not in values]
     filled = sum(targets[name].numel() for name in values)
     total = sum(target.numel() for target in targets.values())
-    say(f"loaded {len(values)} of {len(targets)} tensors ({100 * filled / total:.1f}% of "
-        f"parameters) from {path}; new: {summary(fresh)}; unused: {summary(unused)}")
+    rank0_print(f"loaded {len(values)} of {len(targets)} tensors ({100 * filled / total:.1f}% of "
+                f"parameters) from {path}; new: {summary(fresh)}; unused: {summary(unused)}")
     return {"loaded": list(values), "new": fresh, "unused": unused}
 
 
@@ -1903,7 +1908,7 @@ def main(argv):
         about["config"] = {**vars(config), **about.get("config", {})}
         write_aside(out, lambda path: torch.save(
             {"model": {name: tensor.clone() for name, tensor in tensors.items()}, **about}, path))
-    say(f"wrote {len(tensors)} tensors of {source} to {out}")
+    rank0_print(f"wrote {len(tensors)} tensors of {source} to {out}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 import data
 import vit
-from vit import UserError, ViT, say
+from vit import UserError, ViT, rank0_print
 
 RECIPES = vit.table("batch length base_lr smallest_crop", {
     # not published; base and up: 4e-4 at a batch of 8192, the usual values of such runs
@@ -42,8 +42,8 @@ RECIPES = vit.table("batch length base_lr smallest_crop", {
 })
 COMMON = {"weight_decay": 0.1, "clip_grad": 1.0, "warmup": 0.05}
 BETAS = 0.9, 0.999          # not published; AdamW's own
-SHOWN = 5 / 3               # 3 billion images make an epoch of 5 billion (paper)
-EXEMPT = "pos_embed", "cls_token"       # from weight decay, as in MAE's finetuning
+EPOCH_REPEAT = 5 / 3               # 3 billion images make an epoch of 5 billion (paper)
+NO_DECAY = "pos_embed", "cls_token"       # from weight decay, as in MAE's finetuning
 
 
 def parse_flags(argv):
@@ -111,7 +111,7 @@ def solve_scale(counts, by_rarest, most):
     low, high = counts.min(), counts.max() * most ** 2
     for _ in range(100):
         middle = math.sqrt(low * high)
-        if (repeats(counts, middle, most) * by_rarest).sum() < SHOWN * by_rarest.sum():
+        if (repeats(counts, middle, most) * by_rarest).sum() < EPOCH_REPEAT * by_rarest.sum():
             low = middle
         else:
             high = middle
@@ -132,10 +132,10 @@ def open_tags(args, source, places):
     about = {**json.loads(found["about"].tobytes()), "synonyms": sorted(synonyms.items())}
     tagged = data.Tagged(source, numbers_in(about["vocabulary"], synonyms), found["repeats"],
                          found["sums"])
-    say(f"{len(about['vocabulary']):,} tags on {about['tagged']:,} of {len(source):,} images, the "
-        f"others are left out; an epoch shows {len(tagged):,}"
-        + (f" (t is {about['scale']:.4g} images)" if about["scale"] else "")
-        + f"; knowing nothing scores {about[args.loss]:.4f}")
+    rank0_print(f"{len(about['vocabulary']):,} tags on {about['tagged']:,} of {len(source):,} images, the "
+                f"others are left out; an epoch shows {len(tagged):,}"
+                + (f" (t is {about['scale']:.4g} images)" if about["scale"] else "")
+                + f"; knowing nothing scores {about[args.loss]:.4f}")
     return tagged, about
 
 
@@ -159,13 +159,13 @@ def count_and_resample(args, source, synonyms):
     scale = solve_scale(counts, by_rarest, args.max_repeat) if args.resample == "sqrt" else 0.0
     tagged = data.Tagged(source, numbers, repeats(counts, scale, args.max_repeat))
     about = {"vocabulary": vocabulary, "counts": counts.astype(int).tolist(), "scale": scale,
-             **knowing_nothing(*data.count_shown(tagged, len(counts)), len(tagged)),
+             **entropy_baseline(*data.count_shown(tagged, len(counts)), len(tagged)),
              "tagged": int(by_rarest.sum()), "tags_an_image": by_length.astype(int).tolist()}
     return {"repeats": tagged.repeats, "sums": tagged.chunks,
             "about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
 
 
-def knowing_nothing(mass, images, count):
+def entropy_baseline(mass, images, count):
     """The loss, in nats, of the best constant answer to `count` images, of either --loss.
 
     `mass` [K]: the sum of 1/k over the images that have a tag, whose entropy is softmax's; `images`
@@ -178,11 +178,11 @@ def knowing_nothing(mass, images, count):
 def show_vocabulary(about):
     """--vocabulary-only: the most frequent and the rarest tags, and how many an image has."""
     pairs = [f"{tag} ({count:,})" for tag, count in zip(about["vocabulary"], about["counts"])]
-    say("most frequent: " + " ".join(pairs[:40]))
-    say("rarest: " + " ".join(pairs[40:][-40:]))
+    rank0_print("most frequent: " + " ".join(pairs[:40]))
+    rank0_print("rarest: " + " ".join(pairs[40:][-40:]))
     for k, images in enumerate(about["tags_an_image"]):
         if images:
-            say(f"{images:12,} images have {k if k < 64 else '64 or more'} known tags")
+            rank0_print(f"{images:12,} images have {k if k < 64 else '64 or more'} known tags")
 
 
 # ======================================================================================
@@ -229,12 +229,12 @@ def evaluate(model, val, args, device, rank, world, about):
         found = hits[..., :5].any(-1)[known].double()
         for row, value in zip(by_tag, (torch.ones_like(found), found, share[known].double())):
             row.index_add_(0, tags[known], value)
-    (count, *sums), by_tag = vit.sum_over_ranks(sums).tolist(), vit.sum_over_ranks(by_tag)
+    (count, *sums), by_tag = vit.all_reduce_sum(sums).tolist(), vit.all_reduce_sum(by_tag)
     if rank == 0:
         write_tags(Path(args.out) / "tags.txt", about, *by_tag[:2].tolist())
     metrics = {name: value / count for name, value in zip(
         ("loss", *(f"recall{k}" for k in tops)), sums)}
-    return {**metrics, "entropy": knowing_nothing(by_tag[2], by_tag[0], count)[args.loss],
+    return {**metrics, "entropy": entropy_baseline(by_tag[2], by_tag[0], count)[args.loss],
             "count": int(count), "bad": len(val.source) - int(count)}
 
 
@@ -278,7 +278,7 @@ def main(argv):
     args, config, told = parse_flags(argv)
     example = lambda batch: (torch.empty(batch, config.channels, *config.image),)
     if args.plan:
-        say(f"planned for {args.vocabulary_size:,} tags: see --vocabulary-size")
+        rank0_print(f"planned for {args.vocabulary_size:,} tags: see --vocabulary-size")
         return vit.plan(args, lambda: ViT(config, args.vocabulary_size), example)
     device, rank, world = vit.start(args)
 
@@ -294,8 +294,8 @@ def main(argv):
         same = told.get("vocabulary") == about["vocabulary"]
         vit.load_weights(model, args.init, renew=() if same else ("head.*",))
         if "vocabulary" in told and not same:
-            say(f"NOTE: a new head for {len(about['vocabulary'])} tags: --init's vocabulary of "
-                f"{len(told['vocabulary'])} is another one")
+            rank0_print(f"NOTE: a new head for {len(about['vocabulary'])} tags: --init's vocabulary of "
+                        f"{len(told['vocabulary'])} is another one")
     if args.predict:
         return data.print_predictions(model, config, args, device, about["vocabulary"])
     if args.eval_only:
@@ -313,7 +313,7 @@ def main(argv):
     examples = data.examples(val or data.unshuffled(tagged, args, config), device)
 
     # ---- optimizer and state
-    groups = vit.decay_groups(model, args.weight_decay, EXEMPT)
+    groups = vit.decay_groups(model, args.weight_decay, NO_DECAY)
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=BETAS, fused=True)
     state = vit.restore(args, model, optimizer, vit.fresh_state(args, device))
     data.cut_bad_list(args, state)
@@ -353,8 +353,8 @@ def main(argv):
                 (part_loss * state["scale"]).backward()
             loss += part_loss.detach()
         norm = vit.clip_gradients(model, args.clip_grad, state["scale"])
-        loss, norm, stop, due, found = vit.agree(
-            (loss / world, norm / world), (vit.asked_to_stop(), log.save_due(), len(bad)))
+        loss, norm, stop, due, found = vit.all_reduce_floats(
+            (loss / world, norm / world), (vit.stop_requested(), log.save_due(), len(bad)))
         finite = math.isfinite(norm)
         if finite:
             optimizer.step()
@@ -371,7 +371,7 @@ def main(argv):
                      {**describe, "samples": state["step"] * args.batch})
             log.saved()
         if stop and not done:
-            return say(f"stopped after step {state['step']} of {steps}; the same command goes on")
+            return rank0_print(f"stopped after step {state['step']} of {steps}; the same command goes on")
 
     # ---- end
     metrics = draw_and_evaluate()
