@@ -56,8 +56,8 @@ from tqdm import tqdm
 
 from vit import (
     RankError, UserError, all_gather_objects, all_reduce_sum, autocast, cpu_cores, environment,
-    gather_objects, get_rank, get_world_size, on_rank_0, positive, rank0_print, read_json, run,
-    write_aside)
+    gather_objects, get_rank, get_world_size, list_bad, on_rank_0, positive, rank0_print, read_json,
+    run, write_aside)
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -1799,12 +1799,12 @@ def read_pixels(image, choose_box, size, channels=3, max_pixels=178_956_970):
     return np.asarray(pixels).reshape(H, W, channels)
 
 
-def read_picture(name, config, max_pixels, choose_box=WHOLE_WIDTH):
+def read_picture(name, config, choose_box=WHOLE_WIDTH):
     """A user's picture at the size of a model's Config, a tensor [H,W,C]; without a `choose_box`,
     as much of it as fits. Raises UserError."""
     try:
         return torch.tensor(read_pixels(name, lambda w, h: choose_box(w, h, None, config.image),
-                                        config.image, config.channels, max_pixels))
+                                        config.image, config.channels))
     except (OSError, ValueError) as error:
         raise UserError(f"--predict {name} cannot be read: {error}") from error
 
@@ -1954,7 +1954,7 @@ class Samples(Dataset):
         most = max(map(len, tags), default=0)
         tags = [some + [-1] * (most - len(some)) for some in tags]
         return {"images": torch.from_numpy(images), "position": torch.from_numpy(positions),
-                "label": torch.from_numpy(labels), "tags": torch.tensor(tags, dtype=torch.int64),
+                "label": torch.from_numpy(labels), "targets": torch.tensor(tags, dtype=torch.int64),
                 "weight": torch.from_numpy(weights).float(), "bad": bad}
 
 
@@ -2006,10 +2006,16 @@ def load(samples, positions, workers, device):
         yield batch
 
 
+def training_batches(samples, args, first_step, schedule, device):
+    """Iterate over the batches of this rank from a step on, `schedule.accumulate` for each step."""
+    positions = training_positions(first_step, schedule.steps, args.batch, schedule.micro_batch,
+                                   get_rank(), get_world_size())
+    return load(samples, positions, args.workers, device)
+
+
 def unshuffled(source, args, config, choose_box=centre_crop):
     """The images of a source one after another, for an evaluation."""
-    return Samples(source, config.image, config.channels, choose_box, shuffle=False,
-                   max_pixels=args.max_pixels)
+    return Samples(source, config.image, config.channels, choose_box, shuffle=False)
 
 
 def examples(samples, device, count=8):
@@ -2019,13 +2025,14 @@ def examples(samples, device, count=8):
     return next(load(samples, [spread], 0, device))
 
 
-def validate(val, args, device, rank, world):
+def validate(val, args, device):
     """Every image of --val once, whatever the ranks: yields (images [B,C,H,W], normalised; batch).
 
     Those that cannot be read have no weight; at the end they are listed in
     OUT/bad_val_samples.txt. Raises UserError where none can be read."""
     seen, bad = torch.zeros(1), []
-    positions = validation_positions(len(val.source), args.micro_batch, rank, world)
+    positions = validation_positions(len(val.source), args.micro_batch, get_rank(),
+                                     get_world_size())
     for batch in load(val, positions, args.workers, device):
         seen, bad = seen + batch["weight"].sum(), bad + batch["bad"]
         yield normalise(batch["images"].to(device)), batch
@@ -2079,7 +2086,7 @@ def most_probable(model, pixels, args, device, names, k=5):
 def print_predictions(model, config, args, device, names, choose_box=WHOLE_WIDTH):
     """--predict: what the user's pictures most probably are."""
     for name in args.predict:
-        pixels = read_picture(name, config, args.max_pixels, choose_box)
+        pixels = read_picture(name, config, choose_box)
         best, = most_probable(model, pixels[None], args, device, names)
         rank0_print(f"{name}: " + ", ".join(f"{word} {chance:.3f}" for word, chance in best))
 
@@ -2091,7 +2098,7 @@ def draw_predictions(model, batch, args, device, names):
     predicted = most_probable(model, pixels, args, device, names)
     sheet = Image.new("RGB", (620, len(pixels) * (side + 8)), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, (image, numbers, best) in enumerate(zip(pixels.numpy(), batch["tags"], predicted)):
+    for row, (image, numbers, best) in enumerate(zip(pixels.numpy(), batch["targets"], predicted)):
         right = [names[i] for i in numbers.tolist() if i >= 0]
         top, picture = row * (side + 8) + 4, Image.fromarray(image[..., :3].squeeze())
         scale = side / max(picture.size)
@@ -2103,46 +2110,6 @@ def draw_predictions(model, batch, args, device, names):
                       "#108030" if name in right else "#606060")
     if environment().rank == 0:
         write_aside(Path(args.out) / "predictions.png", lambda aside: sheet.save(aside, "PNG"))
-
-
-def list_bad(args, bad, name, mode):
-    """Write the bad samples of all ranks, [(position, where, why)], into the file OUT/name, by
-    line; mode "a" appends, "w" writes anew. Call it on every rank; returns the whole list."""
-    bad = sorted(sum(all_gather_objects(bad), []))
-    path = Path(args.out) / name
-    if environment().rank == 0 and (bad or path.exists()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, mode, encoding="utf-8", errors="surrogateescape") as file:
-            file.writelines(f"{position}\t{where}\t{why}\n" for position, where, why in bad)
-    return bad
-
-
-def cut_bad_list(args, state):
-    """On resuming, take from bad_samples.txt what comes after the checkpoint: it is met again."""
-    path = Path(args.out) / "bad_samples.txt"
-    if environment().rank == 0 and path.exists():
-        kept = [line for line in path.read_bytes().splitlines(keepends=True)
-                if (at := line.split(b"\t")[0]).isdigit() and int(at) < state["step"] * args.batch]
-        write_aside(path, lambda aside: aside.write_bytes(b"".join(kept)))
-
-
-def note_bad(found, bad, args, state):
-    """Count and list the bad samples of a step in bad_samples.txt, and end a run with too many.
-
-    Call it on all ranks, each with its own; `found` is how many all of them have. Raises UserError
-    when more than --max-bad of the images seen (1,000 at least, so that a small data set is not
-    ended by one) are bad, or when none could be found in the place of one."""
-    if not found:
-        return
-    bad, seen = list_bad(args, bad, "bad_samples.txt", "a"), state["step"] * args.batch
-    state["bad_samples"] += len(bad)
-    _, where, why = bad[-1]
-    if state["bad_samples"] > args.max_bad * max(seen, 1000):
-        raise UserError(f"{state['bad_samples']} of {seen} images are bad, more than --max-bad "
-                        f"{args.max_bad}; see {args.out}/bad_samples.txt; the last: {where}: {why}")
-    if max(Counter(position for position, _, _ in bad).values()) > 10:
-        raise UserError(f"eleven images in a row cannot be read; see {args.out}/bad_samples.txt; "
-                        f"the last: {where}: {why}")
 
 
 # --------------------------------------------------------------------------------------
@@ -2162,7 +2129,7 @@ def write_features(path, encoder, samples, args, device, rank, world, about):
     if rank == 0:
         aside.mkdir(parents=True, exist_ok=True)
         writers = {name: open(aside / name, "wb") for name in ("features", "labels", "names")}
-    for images, batch in validate(samples, args, device, rank, world):
+    for images, batch in validate(samples, args, device):
         with autocast(args, device):
             features = encoder(images).float().cpu().numpy()                # [B,D]
         seen = batch["weight"].numpy() > 0

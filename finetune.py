@@ -1,11 +1,10 @@
-"""Stage 3: what a pretrained encoder is good for.
+"""Stage 3: use a pretrained encoder.
 
-Each task is a command of its own, `finetune.py TASK`, with flags of its own (`finetune.py TASK
---help`), and a section of this file that can be read alone. The first is what everybody does:
-
-classify: full finetuning on labelled pictures ("The effectiveness of MAE pre-pretraining for
-billion-scale pretraining", arXiv 2303.13496, section 4; the recipe at 224 pixels is that of "Masked
-Autoencoders Are Scalable Vision Learners", arXiv 2111.06377, table 9, "MAE" below).
+Each task is a command of its own, `finetune.py TASK` (`finetune.py TASK --help`), and a section of
+this file that can be read alone. The first, classify, is full finetuning on labelled images ("The
+effectiveness of MAE pre-pretraining for billion-scale pretraining", arXiv 2303.13496, section 4;
+the recipe at 224 pixels is that of "Masked Autoencoders Are Scalable Vision Learners", arXiv
+2111.06377, table 9, "MAE" below).
 
     torchrun finetune.py classify --init runs/wsp/model.pt        # built-in world: minutes on a CPU
     torchrun finetune.py classify --init runs/mae/model.pt --data photos/train --val photos/val
@@ -15,17 +14,17 @@ Autoencoders Are Scalable Vision Learners", arXiv 2111.06377, table 9, "MAE" bel
     python finetune.py classify --init maws_ft_in1k.pt --eval-only --val imagenet/val --crop squash
     python finetune.py classify --init runs/classify/model.pt --predict cat.jpg dog.jpg
 
-Expected of the first: 46% of the world's pictures named right, 43% where one starts from nothing.
+Expected of the first: 46% of the world's images classified correctly, 43% from random weights.
 
-features, knn, linear leave the encoder as it is: they write what it makes of pictures, and judge
-that by the most similar ones and by a linear layer (MAE's appendix A.1).
+features, knn, linear, lowshot leave the encoder as it is ("frozen"): they compute its features once
+and judge them by nearest neighbours, a linear classifier, or a few labelled images per class.
 
     torchrun finetune.py linear --init runs/wsp/model.pt --data photos/train --val photos/val
 
-zeroshot trains a text tower that speaks to an encoder, or uses a released one: classes are words.
+zeroshot trains a text tower for an encoder, or uses a released one: classes are given in words.
 
-    python finetune.py zeroshot --init maws_clip.pt --tokenizer sentencepiece.bpe.model --predict \\
-        cat.jpg --texts "une photo de chat" "a photo of a dog"
+    python finetune.py zeroshot --init maws_clip.pt --tokenizer tokenizer.json --predict cat.jpg \\
+        --texts "une photo de chat" "a photo of a dog"
 """
 
 import functools
@@ -36,6 +35,7 @@ from array import array
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -53,13 +53,11 @@ from vit import UserError, ViT, rank0_print
 # ======================================================================================
 
 RECIPES = {
-    # MAE's table 9; image size: the encoder's own, 224
-    "mae": dict(
+    "mae": dict(        # MAE's table 9, at the encoder's own image size, 224
         optimizer="adamw", batch=1024, weight_decay=0.05, clip_grad=0.0, final_lr=1e-6,
         pool="mean", crop="centre", smallest_crop=0.08, randaugment=9.0, erasing=0.25, mixup=0.8,
         cutmix=1.0, smoothing=0.1, ema=0.0),
-    # Not published; SWAG's (its issues 8 and 9), warmup and smallest crop ours; squashed: paper
-    "maws": dict(
+    "maws": dict(       # crop: paper; warmup, smallest crop: ours; others: SWAG's issues 8 and 9
         optimizer="sgd", batch=512, weight_decay=0.0, clip_grad=0.0, final_lr=0.0,
         pool="cls", crop="squash", smallest_crop=0.08, randaugment=0.0, erasing=0.0, mixup=0.1,
         cutmix=0.0, smoothing=0.0, ema=0.9999,
@@ -70,73 +68,87 @@ RECIPES = {
         cutmix=0.0, smoothing=0.1, ema=0.0,
         epochs=12, base_lr=2e-3, layer_decay=1.0, drop_path=0.0, warmup=0.1),
 }
-BY_MODEL = vit.table("epochs base_lr layer_decay drop_path warmup", {    # of "mae"
-    "base":  (100, 5e-4, 0.65, 0.1, 0.05),      # warmup: 5 epochs (MAE)
-    "large": (50,  1e-3, 0.75, 0.2, 0.1),
-    "huge … 6.5b": (50, 1e-3, 0.75, 0.3, 0.1),  # 2b, 6.5b: not published
-})
+MAE_BY_MODEL = {        # of the recipe mae; warmup: 5 epochs; 2b and 6.5b are not published
+    "base": dict(epochs=100, base_lr=5e-4, layer_decay=0.65, drop_path=0.1, warmup=0.05),
+    "large": dict(epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2, warmup=0.1),
+    **dict.fromkeys(("huge", "2b", "6.5b"), dict(
+        epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.3, warmup=0.1)),
+}
 BETAS = 0.9, 0.999                              # MAE
 HEAD_STD = {"mae": 2e-5, "maws": 0.0, "ours": 2e-5}     # MAE; SWAG; ours
-NO_DECAY = "pos_embed", "cls_token"               # from weight decay (MAE)
+NO_DECAY = "pos_embed", "cls_token"             # no weight decay (MAE)
 
 
 def parse_classify_flags(argv):
-    """All flags, with the recipe filled in: (args, Config, what --init's file says of itself)."""
+    """All flags, with the recipe filled in: (args, Config, file_info of --init)."""
     parser = vit.stage_parser("finetune.py classify", __doc__, {
         **{f"recipe {name}:": recipe for name, recipe in RECIPES.items()},
-        **{f"recipe mae, {name}:": row for name, row in BY_MODEL.items()}})
+        **{f"recipe mae, {name}:": recipe for name, recipe in MAE_BY_MODEL.items()}})
     parser.set_defaults(data=["world-labelled"])
     add = parser.add_argument_group("classification").add_argument
     add("--recipe", choices=RECIPES, help="mae: at 224 pixels (MAE); maws: at 512 or 518 (paper; "
         "not published in full); ours: for a classroom; default ours up to small, else mae")
-    add("--classes", metavar="FILE", help="what --init's outputs stand for: a line each, names "
+    add("--classes", metavar="FILE", help="meaning of --init's outputs: a line each, names "
         "separated by commas; default: what the file says, or the classes of the data")
     add("--class-map", metavar="FILE", help="lines of: model's class, TAB, class of --val, where "
-        "they differ; several model classes may be right for one; default: by name")
-    add("--loss", choices=("ce", "bce", "softmax"), default="ce", help="ce (default): one class an "
-        "image; softmax: 1/k on each of k; bce: a yes or no for every class")
-    add("--pool", choices=("cls", "mean"), help="what the head reads: the class token or the mean "
-        "of the patches; default by recipe, or what a finetuned --init has")
-    add("--crop", choices=("centre", "squash"), help="of an evaluation: the central 7/8, all of it "
-        "above 224 pixels (MAE), or the whole image squashed (released MAWS); default by recipe")
+        "they differ; several model classes may be correct for one; default: by name")
+    add("--loss", choices=("ce", "bce", "softmax"), default="ce", help="ce (default): one class "
+        "per image; softmax: 1/k on each of k classes; bce: binary cross-entropy for every class")
+    add("--pool", choices=("cls", "mean"), help="input of the head: the class token or the mean of "
+        "the patches; default by recipe, or as in a finetuned --init")
+    add("--crop", choices=("centre", "squash"), help="for evaluation: the central 7/8, or all of "
+        "it above 224 pixels (MAE); or the whole image squashed (released MAWS); default by recipe")
     add("--optimizer", choices=("adamw", "sgd"), help="sgd: nesterov, 0.9; default by recipe")
-    for flag, metavar, text in (
-            ("final-lr", "RATE", "where the learning rate ends, before --layer-decay"),
-            ("layer-decay", "FACTOR", "of the learning rate, from a layer to the one below; 1 off"),
-            ("drop-path", "SHARE", "of images that skip a branch of the last block; 0 off"),
-            ("smallest-crop", "SHARE", "of the image's area that a random crop has"),
-            ("randaugment", "LEVEL", "of RandAugment's two operations, up to 10; 0 off"),
-            ("erasing", "SHARE", "of images in which a rectangle is erased; 0 off"),
-            ("mixup", "ALPHA", "mix pairs of images by Beta(ALPHA, ALPHA), up to 1; 0 off"),
-            ("cutmix", "ALPHA", "paste a part of the partner instead, half of the time; 0 off"),
-            ("smoothing", "SHARE", "of the target that all classes share; 0 off"),
-            ("ema", "DECAY", "keep, evaluate and save a running average of the weights; 0 off")):
-        add(f"--{flag}", type=float, metavar=metavar, help=f"{text}; default by recipe")
+    below_1 = vit.number(0, 0.999)
+    for flag, kind, metavar, text in (
+            ("final-lr", vit.number(0), "RATE", "learning rate at the end, before --layer-decay"),
+            ("layer-decay", vit.number(1e-9, 1), "FACTOR", "learning rate of a layer relative to "
+             "the layer above it; 1 off"),
+            ("drop-path", below_1, "SHARE", "share of images that skip a branch of the last "
+             "block; 0 off"),
+            ("smallest-crop", vit.number(1e-9, 1), "SHARE", "smallest area of a random crop, as a "
+             "share of the image's"),
+            ("randaugment", vit.number(0, 10), "LEVEL", "strength of RandAugment's two "
+             "operations; 0 off"),
+            ("erasing", vit.share, "SHARE", "share of images with an erased rectangle; 0 off"),
+            ("mixup", vit.share, "ALPHA", "mix pairs of images by Beta(ALPHA, ALPHA); 0 off"),
+            ("cutmix", vit.share, "ALPHA", "paste a part of the partner instead; with mixup each "
+             "is used half of the time; 0 off"),
+            ("smoothing", below_1, "SHARE", "share of the target that is spread over all classes; "
+             "0 off"),
+            ("ema", vit.number(0, 0.999999), "DECAY", "evaluate and save an exponential moving "
+             "average of the weights; 0 off")):
+        add(f"--{flag}", type=kind, metavar=metavar, help=f"{text}; default by recipe")
     args = parser.parse_args(argv)
-    config, name, told = vit.choose_config(args, "classify")
-    args.recipe = args.recipe or ("mae" if name in BY_MODEL else "ours")
-    if args.recipe == "maws" and not args.image_size and not (args.predict or args.eval_only):
-        config.image = (config.patch * (512 // config.patch + (config.patch == 14)),) * 2
-    recipe = {**RECIPES[args.recipe], **(BY_MODEL.get(name, BY_MODEL["base"])
-                                         if args.recipe == "mae" else {})}
-    if args.predict or args.eval_only or "fc_norm.weight" in told.get("shapes", {}):
-        recipe["pool"] = told.get("config", {}).get(
-            "pool", "mean" if "fc_norm.weight" in told["shapes"] else "cls")
-    vit.fill_recipe(args, {**recipe, "crop": told.get("config", {}).get("crop", recipe["crop"])})
+    config, name, file_info = vit.choose_config(args, "classify")
+    args.recipe = args.recipe or ("mae" if name in MAE_BY_MODEL else "ours")
+    recipe = dict(RECIPES[args.recipe])
+    if args.recipe == "mae":
+        recipe |= MAE_BY_MODEL.get(name, MAE_BY_MODEL["base"])
+    in_use, in_file = args.predict or args.eval_only, file_info.get("config", {})
+    if args.recipe == "maws" and not args.image_size and not in_use:
+        side = 518 if config.patch == 14 else 512 // config.patch * config.patch
+        config.image = (side, side)
+    if "fc_norm.weight" in file_info.get("shapes", {}):     # the file's head reads the mean
+        recipe["pool"] = "mean"
+    elif in_use:
+        recipe["pool"] = in_file.get("pool", "cls")
+    vit.fill_recipe(args, {**recipe, "crop": in_file.get("crop", recipe["crop"])})
     if args.randaugment and config.channels == 4:
         raise UserError("--randaugment knows no alpha channel; give --randaugment 0")
     data.choose_val(args)
-    return args, config, told
+    return args, config, file_info
 
 
 # ======================================================================================
 # classify: targets, mixing, loss
 # ======================================================================================
 
-def targets(classes, K, smoothing, loss):
-    """What the logits should say, [B,K], of images whose classes are [B,k], -1 for none.
+def soft_targets(classes, K, smoothing, loss):
+    """The probabilities [B,K] that the model should predict, for images with classes [B,k] (-1:
+    none).
 
-    1 for each class with bce, else 1/k; less `smoothing`, which is spread over all K."""
+    1 for each class with bce, else 1/k; a share `smoothing` is spread evenly over all K."""
     known = classes >= 0                                                    # [B,k]
     hot = torch.zeros(len(classes), K + 1, device=classes.device)
     hot = hot.scatter(1, torch.where(known, classes, K), 1.0)[:, :K]        # [B,K]
@@ -145,119 +157,140 @@ def targets(classes, K, smoothing, loss):
     return (1 - smoothing) * hot + smoothing / K                            # [B,K]
 
 
-def beta(numbers, alpha):
-    """Numbers distributed as Beta(alpha, alpha), alpha in (0, 1], from uniforms [B,2,n]: [B].
+def beta(uniforms, alpha):
+    """Numbers [B] distributed as Beta(alpha, alpha), alpha in (0, 1], from uniforms [B,2,n].
 
-    Jöhnk's method: of points (u^(1/alpha), v^(1/alpha)) the first below the diagonal x + y = 1;
-    half of them or more are, so that sixteen tries hardly ever fail."""
-    x, y = (numbers.double() + 2.0 ** -25).pow(1 / alpha).unbind(1)         # 2 x [B,n]
+    Jöhnk's method: of points (u^(1/alpha), v^(1/alpha)), take x / (x + y) of the first one with
+    x + y <= 1. At least half of the points have it, so that n = 16 tries hardly ever fail."""
+    x, y = (uniforms.double() + 2.0 ** -25).pow(1 / alpha).unbind(1)        # 2 x [B,n]
     first = (x + y <= 1).int().argmax(1, keepdim=True)                      # [B,1]
-    x, y = (value.gather(1, first)[:, 0] for value in (x, y))               # 2 x [B]
+    x, y = x.gather(1, first)[:, 0], y.gather(1, first)[:, 0]               # 2 x [B]
     return (x / (x + y)).float()
 
 
-def mix(images, wanted, numbers, mixup, cutmix):
-    """Mix the pairs 2i and 2i+1 of images [B,C,H,W] and of their targets [B,K].
+def intervals(centre, share, length):
+    """Which of `length` pixels are in an interval around `centre` [B] in [0, 1) that covers a
+    `share` [B] of them; it is cut off at the ends. [B,length] of booleans."""
+    half = (length * share).int()[:, None] // 2                             # [B,1]
+    centre = (length * centre).int()[:, None]                               # [B,1]
+    pixel = torch.arange(length, device=share.device)                       # [length]
+    return (pixel >= centre - half) & (pixel < centre + half)
 
-    mixup (arXiv 1710.09412) takes λ of an image and 1 - λ of its partner, cutmix (1905.04899)
-    pastes a rectangle of 1 - λ of the partner's area, around a uniform point and cut at the edges;
-    λ ~ Beta(alpha, alpha), one a pair. With both on, each is done half of the time (MAE).
-    `numbers` [B/2, 35] are uniforms; 0 for an alpha is off."""
+
+def mix(images, targets, uniforms, mixup, cutmix):
+    """Mix images [B,C,H,W] number 2i and 2i+1, and their targets [B,K], with one λ per pair.
+
+    mixup (arXiv 1710.09412) takes λ of an image and 1 - λ of its partner; cutmix (1905.04899)
+    pastes a rectangle of the partner with 1 - λ of the area. λ ~ Beta(alpha, alpha), where `mixup`
+    and `cutmix` are the alphas, 0 is off. With both on, each is used half of the time (MAE).
+    `uniforms` [B/2,35]: 1 for the choice, 2 for the rectangle's centre, 2 x 16 for `beta`."""
     H, W = images.shape[2:]
-    cut = numbers[:, 0] < (0.5 if mixup and cutmix else float(cutmix > 0))  # [B/2]
-    draws = numbers[:, 3:].reshape(len(numbers), 2, -1)                     # [B/2,2,n]
-    share = torch.where(cut, beta(draws, cutmix or 1.0), beta(draws, mixup or 1.0))     # λ [B/2]
-    inside, area = True, 1.0
-    for side, at, shape in ((H, 1, (-1, 1, H, 1)), (W, 2, (-1, 1, 1, W))):
-        half = (side * (1 - share).sqrt()).int()[:, None] // 2              # [B/2,1]
-        middle = (side * numbers[:, at:at + 1]).int()
-        along = torch.arange(side, device=images.device)
-        part = (along >= middle - half) & (along < middle + half)           # [B/2,side]
-        inside, area = inside & part.reshape(shape), area * part.float().mean(1)
-    own = torch.where(cut[:, None, None, None], (~inside).float(), share[:, None, None, None])
-    share = torch.where(cut, 1 - area, share)                               # [B/2]
-    own, share = own.repeat_interleave(2, 0), share.repeat_interleave(2)[:, None]
+    use_cutmix = uniforms[:, 0] < (0.5 if mixup and cutmix else float(cutmix > 0))  # [B/2]
+    tries = uniforms[:, 3:].reshape(len(uniforms), 2, -1)                   # [B/2,2,16]
+    lam = torch.where(use_cutmix, beta(tries, cutmix or 1.0), beta(tries, mixup or 1.0))    # [B/2]
+    side = (1 - lam).sqrt()                                                 # [B/2]
+    rows, columns = intervals(uniforms[:, 1], side, H), intervals(uniforms[:, 2], side, W)
+    pasted = rows[:, :, None] & columns[:, None]                            # [B/2,H,W]
+    area = rows.float().mean(1) * columns.float().mean(1)                   # [B/2]
+    own = torch.where(use_cutmix[:, None, None], (~pasted).float(), lam[:, None, None])
+    lam = torch.where(use_cutmix, 1 - area, lam)                            # [B/2]
+    own = own.repeat_interleave(2, 0)[:, None]                              # [B,1,H,W]
+    lam = lam.repeat_interleave(2)[:, None]                                 # [B,1]
     partner = lambda x: x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     return (own * images + (1 - own) * partner(images),                     # [B,C,H,W]
-            share * wanted + (1 - share) * partner(wanted))                 # [B,K]
+            lam * targets + (1 - lam) * partner(targets))                   # [B,K]
 
 
-def losses(logits, wanted, loss):
-    """The loss of each image [B] from logits and targets [B,K]: cross-entropy, or with bce the mean
-    over all classes of the binary one."""
+def class_losses(logits, targets, loss):
+    """The loss of each image [B] from logits and soft targets [B,K]: cross-entropy, or with bce the
+    mean of the binary cross-entropies of all classes."""
     logits = logits.float()
     if loss == "bce":
-        return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
-    return -(wanted * logits.log_softmax(1)).sum(1)
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+    return -(targets * logits.log_softmax(1)).sum(1)
 
 
 # ======================================================================================
 # classify: evaluation
 # ======================================================================================
 
-@torch.no_grad()
-def evaluate(model, val, args, device, rank, world, names):
-    """Top-1 and top-5 over a source, every image once, whatever the ranks; also in OUT/classes.txt.
+class Answer(NamedTuple):
+    """What a model answers for one image of an evaluation."""
+    position: int
+    correct: list       # its classes
+    top: list           # the five most probable classes
+    loss: float
+    logits: object      # array [K] where an image may have several classes, else None
 
-    An image with several right classes (as in "Are we done with ImageNet?", arXiv 2006.07159) is
-    right where any of them is predicted. With --loss bce or softmax also "map", the mean over
-    classes of the average precision (rank 0 then holds the logits of all images)."""
-    rows = []
-    for images, batch in data.validate(val, args, device, rank, world):
+
+@torch.no_grad()
+def evaluate(model, val, args, device, names):
+    """Top-1 and top-5 over a source, every image once at any number of ranks; also OUT/classes.txt.
+
+    An image with several classes counts as correct when the prediction is any of them (as in "Are
+    we done with ImageNet?", arXiv 2006.07159). With --loss bce or softmax there is also "map", the
+    mean average precision over classes (rank 0 then holds the logits of all images)."""
+    mine = []
+    for images, batch in data.validate(val, args, device):
         with vit.autocast(args, device):
             logits = model(images)                                          # [B,K]
-        rows += answers(logits, batch, args)
-    parts = vit.gather_objects(rows)
+        mine += answers(logits, batch, args)
+    parts = vit.gather_objects(mine)
     return vit.on_rank_0(lambda: summarise(sum(parts, []), len(val.source), args, names))
 
 
 def answers(logits, batch, args):
-    """(position, right classes, five most probable, loss, logits where several may be right) of
-    each image that counts."""
-    right, K = batch["tags"].to(logits.device), logits.shape[1]             # [B,k]
-    loss = losses(logits, targets(right, K, 0.0, args.loss), args.loss)     # [B]
+    """The Answers of the images of a batch that could be read."""
+    classes, K = batch["targets"].to(logits.device), logits.shape[1]        # [B,k]
+    losses = class_losses(logits, soft_targets(classes, K, 0.0, args.loss), args.loss)      # [B]
     top = logits.topk(min(5, K)).indices                                    # [B,5]
-    scores = [None] * len(top) if args.loss == "ce" else logits.float().cpu().numpy()
-    return [row[1:] for row in zip(batch["weight"].tolist(), batch["position"].tolist(),
-                                   right.tolist(), top.tolist(), loss.tolist(), scores) if row[0]]
+    kept = [None] * len(top) if args.loss == "ce" else logits.float().cpu().numpy()
+    rows = zip(batch["position"].tolist(), classes.tolist(), top.tolist(), losses.tolist(), kept)
+    return [Answer(position, [k for k in correct if k >= 0], best, loss, some)
+            for weight, (position, correct, best, loss, some) in zip(batch["weight"].tolist(), rows)
+            if weight]
 
 
 def summarise(rows, total, args, names):
-    """The metrics of all images' (position, right classes, five most probable, loss, logits)."""
-    rows.sort(key=lambda row: row[0])       # the same sums, whatever the ranks
-    right = [[i for i in row[1] if i >= 0] for row in rows]
-    first = [row[2][0] in some for row, some in zip(rows, right)]
-    among = [bool({*row[2]} & {*some}) for row, some in zip(rows, right)]
-    metrics = {"loss": sum(row[3] for row in rows) / len(rows), "top1": sum(first) / len(rows),
-               "top5": sum(among) / len(rows)}
+    """The metrics of all images' Answers; `total` images were tried. Writes OUT/classes.txt."""
+    rows.sort(key=lambda row: row.position)     # the same sums at any number of ranks
+    hits = [row.top[0] in row.correct for row in rows]
+    hits5 = [bool({*row.top} & {*row.correct}) for row in rows]
+    metrics = {"loss": sum(row.loss for row in rows) / len(rows), "top1": sum(hits) / len(rows),
+               "top5": sum(hits5) / len(rows)}
     if args.loss != "ce":
-        scores = torch.stack([torch.from_numpy(row[4]) for row in rows])    # [n,K]
-        hot = torch.zeros_like(scores, dtype=torch.bool)                    # [n,K]
-        for row, some in zip(hot, right):
-            row[some] = True
-        precisions = [average_precision(scores[:, c], hot[:, c]) for c in range(len(names))
-                      if hot[:, c].any()]
+        logits = torch.stack([torch.from_numpy(row.logits) for row in rows])        # [n,K]
+        hot = torch.zeros_like(logits, dtype=torch.bool)                    # [n,K]
+        for line, row in zip(hot, rows):
+            line[row.correct] = True
+        precisions = [average_precision(logits[:, k], hot[:, k]) for k in range(len(names))
+                      if hot[:, k].any()]
         metrics["map"] = sum(precisions) / len(precisions)
-    images = Counter(i for some in right for i in some)
-    found = Counter(i for some, hit in zip(right, first) if hit for i in some)
-    wrong = Counter((some[0], row[2][0]) for some, row, hit in zip(right, rows, first) if not hit)
-    recall = sorted((found[i] / images[i], names[i], images[i]) for i in images)
-    path = Path(args.out) / "classes.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    vit.write_aside(path, lambda aside: aside.write_text("\n".join([
-        "# class, images, top-1; from the worst on",
-        *(f"{name}\t{count}\t{share:.3f}" for share, name, count in recall),
-        "# most often mistaken: right class, predicted one, times",
-        *(f"{names[a]}\t{names[b]}\t{times}" for (a, b), times in wrong.most_common(30))]) + "\n",
-        encoding="utf-8", errors="surrogateescape"))
+    write_classes(Path(args.out) / "classes.txt", rows, hits, names)
     return {**metrics, "count": len(rows), "bad": total - len(rows)}
 
 
-def average_precision(scores, right):
-    """The mean, over right images, of the share of right ones among those that score as high."""
-    right = right[scores.argsort(descending=True, stable=True)].double()    # [n]
-    precision = right.cumsum(0) / torch.arange(1, len(right) + 1)
-    return float((precision * right).sum() / right.sum())
+def write_classes(path, rows, hits, names):
+    """Write classes.txt: the top-1 of each class, the worst first, and the commonest mistakes."""
+    images = Counter(k for row in rows for k in row.correct)
+    found = Counter(k for row, hit in zip(rows, hits) if hit for k in row.correct)
+    wrong = Counter((row.correct[0], row.top[0]) for row, hit in zip(rows, hits) if not hit)
+    recall = sorted((found[k] / images[k], names[k], images[k]) for k in images)
+    lines = ["# class, images, top-1; the worst first",
+             *(f"{name}\t{count}\t{share:.3f}" for share, name, count in recall),
+             "# commonest mistakes: class, predicted class, times",
+             *(f"{names[a]}\t{names[b]}\t{times}" for (a, b), times in wrong.most_common(30))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    vit.write_aside(path, lambda aside: aside.write_text(
+        "\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape"))
+
+
+def average_precision(logits, correct):
+    """The average precision of one class: over its images, the mean share of correct images among
+    those with at least the same logit. Logits and correct are [n]."""
+    correct = correct[logits.argsort(descending=True, stable=True)].double()    # [n]
+    precision = correct.cumsum(0) / torch.arange(1, len(correct) + 1)
+    return float((precision * correct).sum() / correct.sum())
 
 
 # ======================================================================================
@@ -265,138 +298,89 @@ def average_precision(scores, right):
 # ======================================================================================
 
 def central_box(args, config):
-    """How an evaluation crops: all of it above 224 pixels, else the central 7/8 (MAE); or all."""
+    """The crop of an evaluation: the whole image squashed, or the central 7/8 (MAE), above 224
+    pixels all of the central square."""
     return data.whole if args.crop == "squash" else functools.partial(
         data.centre_crop, share=224 / 256 if max(config.image) <= 224 else 1.0)
 
 
 def classify(argv):
-    args, config, told = parse_classify_flags(argv)
-    example = lambda batch: (torch.empty(batch, config.channels, *config.image),)
-    make_with = lambda K: ViT(config, K, args.pool, HEAD_STD[args.recipe])
+    args, config, file_info = parse_classify_flags(argv)
+    make_with = lambda classes: ViT(config, classes, args.pool, HEAD_STD[args.recipe])
+    towers = [(config.depth, config.width, 1 + config.num_patches)]
     if args.plan:
-        return vit.plan(args, lambda: make_with(len(told.get("classes", range(1000)))), example)
-    device, rank, world = vit.start(args)
+        return vit.plan(args, lambda: make_with(len(file_info.get("classes", range(1000)))), towers)
+    device = vit.start(args)
 
     # ---- data and classes
-    train, val, names = data.open_classes(args, told)
-    K = len(names)
-    choose_box = central_box(args, config)
-    val = val and data.unshuffled(val, args, config, choose_box)
+    source, val, names = data.open_classes(args, file_info)
+    val = val and data.unshuffled(val, args, config, central_box(args, config))
 
     # ---- model: a checkpoint in --out, else --init, else random weights
-    make = lambda: make_with(K)
-    model, wrapped = vit.build(make, args, device)
+    model, wrapped = vit.build(lambda: make_with(len(names)), args, device)
     if args.init:
-        using, outputs = args.predict or args.eval_only, told["shapes"].get("head.weight", [0])[0]
-        same = using or told.get("classes") == names
-        vit.load_weights(model, args.init, new=() if using else ("norm.*", "fc_norm.*"),
+        in_use = args.predict or args.eval_only
+        same = in_use or file_info.get("classes") == names
+        vit.load_weights(model, args.init, new=() if in_use else ("norm.*", "fc_norm.*"),
                          renew=() if same else ("head.*",))
-        if outputs and not same:
-            rank0_print(f"a new head for {K} classes: the file's is for {outputs} "
-                        + ("hashtags" if "vocabulary" in told else "other classes"))
+        if "head.weight" in file_info["shapes"] and not same:
+            rank0_print(f"a new head for {len(names)} classes: --init has one for "
+                        f"{file_info['shapes']['head.weight'][0]} "
+                        + ("hashtags" if "vocabulary" in file_info else "other classes"))
     if args.predict:
-        return data.print_predictions(model, config, args, device, names, choose_box)
+        return data.print_predictions(model, config, args, device, names, central_box(args, config))
     if args.eval_only:
-        return vit.report(args, evaluate(model, val, args, device, rank, world, names))
+        return vit.report(args, evaluate(model, val, args, device, names))
     crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
     augment = functools.partial(data.rand_augment, magnitude=args.randaugment)
-    train = data.Samples(train, config.image, config.channels, crop, args.seed,
-                         max_pixels=args.max_pixels, augment=augment if args.randaugment else None)
+    train = data.Samples(source, config.image, config.channels, crop, args.seed,
+                         augment=augment if args.randaugment else None)
     mixing = bool(args.mixup or args.cutmix)
-    steps, micro, accumulate, peak = vit.derive(args, len(train.source), world, 1 + mixing)
+    schedule = vit.make_schedule(args, len(source), together=2 if mixing else 1)
     if not vit.open_run(args, "classify", {
-            "what --data holds": train.source.source.fingerprint(),
-            "what --val holds": val and val.source.source.fingerprint(),
-            "classes": f"{K} (CRC {data.crc(repr(names)):08x})",
-            "averaged weights": "on" if args.ema else "off"}, model):
+            "--data content": source.source.fingerprint(),
+            "--val content": val and val.source.source.fingerprint(), "classes": names}, model):
         return
-    examples = data.examples(val or data.unshuffled(train.source, args, config), device)
-
-    # ---- optimizer and state
-    groups = vit.decay_groups(model, args.weight_decay, NO_DECAY, args.layer_decay)
-    optimizer = (torch.optim.AdamW(groups, lr=peak, betas=BETAS, fused=True)
-                 if args.optimizer == "adamw" else
-                 torch.optim.SGD(groups, lr=peak, momentum=0.9, nesterov=True))
-    ema = {name: p.detach().clone() for name, p in model.named_parameters()} if args.ema else {}
-    state = {**vit.fresh_state(args, device), "best": -1.0}
-    state = vit.restore(args, model, optimizer, state, ema)
-    data.cut_bad_list(args, state)
-    log = vit.Log(args, device, state["step"], steps, 3 * vit.forward_flops(make, example))
-    positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
-    batches = data.load(train, positions, args.workers, device)
-    about = {"config": {**asdict(config), "pool": args.pool, "crop": args.crop, "loss": args.loss},
-             "stage": "classify", "classes": names}
+    examples = data.examples(val or data.unshuffled(source, args, config), device)
 
     def draw_and_evaluate():
-        with vit.averaged(model, ema):
+        with vit.ema_weights(model, run.ema):
             data.draw_predictions(model, examples, args, device, names)
-            metrics = evaluate(model, val, args, device, rank, world, names) if val else {}
-        if (score := metrics.get("map", metrics.get("top1", -1.0))) > state["best"]:
-            state["best"] = score
-            vit.export(args, model, {**about, "samples": state["step"] * args.batch}, ema,
-                       "best.pt")
-        return metrics
+            metrics = evaluate(model, val, args, device, names) if val else {}
+        score = metrics.get("map", metrics.get("top1", -1.0))
+        if score > run.state["best"]:
+            run.state["best"] = score
+            run.write_model("best.pt")
+        return {**metrics, "best": run.state["best"]} if val else {}
 
     # ---- loop
-    while state["step"] < steps:
-        if log.evaluation_due(state["step"]):
-            log.evaluated(draw_and_evaluate())
-        lr = vit.learning_rate(state["step"], steps, peak, args.warmup * steps, args.final_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        loss, bad = torch.zeros((), device=device), []
-        for part in range(accumulate):
-            batch = log.wait(batches)
-            bad += batch["bad"]
-            position = batch["position"].to(device, non_blocking=True)      # [B]
-            right = batch["tags"].to(device, non_blocking=True)             # [B,k]
-            images = batch["images"].to(device, non_blocking=True)          # [B,H,W,C]
+    groups = vit.decay_groups(model, args.weight_decay, NO_DECAY, args.layer_decay)
+    optimizer = (torch.optim.AdamW(groups, betas=BETAS, fused=True) if args.optimizer == "adamw"
+                 else torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True))
+    ema = {name: p.detach().clone() for name, p in model.named_parameters()} if args.ema else {}
+    model_info = {"config": {**asdict(config), "pool": args.pool, "crop": args.crop,
+                             "loss": args.loss}, "stage": "classify", "classes": names}
+    run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info,
+                  vit.training_flops(towers), ema, {"best": -1.0})
+    batches = data.training_batches(train, args, run.state["step"], schedule, device)
+    for _ in run.steps(draw_and_evaluate, args.final_lr):
+        for batch in run.micro_batches(batches):
+            position, images = batch["position"], batch["images"]           # [B] [B,H,W,C]
             images = data.flip(images, data.uniform(args.seed, position, "flip", 1))
-            images, keep = data.normalise(images), None                     # [B,C,H,W]
+            images, scales = data.normalise(images), None                   # [B,C,H,W]
             if args.erasing:
                 images = data.erase(images, position, args.seed, args.erasing)
-            wanted = targets(right, K, args.smoothing, args.loss)           # [B,K]
+            targets = soft_targets(batch["targets"], len(names), args.smoothing, args.loss)  # [B,K]
             if mixing:
-                numbers = data.uniform(args.seed, position[::2], "mix", 35)     # [B/2,35]
-                images, wanted = mix(images, wanted, numbers, args.mixup, args.cutmix)
+                uniforms = data.uniform(args.seed, position[::2], "mix", 35)    # [B/2,35]
+                images, targets = mix(images, targets, uniforms, args.mixup, args.cutmix)
             if args.drop_path:
-                numbers = data.uniform(args.seed, position, "drop path", 2 * config.depth)
-                keep = vit.drop_path(numbers.reshape(len(images), -1, 2), args.drop_path)
-            with vit.accumulating(wrapped, last=part == accumulate - 1):
-                with vit.autocast(args, device):
-                    logits = wrapped(images, keep)                          # [B,K]
-                part_loss = losses(logits, wanted, args.loss).mean() / accumulate
-                (part_loss * state["scale"]).backward()
-            loss += part_loss.detach()
-        norm = vit.clip_gradients(model, args.clip_grad, state["scale"])
-        loss, norm, stop, due, found = vit.all_reduce_floats(
-            (loss / world, norm / world), (vit.stop_requested(), log.save_due(), len(bad)))
-        finite = math.isfinite(norm)
-        if finite:
-            optimizer.step()
-            vit.average(ema, model, args.ema, state["step"])
-        optimizer.zero_grad(set_to_none=True)
-        vit.note_step(state, finite, args.batch)
-        data.note_bad(found, bad, args, state)
-        log.step(state["step"], {"loss": loss, "lr": lr, "grad_norm": norm,
-                                 "bad_samples": state["bad_samples"]})
-
-        done = state["step"] == steps
-        # Before an evaluation too: what interrupts it costs no step.
-        if stop or due or done or log.evaluation_due(state["step"]):
-            vit.save(args, model, optimizer, state,
-                     {**about, "samples": state["step"] * args.batch}, ema)
-            log.saved()
-        if stop and not done:
-            return rank0_print(f"stopped after step {state['step']} of {steps}; the same command goes on")
-
-    # ---- end
-    metrics = draw_and_evaluate()
-    log.evaluated(metrics)
-    vit.report(args, {**metrics, "samples": steps * args.batch,
-                      **({"best": state["best"]} if val else {})})
-    vit.finish(args)
+                uniforms = data.uniform(args.seed, position, "drop path", 2 * config.depth)
+                scales = vit.drop_path_scales(uniforms, args.drop_path)     # [B,L,2]
+            with vit.autocast(args, device):
+                logits = wrapped(images, scales)                            # [B,K]
+            run.backward(class_losses(logits, targets, args.loss).mean())
+        run.update()
 
 
 # ======================================================================================
@@ -570,11 +554,7 @@ def knn(argv):
 # Linear probe
 # ======================================================================================
 
-PROBE_RECIPES = vit.table("batch length base_lr", {     # MAE's table 10; warmup: 10 epochs
-    "nano … small": (256,   {"epochs": 20}, 5.0),       # ours, for a classroom
-    "base":         (16384, {"epochs": 90}, 0.1),
-    "large … 6.5b": (16384, {"epochs": 50}, 0.1),       # 2b, 6.5b: not published
-})
+PROBE_RECIPES = {name: dict(batch=256, epochs=20, base_lr=5.0) for name in ("nano", "tiny", "small")}
 PROBE_COMMON = {"weight_decay": 0.0, "clip_grad": 0.0, "warmup": 0.1, "smallest_crop": 0.08}
 RATES = 0.25, 0.5, 1.0, 2.0, 4.0, 8.0       # of the learning rate; ours
 
@@ -712,7 +692,7 @@ def right_answers(encoder, probe, samples, args, device, rank, world):
         logits = [*probe(pooled(x, args.pool)),
                   *(probe.attend(x, i) for i in range(len(probe.attentive)))]
         found = torch.stack(logits).argmax(-1).cpu()                        # [heads,B]
-        right = (found[..., None] == batch["tags"]).any(-1) * batch["weight"]
+        right = (found[..., None] == batch["targets"]).any(-1) * batch["weight"]
         sums += torch.cat([batch["weight"].sum()[None], right.sum(1)]).double()
     probe.train()
     count, *right = vit.all_reduce_sum(sums).tolist()
@@ -798,7 +778,7 @@ def linear(argv):
             batch = log.wait(batches)
             bad += batch["bad"]
             position = batch["position"].to(device, non_blocking=True)      # [B]
-            labels.append(batch["tags"][:, 0].to(device, non_blocking=True))    # [B]
+            labels.append(batch["targets"][:, 0].to(device, non_blocking=True))    # [B]
             images = batch["images"].to(device, non_blocking=True)          # [B,H,W,C]
             images = data.flip(images, data.uniform(args.seed, position, "flip", 1))
             with torch.no_grad(), vit.autocast(args, device):
@@ -1236,12 +1216,13 @@ TEXT_SIZES = {
     "base":  (768,  12,  12,  3072,  514),      # XLM-R base, arXiv 1911.02116
     "large": (1024, 24,  16,  4096,  514),      # XLM-R large
 }
-TOWERS = vit.table("text_model embedding", {    # of both towers together (paper, released models)
-    "nano … small": ("nano", 128),              # ours
-    "base":         ("base", 768),
-    "large … huge": ("large", 1024),
-    "2b … 6.5b":    ("large", 2048),            # 6.5b: not published
-})
+# Text tower and width of the common space, by image tower (paper, released models)
+TOWERS = {
+    **dict.fromkeys(("nano", "tiny", "small"), dict(text_model="nano", embedding=128)),     # ours
+    "base": dict(text_model="base", embedding=768),
+    **dict.fromkeys(("large", "huge"), dict(text_model="large", embedding=1024)),
+    **dict.fromkeys(("2b", "6.5b"), dict(text_model="large", embedding=2048)),  # 6.5b: ours
+}
 LONGEST = 102       # tokens of a text, with <s> and </s> (released models)
 
 
@@ -1619,11 +1600,13 @@ def retrieval(model, images, captions, encode, args, device, rank, world):
 # Zero-shot: flags and main
 # ======================================================================================
 
-TOWER_RECIPES = vit.table("batch length smallest_crop", {
-    "nano … small": (128, {"samples": 90e3, "base_lr": 2e-3}, 0.6),     # ours, for a classroom
-    # not published, but one epoch (paper): LiT's batch and rate; crop ours
-    "base … 6.5b": (16384, {"epochs": 1, "lr": 1e-3}, 0.9),
-})
+TOWER_RECIPES = {
+    **dict.fromkeys(("nano", "tiny", "small"), dict(        # ours, for a classroom
+        batch=128, samples=90_000, base_lr=2e-3, smallest_crop=0.6)),
+    # one epoch: paper; not published: LiT's batch and rate, crop ours
+    **dict.fromkeys(("base", "large", "huge", "2b", "6.5b"), dict(
+        batch=16384, epochs=1, lr=1e-3, smallest_crop=0.9)),
+}
 TOWER_COMMON = {"weight_decay": 0.01, "warmup": 0.03, "clip_grad": 1.0}     # LiT
 
 
@@ -1830,8 +1813,8 @@ def zeroshot(argv):
         for _ in range(accumulate):
             batch = log.wait(batches)
             bad += batch["bad"]
-            tokens = batch["tags"].to(device, non_blocking=True)            # [B,N]
-            long += int((batch["tags"] >= 0).sum(1).eq(text.longest).sum())
+            tokens = batch["targets"].to(device, non_blocking=True)            # [B,N]
+            long += int((batch["targets"] >= 0).sum(1).eq(text.longest).sum())
             images = batch["images"].to(device, non_blocking=True)          # [B,H,W,C] or [B,D]
             with vit.autocast(args, device):
                 if not args.cache_features:

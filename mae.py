@@ -1,26 +1,25 @@
-"""Stage 1: masked autoencoding, without labels.
+"""Stage 1: pretraining without labels, by masked autoencoding (MAE).
 
-A picture is cut into patches, three quarters of them are hidden, an encoder sees the rest, and a
-small decoder has to paint what is hidden. Nothing but pictures is needed, and the encoder is a
-better start for everything after ("The effectiveness of MAE pre-pretraining for billion-scale
-pretraining", arXiv 2303.13496, section 3; the method is that of "Masked Autoencoders Are Scalable
-Vision Learners", arXiv 2111.06377, section 3, "the MAE paper" below).
+An image is cut into patches and three quarters of them are masked. An encoder sees the rest, and a
+small decoder predicts the pixels of the masked ones. This needs nothing but images, and the encoder
+is a better start for everything that follows ("The effectiveness of MAE pre-pretraining for
+billion-scale pretraining", arXiv 2303.13496, section 3; the method is that of "Masked Autoencoders
+Are Scalable Vision Learners", arXiv 2111.06377, section 3, called "the MAE paper" below).
 
     torchrun mae.py                                       # built-in world, nano: minutes on a CPU
-    torchrun mae.py --data photos/ --val more-photos/     # your own pictures
+    torchrun mae.py --data photos/ --val more-photos/     # your own images
     torchrun --nproc-per-node gpu mae.py --model large --data imagenet/train --epochs 1600
     torchrun --nnodes 8 --nproc-per-node 8 … mae.py --model 2b --data '/data/{00000..29999}.tar'
-    python mae.py --model 2b --ranks 64 --plan            # what would that need?
+    python mae.py --model 2b --plan 64                    # memory and time on 64 GPUs
     python mae.py --init runs/mae/model.pt --predict cat.jpg dog.jpg
 
-Expected of the first: a validation loss of about 0.62, and in runs/mae/reconstruction.png shapes
-and colours that come back where they were hidden. Of the paper: base to 6.5B on 3 billion images,
-one epoch, then finetuned on ImageNet-1k at 224 (stage 3): 83.5 (base) to 88.3 (6.5b) percent.
-The next stage is wsp.py, which starts from runs/mae/model.pt.
+Expected of the first: a validation loss of about 0.62 (1.0 is a decoder that predicts each patch's
+mean), and in runs/mae/reconstruction.png outlines and textures in the masked patches. Of the paper:
+base to 6.5B, one epoch on 3 billion images, then finetuned on ImageNet-1k at 224 pixels (stage 3):
+83.5 (base) to 88.3 (6.5b) percent. The next stage, wsp.py, starts from runs/mae/model.pt.
 """
 
 import argparse
-import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,73 +30,40 @@ from torch import nn
 import data
 import vit
 from vit import (
-    Block, LayerNorm, PatchEmbed, UserError, patchify, run_blocks, rank0_print, gather_tokens, unpatchify)
-
-RECIPES = vit.table("decoder_width decoder_depth decoder_heads batch length base_lr", {
-    "nano":  (96,   2,    4,        32,  {"samples": 72e3},  0.012),    # ours, for a classroom
-    "tiny":  (192,  4,    6,       256,  {"samples": 2e6},   6e-4),     # ours
-    "small": (256,  4,    8,      1024,  {"epochs": 100},    3e-4),     # ours
-    # MAE; one epoch: paper; decoder of 2b and 6.5b not published: MAE's
-    "base … 6.5b": (512, 8, 16, 4096, {"epochs": 1}, 1.5e-4),
-})
-# AdamW's betas and weight decay, no clipping: MAE. Warmup of 5%: not published for one epoch, ours.
-BETAS, COMMON = (0.9, 0.95), {"weight_decay": 0.05, "clip_grad": 0.0, "warmup": 0.05}
-
-# What a model is made with besides the encoder's Config: arguments of MAE, flags, kept in model.pt
-MODEL_FLAGS = ("decoder_width", "decoder_depth", "decoder_heads", "norm_pix", "mask_ratio")
-
-
-def parse_flags(argv):
-    """All flags, with the recipe filled in: (args, Config, what --init's file says of itself)."""
-    parser = vit.stage_parser("mae.py", __doc__, {**RECIPES, "all": COMMON})
-    add = parser.add_argument_group("masked autoencoder").add_argument
-    add("--mask-ratio", type=float, metavar="SHARE",
-        help="of patches that are hidden, from 0 to below 1; default 0.75 (MAE)")
-    add("--norm-pix", action=argparse.BooleanOptionalAction, default=None,
-        help="predict each patch's pixels less their mean, over their deviation; default on (MAE)")
-    for part in ("width", "depth", "heads"):
-        add(f"--decoder-{part}", type=vit.positive, help="default by model, below")
-    args = parser.parse_args(argv)
-    config, name, about = vit.choose_config(args, "mae")
-    told = {flag: value for flag, value in about.get("config", {}).items() if flag in MODEL_FLAGS}
-    vit.fill_recipe(args, {"norm_pix": True, "mask_ratio": 0.75, **RECIPES[name], **COMMON, **told})
-    if args.decoder_width % args.decoder_heads or args.decoder_width % 4:
-        raise UserError(f"--decoder-width {args.decoder_width} must be divisible by "
-                        f"--decoder-heads {args.decoder_heads} and by 4")
-    data.choose_val(args)
-    return args, config, about
-
+    Block, LayerNorm, PatchEmbed, UserError, gather_tokens, patchify, rank0_print, run_blocks,
+    unpatchify)
 
 # ======================================================================================
 # The algorithm
 # ======================================================================================
 
-def num_visible(patches, ratio):
-    """How many of the patches the encoder sees: at least one (MAE's code rounds down)."""
-    return max(1, int(patches * (1 - ratio)))
+def num_visible(num_patches, mask_ratio):
+    """The number of patches that the encoder sees: at least one (rounded down in MAE's code)."""
+    return max(1, int(num_patches * (1 - mask_ratio)))
 
 
-def random_masking(noise, ratio):
-    """Split the patches by noise [B,N]: indices of kept [B,V] and of masked ones [B,N-V].
+def random_masking(noise, mask_ratio):
+    """Split the patches by uniform random numbers `noise` [B,N] into kept [B,V] and masked [B,N-V]
+    ones: indices in raster order.
 
     "We sample random patches without replacement, following a uniform distribution" (the MAE
-    paper, section 3): those of the smallest noise are kept, N * (1 - ratio) of them, at least one.
-    Both lists are in raster order."""
-    kept = num_visible(noise.shape[1], ratio)
-    shuffled = noise.argsort(dim=1, stable=True)                              # [B,N]
-    return shuffled[:, :kept].sort(1).values, shuffled[:, kept:].sort(1).values
+    paper, section 3): the patches with the smallest noise are kept."""
+    V = num_visible(noise.shape[1], mask_ratio)
+    order = noise.argsort(dim=1, stable=True)                               # [B,N]
+    return order[:, :V].sort(1).values, order[:, V:].sort(1).values
 
 
 def patch_statistics(patches):
-    """Mean and deviation of each patch [B,N,P]: two of [B,N,1]. Unbiased, + 1e-6: MAE's code."""
+    """Mean and standard deviation of each patch [B,N,P]: [B,N,1] each (unbiased variance + 1e-6, as
+    in MAE's code)."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (variance + 1e-6).sqrt()
 
 
 def pixel_targets(patches, norm_pix):
-    """What the decoder has to predict for patches [B,N,P]: their pixels, normalised if asked.
-
-    "The normalized pixel values of each masked patch" (the MAE paper, Reconstruction target)."""
+    """What the decoder has to predict for patches [B,N,P]: their pixels, or with `norm_pix` "the
+    normalized pixel values of each masked patch", which "improves representation quality" (the MAE
+    paper, Reconstruction target)."""
     if not norm_pix:
         return patches
     mean, deviation = patch_statistics(patches)
@@ -109,18 +75,21 @@ def pixel_targets(patches, norm_pix):
 # ======================================================================================
 
 class MAE(nn.Module):
-    """Masked autoencoder: a ViT encoder on visible patches, a lightweight decoder on all.
+    """The masked autoencoder. It is asymmetric: a large encoder for the few visible patches, a
+    small decoder for all of them. After this stage the decoder is thrown away.
 
-    Images are [B,C,H,W], normalised; noise is [B,N], the patches of the smallest are kept. Names
-    of parameters are those of the released files; positions are fixed sine-cosine tables."""
+    Images are [B,C,H,W], normalised; noise is [B,N], uniform. Parameters have the names of the
+    released files. Positions are fixed sine-cosine tables, which is why they are buffers."""
 
     def __init__(self, config, decoder_width=512, decoder_depth=8, decoder_heads=16,
                  norm_pix=True, mask_ratio=0.75):
         super().__init__()
         self.config, self.norm_pix, self.mask_ratio = config, norm_pix, mask_ratio
         self.recompute = False
-        D, d, N = config.width, decoder_width, config.patches
+        D, d, N = config.width, decoder_width, config.num_patches
         self.patch_embed = PatchEmbed(config)
+        # No loss depends on the class token here. It takes part in attention, so that the later
+        # stages, which read it, start from an encoder that is used to it (the MAE paper, A.1).
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
         self.register_buffer("pos_embed", torch.empty(1, 1 + N, D))
         self.blocks = nn.ModuleList(Block(D, config.heads) for _ in range(config.depth))
@@ -132,52 +101,103 @@ class MAE(nn.Module):
         self.decoder_blocks = nn.ModuleList(Block(d, decoder_heads) for _ in range(decoder_depth))
         self.decoder_norm = LayerNorm(d)
         self.decoder_pred = nn.Linear(d, config.patch ** 2 * config.channels)
-        vit.init_weights(self)
+        self.init_weights()
+
+    def init_weights(self, seed=0):
+        vit.init_weights(self, seed)
 
     def encode(self, patches, keep):
-        """Patches [B,N,P], of which `keep` [B,V] are seen, to tokens [B,1+V,D].
+        """Patches [B,N,P], of which `keep` [B,V] are visible, to tokens [B,1+V,D].
 
-        "A ViT but applied only on visible, unmasked patches" (MAE encoder)."""
-        x = self.patch_embed(gather_tokens(patches, keep)) + gather_tokens(self.pos_embed[:, 1:], keep)  # [B,V,D]
-        first = self.cls_token + self.pos_embed[:, :1]                      # [1,1,D]
-        x = torch.cat([first.expand(len(x), -1, -1), x], 1)                 # [B,1+V,D]
+        "Our encoder is a ViT but applied only on visible, unmasked patches": only they are
+        projected, so that the cost of the encoder falls with the number of masked patches."""
+        x = self.patch_embed(gather_tokens(patches, keep))                  # [B,V,D]
+        x = x + self.pos_embed[0, 1:][keep]                                 # [B,V,D]
+        cls = self.cls_token + self.pos_embed[:, :1]                        # [1,1,D]
+        x = torch.cat([cls.expand(len(x), -1, -1), x], 1)                   # [B,1+V,D]
         return self.norm(run_blocks(self.blocks, x, self.recompute))        # [B,1+V,D]
 
     def decode(self, x, keep, masked):
-        """Tokens [B,1+V,D] to decoder tokens [B,1+N,d]: class token, kept patches, masked ones.
+        """Tokens [B,1+V,D] to decoder tokens [B,1+N,d], in the order class token, kept, masked.
 
         "Each mask token is a shared, learned vector that indicates the presence of a missing patch
-        to be predicted. We add positional embeddings to all tokens" (MAE decoder). Positions are
-        picked by index, so the tokens need not be put back in raster order."""
-        B, hidden = masked.shape
-        x = torch.cat([self.decoder_embed(x), self.mask_token.expand(B, hidden, -1)], 1)
-        first = torch.zeros_like(keep[:, :1])                               # [B,1]
-        index = torch.cat([first, 1 + keep, 1 + masked], 1)                 # [B,1+N]
-        x = x + gather_tokens(self.decoder_pos_embed, index)                         # [B,1+N,d]
+        to be predicted. We add positional embeddings to all tokens in this full set; without this,
+        mask tokens would have no information about their location in the image." The MAE paper's
+        "simple implementation" first moves all tokens back to raster order. Attention does not
+        depend on the order of tokens, so it is enough to add to each token its own position."""
+        B, V = keep.shape
+        mask_tokens = self.mask_token.expand(B, masked.shape[1], -1)        # [B,N-V,d]
+        x = torch.cat([self.decoder_embed(x), mask_tokens], 1)              # [B,1+N,d]
+        cls = torch.zeros_like(keep[:, :1])                                 # [B,1]
+        positions = torch.cat([cls, 1 + keep, 1 + masked], 1)               # [B,1+N]
+        x = x + self.decoder_pos_embed[0][positions]                        # [B,1+N,d]
         return self.decoder_norm(run_blocks(self.decoder_blocks, x, self.recompute))
 
-    def losses(self, images, noise):
-        """The mean squared error of each image [B], on masked patches only; 0 if none is masked.
+    def forward(self, images, noise):
+        """The loss of each image [B]: the mean squared error of its masked patches.
 
-        "We compute the loss only on masked patches" (Reconstruction target)."""
+        "We compute the loss only on masked patches" (the MAE paper, Reconstruction target). It is 0
+        where no patch is masked."""
         patches = patchify(images, self.config.patch)                       # [B,N,P]
         keep, masked = random_masking(noise, self.mask_ratio)               # [B,V] [B,N-V]
         x = self.decode(self.encode(patches, keep), keep, masked)           # [B,1+N,d]
         predicted = self.decoder_pred(x[:, 1 + keep.shape[1]:])             # [B,N-V,P]
-        target = pixel_targets(gather_tokens(patches, masked), self.norm_pix)        # [B,N-V,P]
-        error = (predicted.to(target.dtype) - target).square().mean(-1)     # [B,N-V]
+        targets = pixel_targets(gather_tokens(patches, masked), self.norm_pix)      # [B,N-V,P]
+        error = (predicted.to(targets.dtype) - targets).square().mean(-1)   # [B,N-V]
         return error.sum(1) / max(1, masked.shape[1])                       # [B]
 
-    def forward(self, images, noise):
-        return self.losses(images, noise).mean()
-
     def predict(self, images, noise):
-        """What the decoder says of every patch, kept ones too, in raster order: [B,N,P]."""
+        """The decoder's prediction for every patch, also for visible ones, in raster order
+        [B,N,P]."""
         patches = patchify(images, self.config.patch)                       # [B,N,P]
         keep, masked = random_masking(noise, self.mask_ratio)               # [B,V] [B,N-V]
         x = self.decode(self.encode(patches, keep), keep, masked)           # [B,1+N,d]
-        place = torch.cat([keep, masked], 1).argsort(1)                     # [B,N]
-        return gather_tokens(self.decoder_pred(x[:, 1:]), place)                     # [B,N,P]
+        to_raster = torch.cat([keep, masked], 1).argsort(1)                 # [B,N]
+        return gather_tokens(self.decoder_pred(x[:, 1:]), to_raster)        # [B,N,P]
+
+
+# ======================================================================================
+# Flags and recipes
+# ======================================================================================
+
+RECIPES = {
+    "nano": dict(decoder_width=96, decoder_depth=2, decoder_heads=4, batch=32, samples=72_000,
+                 base_lr=0.012),                        # ours, for a classroom
+    "tiny": dict(decoder_width=192, decoder_depth=4, decoder_heads=6, batch=256, samples=2_000_000,
+                 base_lr=6e-4),                         # ours
+    "small": dict(decoder_width=256, decoder_depth=4, decoder_heads=8, batch=1024, epochs=100,
+                  base_lr=3e-4),                        # ours
+    # MAE; one epoch: paper; the decoders of 2b and 6.5b are not published: MAE's
+    **dict.fromkeys(("base", "large", "huge", "2b", "6.5b"), dict(
+        decoder_width=512, decoder_depth=8, decoder_heads=16, batch=4096, epochs=1,
+        base_lr=1.5e-4)),
+}
+ALL_MODELS = dict(mask_ratio=0.75, norm_pix=True, weight_decay=0.05, clip_grad=0.0,     # MAE
+                  warmup=0.05)                          # not published for one epoch: ours
+BETAS = 0.9, 0.95                                       # of AdamW: MAE
+MODEL_FLAGS = "decoder_width", "decoder_depth", "decoder_heads", "norm_pix", "mask_ratio"
+
+
+def parse_flags(argv):
+    """All flags, with the recipe filled in: (args, Config, file_info of --init)."""
+    parser = vit.stage_parser("mae.py", __doc__, {**RECIPES, "all": ALL_MODELS})
+    add = parser.add_argument_group("masked autoencoder").add_argument
+    add("--mask-ratio", type=vit.number(0, 0.999), metavar="SHARE",
+        help="share of the patches that are masked; default 0.75 (MAE)")
+    add("--norm-pix", action=argparse.BooleanOptionalAction, default=None,
+        help="predict pixels minus their patch's mean, divided by its deviation; default on (MAE)")
+    for part in ("width", "depth", "heads"):
+        add(f"--decoder-{part}", type=vit.positive, help="default by model, see the end")
+    args = parser.parse_args(argv)
+    config, name, file_info = vit.choose_config(args, "mae")
+    in_file = {flag: value for flag, value in file_info.get("config", {}).items()
+               if flag in MODEL_FLAGS}
+    vit.fill_recipe(args, {**ALL_MODELS, **RECIPES[name], **in_file})
+    if args.decoder_width % args.decoder_heads or args.decoder_width % 4:
+        raise UserError(f"--decoder-width {args.decoder_width} must be divisible by "
+                        f"--decoder-heads {args.decoder_heads} and by 4")
+    data.choose_val(args)
+    return args, config, file_info
 
 
 # ======================================================================================
@@ -185,15 +205,15 @@ class MAE(nn.Module):
 # ======================================================================================
 
 @torch.no_grad()
-def evaluate(model, val, args, device, rank, world):
-    """Mean loss over a source, every image once, whatever the ranks: {"loss", "count", "bad"}.
-
-    Central crops, and a mask that depends on the image's number alone."""
+def evaluate(model, val, args, device):
+    """The mean loss over a source, every image once at any number of ranks: {"loss", "count",
+    "bad"}. Images are cropped centrally; the mask depends on the number of the image alone."""
     sums = torch.zeros(2, dtype=torch.float64)
-    for images, batch in data.validate(val, args, device, rank, world):
-        noise = data.uniform(args.seed, batch["position"].to(device), "val", model.config.patches)
+    for images, batch in data.validate(val, args, device):
+        noise = data.uniform(args.seed, batch["position"].to(device), "val",
+                             model.config.num_patches)                      # [B,N]
         with vit.autocast(args, device):
-            losses = model.losses(images, noise).cpu().double()             # [B]
+            losses = model(images, noise).cpu().double()                    # [B]
         sums += torch.stack([(losses * batch["weight"]).sum(), batch["weight"].sum().double()])
     total, count = vit.all_reduce_sum(sums).tolist()
     return {"loss": total / count, "count": int(count), "bad": len(val.source) - int(count)}
@@ -201,47 +221,51 @@ def evaluate(model, val, args, device, rank, world):
 
 @torch.no_grad()
 def draw_reconstruction(model, pixels, positions, args, device, path):
-    """Paint masked, reconstructed and original pictures [B,H,W,C] below each other, into a PNG.
+    """Draw pictures [B,H,W,C] into a PNG, in rows: the visible patches; what a model that predicts
+    nothing would show; the prediction; the original. Visible patches are shown as they are.
 
-    A prediction of normalised pixels is given back the mean and deviation of the true patch: the
-    picture shows the decoder's structure, not its guess of brightness. Patches that the encoder
-    saw are shown as they were. Every rank has to call this; rank 0 writes."""
+    With norm_pix the model predicts a patch up to its mean and deviation. A picture needs both, so
+    they are taken from the true patch: the prediction has to be compared with the row of true patch
+    means above it, which shows outlines already. Every rank has to call this; rank 0 writes."""
     config = model.config
     images = data.normalise(pixels.to(device))                              # [B,C,H,W]
-    noise = data.uniform(args.seed, positions.to(device), "val", config.patches)
+    noise = data.uniform(args.seed, positions.to(device), "val", config.num_patches)    # [B,N]
     with vit.autocast(args, device):
         parts = zip(images.split(args.micro_batch), noise.split(args.micro_batch))
-        patches = torch.cat([model.predict(*part) for part in parts]).float()   # [B,N,P]
-    true = patchify(images, config.patch)                                   # [B,N,P]
-    if model.norm_pix:
-        mean, deviation = patch_statistics(true)
-        patches = patches * deviation + mean
-    keep, _ = random_masking(noise, model.mask_ratio)                       # [B,V]
-    seen = torch.zeros_like(noise).scatter(1, keep, 1.0)[..., None]         # [B,N,1]
-    if vit.environment().rank:
+        predicted = torch.cat([model.predict(*part) for part in parts]).float()     # [B,N,P]
+    if vit.get_rank():
         return
-    rows = {"masked": true * seen, "reconstruction": torch.where(seen > 0, true, patches),
-            "original": true}
+    true = patchify(images, config.patch)                                   # [B,N,P]
+    mean, deviation = patch_statistics(true)                                # [B,N,1]
+    keep, _ = random_masking(noise, model.mask_ratio)                       # [B,V]
+    visible = torch.zeros_like(noise).scatter(1, keep, 1.0)[..., None] > 0  # [B,N,1]
+    rows = {"visible patches": torch.where(visible, true, 0)}
+    if model.norm_pix:
+        rows["no prediction: true mean of each masked patch"] = torch.where(visible, true, mean)
+        rows["prediction, with true mean and deviation"] = torch.where(
+            visible, true, predicted * deviation + mean)
+    else:
+        rows["prediction"] = torch.where(visible, true, predicted)
+    rows["original"] = true
     height, width = (side * max(1, 128 // max(config.image)) for side in config.image)
-    sheet = Image.new("RGB", (len(pixels) * (width + 4), len(rows) * (height + 20)), "white")
-    for y, (name, part) in enumerate(rows.items()):
+    sheet = Image.new("RGB", (max(260, len(pixels) * (width + 4)), len(rows) * (height + 20)),
+                      "white")
+    for y, (name, patches) in enumerate(rows.items()):
         ImageDraw.Draw(sheet).text((4, y * (height + 20) + 4), name, "black")
-        part = unpatchify(part, config.patch, config.grid, config.channels)
-        for x, image in enumerate(data.denormalise(part).cpu().numpy()):
+        row = unpatchify(patches, config.patch, config.grid, config.channels)       # [B,C,H,W]
+        for x, image in enumerate(data.denormalise(row).cpu().numpy()):
             picture = Image.fromarray(image[..., :3].squeeze()).resize((width, height), 0)
             sheet.paste(picture, (x * (width + 4), y * (height + 20) + 20))
     vit.write_aside(Path(path), lambda aside: sheet.save(aside, "PNG"))
 
 
 def predict(model, args, device):
-    """--predict: reconstruct the user's pictures into OUT/reconstruction.png."""
-    rows = [data.read_picture(name, model.config, args.max_pixels) for name in args.predict]
+    """--predict: reconstruct the user's pictures in OUT/reconstruction.png."""
+    pixels = torch.stack([data.read_picture(name, model.config) for name in args.predict])
     path = Path(args.out) / "reconstruction.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_reconstruction(model, torch.stack(rows), torch.arange(len(rows)), args, device, path)
-    rank0_print(f"wrote {path}: {len(rows)} pictures, {100 * args.mask_ratio:.0f}% masked, predicted as "
-                + ("pixels normalised by patch, shown with each true patch's mean and deviation"
-                   if args.norm_pix else "plain pixels"))
+    draw_reconstruction(model, pixels, torch.arange(len(pixels)), args, device, path)
+    rank0_print(f"wrote {path}: {len(pixels)} pictures, {100 * args.mask_ratio:.0f}% masked")
 
 
 # ======================================================================================
@@ -249,111 +273,72 @@ def predict(model, args, device):
 # ======================================================================================
 
 def main(argv):
-    args, config, about = parse_flags(argv)
-    own = {flag: getattr(args, flag) for flag in MODEL_FLAGS}
-    make = lambda: MAE(config, **own)
-    example = lambda batch: (torch.empty(batch, config.channels, *config.image),
-                             torch.empty(batch, config.patches))
+    args, config, file_info = parse_flags(argv)
+    model_flags = {flag: getattr(args, flag) for flag in MODEL_FLAGS}
+    make = lambda: MAE(config, **model_flags)
+    visible = num_visible(config.num_patches, args.mask_ratio)
+    towers = [(config.depth, config.width, 1 + visible),
+              (args.decoder_depth, args.decoder_width, 1 + config.num_patches)]
     if args.plan:
-        return vit.plan(args, make, example)
-    device, rank, world = vit.start(args)
+        return vit.plan(args, make, towers)
+    device = vit.start(args)
 
     # ---- model: a checkpoint in --out, else --init, else random weights
-    model, wrapped = vit.build(make, args, device, ("losses", "predict"))
-    using = bool(args.predict or args.eval_only)
+    model, wrapped = vit.build(make, args, device, methods=("predict",))
     if args.init:
         loaded = vit.load_weights(model, args.init, new=("decoder_*", "mask_token"))
-        if using and loaded["new"]:
+        if (args.predict or args.eval_only) and loaded["new"]:
             raise UserError(f"{args.init} holds an encoder only: a reconstruction needs the "
                             "decoder too, as in runs/mae/model.pt or MAE's full files")
-        if using and "norm_pix" not in about.get("config", {}):
+        if (args.predict or args.eval_only) and "norm_pix" not in file_info.get("config", {}):
             rank0_print(f"{args.init} does not say what it predicts: taken as "
                         f"{'normalised' if args.norm_pix else 'plain'} pixels; see --norm-pix")
     if args.predict:
         return predict(model, args, device)
 
     # ---- data
-    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
-    val_data = data.open_data(*args.val, **places) if args.val else None
-    val = val_data and data.unshuffled(val_data, args, config)
+    val_source = data.open_data(*args.val, index_dir=args.index_dir) if args.val else None
+    val = val_source and data.unshuffled(val_source, args, config)
     if args.eval_only:
-        return vit.report(args, evaluate(model, val, args, device, rank, world))
-    train_data = data.open_data(*args.data, **places)
+        return vit.report(args, evaluate(model, val, args, device))
+    source = data.open_data(*args.data, index_dir=args.index_dir)
+    train = data.Samples(source, config.image, config.channels, data.random_resized_crop, args.seed)
     if args.data == ["world"] and config.width > 192:
-        rank0_print("NOTE: training on the built-in world, which is made for nano and tiny; see --data")
-    if num_visible(config.patches, args.mask_ratio) == config.patches:
-        rank0_print(f"NOTE: --mask-ratio {args.mask_ratio} hides none of {config.patches} patches: there "
+        rank0_print("NOTE: training on the built-in world, which is made for nano and tiny; see "
+                    "--data")
+    if visible == config.num_patches:
+        rank0_print(f"NOTE: --mask-ratio {args.mask_ratio} masks none of {visible} patches: there "
                     "is nothing to learn")
-    train = data.Samples(train_data, config.image, config.channels, data.random_resized_crop,
-                         args.seed, max_pixels=args.max_pixels)
-    steps, micro, accumulate, peak = vit.derive(args, len(train_data), world)
-    if not vit.open_run(args, "mae", {"what --data holds": train_data.fingerprint(),
-                                      "what --val holds": val and val_data.fingerprint()}, model):
+    schedule = vit.make_schedule(args, len(source))
+    if not vit.open_run(args, "mae", {"--data content": source.fingerprint(),
+                                      "--val content": val and val_source.fingerprint()}, model):
         return
-    examples = data.examples(val or data.unshuffled(train_data, args, config), device)
-
-    # ---- optimizer and state
-    optimizer = torch.optim.AdamW(vit.decay_groups(model, args.weight_decay), lr=peak, betas=BETAS,
-                                  fused=True)
-    state = vit.restore(args, model, optimizer, vit.fresh_state(args, device))
-    data.cut_bad_list(args, state)
-    log = vit.Log(args, device, state["step"], steps, 3 * vit.forward_flops(make, example))
-    positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
-    batches = data.load(train, positions, args.workers, device)
-    describe = {"config": {**asdict(config), **own}, "stage": "mae"}
+    examples = data.examples(val or data.unshuffled(source, args, config), device)
 
     def draw_and_evaluate():
         draw_reconstruction(model, examples["images"], examples["position"], args, device,
                             Path(args.out) / "reconstruction.png")
-        return evaluate(model, val, args, device, rank, world) if val else {}
+        return evaluate(model, val, args, device) if val else {}
 
     # ---- loop
-    while state["step"] < steps:
-        if log.evaluation_due(state["step"]):
-            log.evaluated(draw_and_evaluate())
-        lr = vit.learning_rate(state["step"], steps, peak, args.warmup * steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss, bad = torch.zeros((), device=device), []
-        for part in range(accumulate):
-            batch = log.wait(batches)
-            bad += batch["bad"]
-            position = batch["position"].to(device, non_blocking=True)      # [B]
-            images = batch["images"].to(device, non_blocking=True)          # [B,H,W,C]
+    optimizer = torch.optim.AdamW(vit.decay_groups(model, args.weight_decay), betas=BETAS,
+                                  fused=True)
+    model_info = {"config": {**asdict(config), **model_flags}, "stage": "mae"}
+    run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info,
+                  vit.training_flops(towers))
+    batches = data.training_batches(train, args, run.state["step"], schedule, device)
+    for _ in run.steps(draw_and_evaluate):
+        for batch in run.micro_batches(batches):
+            position, images = batch["position"], batch["images"]           # [B] [B,H,W,C]
             images = data.flip(images, data.uniform(args.seed, position, "flip", 1))
             images = data.normalise(images)                                 # [B,C,H,W]
-            noise = data.uniform(args.seed, position, "mask", config.patches)  # [B,N]
-            with vit.accumulating(wrapped, last=part == accumulate - 1):
-                with vit.autocast(args, device):
-                    part_loss = wrapped(images, noise=noise) / accumulate
-                (part_loss * state["scale"]).backward()
-            loss += part_loss.detach()
-        norm = vit.clip_gradients(model, args.clip_grad, state["scale"])
-        loss, norm, stop, due, found = vit.all_reduce_floats(
-            (loss / world, norm / world), (vit.stop_requested(), log.save_due(), len(bad)))
-        finite = math.isfinite(norm)
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        vit.note_step(state, finite, args.batch)
-        data.note_bad(found, bad, args, state)
-        log.step(state["step"], {"loss": loss, "lr": lr, "grad_norm": norm,
-                                 "bad_samples": state["bad_samples"]})
-
-        done = state["step"] == steps
-        # Before an evaluation too: what interrupts it costs no step.
-        if stop or due or done or log.evaluation_due(state["step"]):
-            vit.save(args, model, optimizer, state,
-                     {**describe, "samples": state["step"] * args.batch})
-            log.saved()
-        if stop and not done:
-            return rank0_print(f"stopped after step {state['step']} of {steps}; the same command goes on")
-
-    # ---- end
-    metrics = draw_and_evaluate()
-    log.evaluated(metrics)
-    vit.report(args, {**metrics, "samples": steps * args.batch})
-    vit.finish(args)
+            # Uniform random numbers that depend on seed and position alone, so that a resumed run
+            # and any number of ranks mask the same patches.
+            noise = data.uniform(args.seed, position, "mask", config.num_patches)   # [B,N]
+            with vit.autocast(args, device):
+                loss = wrapped(images, noise).mean()
+            run.backward(loss)
+        run.update()
 
 
 if __name__ == "__main__":

@@ -1,22 +1,25 @@
-"""Stage 2: weakly supervised pretraining (WSP), on hashtags.
+"""Stage 2: weakly supervised pretraining (WSP) on hashtags.
 
-People have written billions of hashtags under pictures. They are noisy, many say nothing of what
-is seen, and nobody was paid for them. A Vision Transformer learns to predict them: hashtags are
-merged to a vocabulary, pictures with rare ones are shown more often, and the loss is a softmax over
-all tags ("The effectiveness of MAE pre-pretraining for billion-scale pretraining", arXiv
-2303.13496, section 3; the lineage is SWAG, arXiv 2201.08371). Done after stage 1, from its
-encoder, the result is better than that of either stage alone: the paper's claim.
+People have written billions of hashtags under pictures. They are noisy, and many say nothing about
+the picture, but they cost nothing. A Vision Transformer learns to predict them: hashtags are mapped
+to a vocabulary, images with rare ones are repeated, and the loss is a softmax over the vocabulary
+("The effectiveness of MAE pre-pretraining for billion-scale pretraining", arXiv 2303.13496, section
+3; after SWAG, arXiv 2201.08371).
+
+The one idea of the paper is where this training starts: from the encoder of stage 1, whose decoder
+is thrown away, instead of from random weights. Nothing else changes, and the result is better than
+that of either stage alone.
 
     torchrun wsp.py --init runs/mae/model.pt              # built-in world, nano: minutes on a CPU
-    torchrun wsp.py                                       # from scratch, to compare: same values
+    torchrun wsp.py                                       # without MAE, to compare: the same recipe
     torchrun wsp.py --data 'shards/*.tar' --vocabulary-only --synonyms words.tsv   # look first
     torchrun --nnodes 8 --nproc-per-node 8 … wsp.py --init runs/mae/model.pt --data '/data/*.tar'
     python wsp.py --init runs/wsp/model.pt --predict cat.jpg dog.jpg               # their tags
 
-Expected of the first, in ten minutes: a validation loss of about 3.41, where knowing nothing scores
-3.78, and 0.41 of the tags among the five most probable; of the second 3.47 and 0.39. Nobody has
-published the recipe of this stage: what is ours is marked so. The next stage is finetune.py, which
-starts from runs/wsp/model.pt.
+Expected of the first, in ten minutes: a validation loss of about 3.41 (the entropy of the tags,
+3.78, is the loss of a model that ignores the picture), and 0.41 of an image's tags among the five
+most probable; of the second 3.47 and 0.39. The recipe of this stage is not published: our choices
+are marked. The next stage is finetune.py, which starts from runs/wsp/model.pt.
 """
 
 import functools
@@ -33,50 +36,50 @@ import data
 import vit
 from vit import UserError, ViT, rank0_print
 
-RECIPES = vit.table("batch length base_lr smallest_crop", {
-    # not published; base and up: 4e-4 at a batch of 8192, the usual values of such runs
-    "nano":  (64,   {"samples": 100e3}, 0.004,   0.5),      # ours, for a classroom
-    "tiny":  (256,  {"samples": 2e6},   1e-3,    0.35),     # ours
-    "small": (1024, {"epochs": 30},     2.5e-4,  0.2),      # ours
-    "base … 6.5b": (8192, {"epochs": 1}, 1.25e-5, 0.08),    # one epoch: paper
-})
-COMMON = {"weight_decay": 0.1, "clip_grad": 1.0, "warmup": 0.05}
-BETAS = 0.9, 0.999          # not published; AdamW's own
-EPOCH_REPEAT = 5 / 3               # 3 billion images make an epoch of 5 billion (paper)
-NO_DECAY = "pos_embed", "cls_token"       # from weight decay, as in MAE's finetuning
+RECIPES = {     # not published; base and up: 4e-4 at a batch of 8192, usual values for such runs
+    "nano": dict(batch=64, samples=100_000, base_lr=0.004, smallest_crop=0.5),      # ours
+    "tiny": dict(batch=256, samples=2_000_000, base_lr=1e-3, smallest_crop=0.35),   # ours
+    "small": dict(batch=1024, epochs=30, base_lr=2.5e-4, smallest_crop=0.2),        # ours
+    **dict.fromkeys(("base", "large", "huge", "2b", "6.5b"), dict(
+        batch=8192, epochs=1, base_lr=1.25e-5, smallest_crop=0.08)),        # one epoch: paper
+}
+ALL_MODELS = dict(loss="softmax", weight_decay=0.1, clip_grad=1.0, warmup=0.05)
+BETAS = 0.9, 0.999                      # not published; AdamW's own
+NO_DECAY = "pos_embed", "cls_token"     # no weight decay, as in MAE's finetuning
+EPOCH_REPEAT = 5 / 3                    # 3 billion images make an epoch of 5 billion (paper)
 
 
 def parse_flags(argv):
-    """All flags, with the recipe filled in: (args, Config, what --init's file says of itself)."""
-    parser = vit.stage_parser("wsp.py", __doc__, {**RECIPES, "all": COMMON})
-    parser.set_defaults(data=["world:100000"])
+    """All flags, with the recipe filled in: (args, Config, file_info of --init)."""
+    parser = vit.stage_parser("wsp.py", __doc__, {**RECIPES, "all": ALL_MODELS})
+    parser.set_defaults(data=["world:100000"])          # all tags are counted first
     add = parser.add_argument_group("hashtags").add_argument
     add("--synonyms", metavar="FILE", help="lines of: alias, TAB, canonical tag; the paper merges "
-        "by WordNet, see README; default: none, and the world's own for the world")
+        "by WordNet, see README; default: none, but the world's own for the world")
     add("--min-count", type=vit.positive, default=5, metavar="IMAGES",
-        help="leave out tags of fewer; default 5 (ours)")
+        help="leave out tags of fewer images; default %(default)s (ours)")
     add("--vocabulary-size", type=vit.positive, default=28_000, metavar="TAGS",
-        help="the most frequent are kept; default 28,000 (paper)")
+        help="the most frequent tags are kept; default %(default)s (paper)")
     add("--vocabulary-only", action="store_true", help="print the vocabulary and stop")
-    add("--resample", choices=("sqrt", "none"), default="sqrt",
-        help="sqrt (default): show images of rare tags more often, by the inverse root of the "
-        "frequency of their rarest one, so that an epoch shows 5/3 of the tagged images (its size: "
-        "paper; its rule: ours); none: each once")
+    add("--resample", choices=("sqrt", "none"), default="sqrt", help="sqrt (default): repeat "
+        "images of rare tags, by the inverse square root of their rarest tag's frequency, so that "
+        "an epoch has 5/3 as many samples as images (its length: paper; the rule: ours); none: "
+        "show each image once")
     add("--max-repeat", type=vit.positive, default=10, metavar="TIMES",
-        help="the most often that one image is shown in an epoch; default 10 (ours)")
-    add("--loss", choices=("softmax", "bce"), help="softmax (default; the "
-        "authors): cross-entropy with 1/k on each of k tags; bce: a yes or no for every tag")
-    add("--drop-path", type=float, default=0.0, metavar="SHARE",
-        help="of images that skip a branch of the last block; default 0, off (ours)")
-    add("--smallest-crop", type=float, metavar="SHARE",
-        help="of the image's area that a random crop has; default by model, below")
+        help="most repeats of an image in an epoch; default %(default)s (ours)")
+    add("--loss", choices=("softmax", "bce"), help="softmax (default; SWAG's authors): "
+        "cross-entropy with 1/k on each of k tags; bce: binary cross-entropy for every tag")
+    add("--drop-path", type=vit.number(0, 0.999), default=0.0, metavar="SHARE", help="share of "
+        "images that skip a branch of the last block; default 0, off (ours)")
+    add("--smallest-crop", type=vit.number(1e-9, 1), metavar="SHARE",
+        help="smallest area of a random crop, as a share of the image's; default by model")
     args = parser.parse_args(argv)
-    config, name, about = vit.choose_config(args, "wsp")
-    vit.fill_recipe(args, {"loss": "softmax", **RECIPES[name], **COMMON})
+    config, name, file_info = vit.choose_config(args, "wsp")
+    vit.fill_recipe(args, {**ALL_MODELS, **RECIPES[name]})
     if args.vocabulary_only and (args.predict or args.eval_only):
         raise UserError("--vocabulary-only is about --data: leave --predict and --eval-only out")
     data.choose_val(args)
-    return args, config, about
+    return args, config, file_info
 
 
 # ======================================================================================
@@ -159,13 +162,13 @@ def count_and_resample(args, source, synonyms):
     scale = solve_scale(counts, by_rarest, args.max_repeat) if args.resample == "sqrt" else 0.0
     tagged = data.Tagged(source, numbers, repeats(counts, scale, args.max_repeat))
     about = {"vocabulary": vocabulary, "counts": counts.astype(int).tolist(), "scale": scale,
-             **entropy_baseline(*data.count_shown(tagged, len(counts)), len(tagged)),
+             **constant_loss(*data.count_shown(tagged, len(counts)), len(tagged)),
              "tagged": int(by_rarest.sum()), "tags_an_image": by_length.astype(int).tolist()}
     return {"repeats": tagged.repeats, "sums": tagged.chunks,
             "about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
 
 
-def entropy_baseline(mass, images, count):
+def constant_loss(mass, images, count):
     """The loss, in nats, of the best constant answer to `count` images, of either --loss.
 
     `mass` [K]: the sum of 1/k over the images that have a tag, whose entropy is softmax's; `images`
@@ -189,17 +192,18 @@ def show_vocabulary(about):
 # The loss
 # ======================================================================================
 
-def tag_losses(logits, tags, kind="softmax"):
-    """The loss of each image [B] from logits [B,K] and the numbers of its tags [B,k], -1 for none.
+def tag_losses(logits, targets, kind="softmax"):
+    """The loss of each image [B], from logits [B,K] and the numbers of its tags [B,k], filled up
+    with -1.
 
-    softmax: cross-entropy against 1/k on each of the image's k tags (the authors, on SWAG), so
-    logsumexp less the mean logit of its tags: no multi-hot matrix [B,K] is made. bce: the mean over
-    all K of the binary cross-entropy."""
-    logits, known = logits.float(), tags >= 0                               # [B,K] [B,k]
-    picked = (logits.gather(1, tags.clamp(min=0)) * known).sum(1)           # [B]
+    softmax: the cross-entropy against 1/k on each of the image's k tags (the authors, on SWAG).
+    Since -sum_t 1/k log softmax(z)_t = logsumexp(z) - mean_t z_t over the tags t, no matrix [B,K]
+    of targets is made. bce: the mean over all K of the binary cross-entropy."""
+    logits, known = logits.float(), targets >= 0                            # [B,K] [B,k]
+    tag_logits = (logits.gather(1, targets.clamp(min=0)) * known).sum(1)    # [B]
     if kind == "bce":
-        return (F.softplus(logits).sum(1) - picked) / logits.shape[1]
-    return logits.logsumexp(1) - picked / known.sum(1).clamp(min=1)
+        return (F.softplus(logits).sum(1) - tag_logits) / logits.shape[1]
+    return logits.logsumexp(1) - tag_logits / known.sum(1).clamp(min=1)
 
 
 # ======================================================================================
@@ -207,42 +211,45 @@ def tag_losses(logits, tags, kind="softmax"):
 # ======================================================================================
 
 @torch.no_grad()
-def evaluate(model, val, args, device, rank, world, about):
-    """Loss and recall over a source, every image with a known tag once, whatever the ranks.
+def evaluate(model, val, args, device, tags):
+    """Loss and recall over a source, every image with a known tag once at any number of ranks.
 
-    Recall at k is the share of an image's tags that are among the k most probable, averaged over
-    images; "entropy" is what knowing nothing scores. OUT/tags.txt gets each tag's recall at 5."""
-    K, tops = len(about["vocabulary"]), (1, 5, 10)
-    sums = torch.zeros(5, dtype=torch.float64)          # images, their losses, their recalls
-    by_tag = torch.zeros(3, K, dtype=torch.float64)     # images with it, of those found, mass
-    for images, batch in data.validate(val, args, device, rank, world):
-        tags, weight = batch["tags"].to(device), batch["weight"].double()   # [B,k] [B]
+    Recall at n is the share of an image's tags that are among the n most probable, averaged over
+    images. "entropy" is the loss of the best constant prediction. OUT/tags.txt gets each tag's
+    recall at 5."""
+    K, tops = len(tags["vocabulary"]), (1, 5, 10)
+    sums = torch.zeros(5, dtype=torch.float64)          # images, their losses, their 3 recalls
+    by_tag = torch.zeros(3, K, dtype=torch.float64)     # images with it, found in top 5, sum of 1/k
+    for images, batch in data.validate(val, args, device):
+        targets, weight = batch["targets"].to(device), batch["weight"].double()     # [B,k] [B]
         with vit.autocast(args, device):
             logits = model(images)                                          # [B,K]
-        losses = tag_losses(logits, tags, args.loss).cpu().double()         # [B]
+        losses = tag_losses(logits, targets, args.loss).cpu().double()      # [B]
         top = logits.topk(min(10, K)).indices                               # [B,10]
-        hits = (tags[:, :, None] == top[:, None]).cpu()                     # [B,k,10]
-        tags, known = tags.cpu(), tags.cpu() >= 0                           # [B,k] [B,k]
+        hits = (targets[:, :, None] == top[:, None]).cpu()                  # [B,k,10]
+        targets, known = targets.cpu(), targets.cpu() >= 0                  # [B,k] [B,k]
         share = known / known.sum(1, keepdim=True).clamp(min=1)             # [B,k]: 1/k
-        recalls = [(hits[..., :k].any(-1) * share).sum(1) for k in tops]    # 3 x [B]
-        sums += torch.stack([weight, losses * weight, *recalls]).sum(1)     # no weight: no tags
+        recalls = [(hits[..., :n].any(-1) * share).sum(1) for n in tops]    # 3 x [B]
+        # Images that could not be read have weight 0 and no tags, so they add nothing.
+        sums += torch.stack([weight, losses * weight, *recalls]).sum(1)
         found = hits[..., :5].any(-1)[known].double()
-        for row, value in zip(by_tag, (torch.ones_like(found), found, share[known].double())):
-            row.index_add_(0, tags[known], value)
+        by_tag[0].index_add_(0, targets[known], torch.ones_like(found))
+        by_tag[1].index_add_(0, targets[known], found)
+        by_tag[2].index_add_(0, targets[known], share[known].double())
     (count, *sums), by_tag = vit.all_reduce_sum(sums).tolist(), vit.all_reduce_sum(by_tag)
-    if rank == 0:
-        write_tags(Path(args.out) / "tags.txt", about, *by_tag[:2].tolist())
+    if vit.get_rank() == 0:
+        write_tags(Path(args.out) / "tags.txt", tags, *by_tag[:2].tolist())
     metrics = {name: value / count for name, value in zip(
-        ("loss", *(f"recall{k}" for k in tops)), sums)}
-    return {**metrics, "entropy": entropy_baseline(by_tag[2], by_tag[0], count)[args.loss],
+        ("loss", *(f"recall{n}" for n in tops)), sums)}
+    return {**metrics, "entropy": constant_loss(by_tag[2], by_tag[0], count)[args.loss],
             "count": int(count), "bad": len(val.source) - int(count)}
 
 
-def write_tags(path, about, images, found):
-    """tags.txt: every tag with its recall at 5, the worst first, those without images last."""
+def write_tags(path, tags, images, found):
+    """Write tags.txt: each tag with its recall at 5, the worst first, those without images last."""
     rows = sorted((hits / n if n else math.inf, tag, count, int(n)) for tag, count, n, hits in zip(
-        about["vocabulary"], about["counts"], images, found))
-    lines = ["# tag, images of --data, images of --val, recall at 5 on them: from the worst on",
+        tags["vocabulary"], tags["counts"], images, found))
+    lines = ["# tag, images of --data, images of --val, recall at 5 on them: the worst first",
              *(f"{tag}\t{count}\t{n}\t{recall if n else math.nan:.3f}"
                for recall, tag, count, n in rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -275,109 +282,68 @@ def open_all(args, config, told):
 
 
 def main(argv):
-    args, config, told = parse_flags(argv)
-    example = lambda batch: (torch.empty(batch, config.channels, *config.image),)
+    args, config, file_info = parse_flags(argv)
+    towers = [(config.depth, config.width, 1 + config.num_patches)]
     if args.plan:
         rank0_print(f"planned for {args.vocabulary_size:,} tags: see --vocabulary-size")
-        return vit.plan(args, lambda: ViT(config, args.vocabulary_size), example)
-    device, rank, world = vit.start(args)
+        return vit.plan(args, lambda: ViT(config, args.vocabulary_size), towers)
+    device = vit.start(args)
 
     # ---- data, and the vocabulary, which decides how many outputs the model has
-    tagged, val, about = open_all(args, config, told)
+    resampled, val, tags = open_all(args, config, file_info)
     if args.vocabulary_only:
-        return show_vocabulary(about)
+        return show_vocabulary(tags)
 
     # ---- model: a checkpoint in --out, else --init, else random weights
-    make = lambda: ViT(config, len(about["vocabulary"]))
+    make = lambda: ViT(config, len(tags["vocabulary"]), pool="cls", head_std=0.0)   # head: SWAG
     model, wrapped = vit.build(make, args, device)
     if args.init:
-        same = told.get("vocabulary") == about["vocabulary"]
+        # The paper's idea. A file of stage 1 has an encoder, which is loaded, a decoder, which is
+        # not used, and no head: the head keeps its zeros, as without --init.
+        same = file_info.get("vocabulary") == tags["vocabulary"]
         vit.load_weights(model, args.init, renew=() if same else ("head.*",))
-        if "vocabulary" in told and not same:
-            rank0_print(f"NOTE: a new head for {len(about['vocabulary'])} tags: --init's vocabulary of "
-                        f"{len(told['vocabulary'])} is another one")
+        if "vocabulary" in file_info and not same:
+            rank0_print(f"NOTE: a new head for {len(tags['vocabulary'])} tags: --init has another "
+                        f"vocabulary, of {len(file_info['vocabulary'])}")
     if args.predict:
-        return data.print_predictions(model, config, args, device, about["vocabulary"])
+        return data.print_predictions(model, config, args, device, tags["vocabulary"])
     if args.eval_only:
-        return vit.report(args, evaluate(model, val, args, device, rank, world, about))
+        return vit.report(args, evaluate(model, val, args, device, tags))
     crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
-    train = data.Samples(tagged, config.image, config.channels, crop, args.seed,
-                         max_pixels=args.max_pixels)
-    steps, micro, accumulate, peak = vit.derive(args, len(tagged), world)
-    words = data.crc(json.dumps([about["vocabulary"], about["synonyms"]]))
+    train = data.Samples(resampled, config.image, config.channels, crop, args.seed)
+    schedule = vit.make_schedule(args, len(resampled))
+    words = data.crc(json.dumps([tags["vocabulary"], tags["synonyms"]]))
     if not vit.open_run(args, "wsp", {
-            "what --data holds": tagged.source.fingerprint(),
-            "what --val holds": val and val.source.source.fingerprint(),
-            "vocabulary": f"{len(about['vocabulary'])} tags (CRC {words:08x})"}, model):
+            "--data content": resampled.source.fingerprint(),
+            "--val content": val and val.source.source.fingerprint(),
+            "vocabulary": f"{len(tags['vocabulary'])} tags (CRC {words:08x})"}, model):
         return
-    examples = data.examples(val or data.unshuffled(tagged, args, config), device)
-
-    # ---- optimizer and state
-    groups = vit.decay_groups(model, args.weight_decay, NO_DECAY)
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=BETAS, fused=True)
-    state = vit.restore(args, model, optimizer, vit.fresh_state(args, device))
-    data.cut_bad_list(args, state)
-    log = vit.Log(args, device, state["step"], steps, 3 * vit.forward_flops(make, example))
-    positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
-    batches = data.load(train, positions, args.workers, device)
-    describe = {"config": {**asdict(config), "loss": args.loss}, "stage": "wsp",
-                **{key: about[key] for key in ("vocabulary", "counts", "synonyms")}}
+    examples = data.examples(val or data.unshuffled(resampled, args, config), device)
 
     def draw_and_evaluate():
-        data.draw_predictions(model, examples, args, device, about["vocabulary"])
-        return evaluate(model, val, args, device, rank, world, about) if val else {}
+        data.draw_predictions(model, examples, args, device, tags["vocabulary"])
+        return evaluate(model, val, args, device, tags) if val else {}
 
     # ---- loop
-    while state["step"] < steps:
-        if log.evaluation_due(state["step"]):
-            log.evaluated(draw_and_evaluate())
-        lr = vit.learning_rate(state["step"], steps, peak, args.warmup * steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss, bad = torch.zeros((), device=device), []
-        for part in range(accumulate):
-            batch = log.wait(batches)
-            bad += batch["bad"]
-            position = batch["position"].to(device, non_blocking=True)      # [B]
-            tags = batch["tags"].to(device, non_blocking=True)              # [B,k]
-            images = batch["images"].to(device, non_blocking=True)          # [B,H,W,C]
+    optimizer = torch.optim.AdamW(vit.decay_groups(model, args.weight_decay, NO_DECAY),
+                                  betas=BETAS, fused=True)
+    model_info = {"config": {**asdict(config), "loss": args.loss}, "stage": "wsp",
+                  **{name: tags[name] for name in ("vocabulary", "counts", "synonyms")}}
+    run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info,
+                  vit.training_flops(towers), constants={"entropy": tags[args.loss]})
+    batches = data.training_batches(train, args, run.state["step"], schedule, device)
+    for _ in run.steps(draw_and_evaluate):
+        for batch in run.micro_batches(batches):
+            position, images = batch["position"], batch["images"]           # [B] [B,H,W,C]
             images = data.flip(images, data.uniform(args.seed, position, "flip", 1))
-            images, keep = data.normalise(images), None                     # [B,C,H,W]
+            images, scales = data.normalise(images), None                   # [B,C,H,W]
             if args.drop_path:
-                numbers = data.uniform(args.seed, position, "drop path", 2 * config.depth)
-                keep = vit.drop_path(numbers.reshape(len(images), -1, 2), args.drop_path)
-            with vit.accumulating(wrapped, last=part == accumulate - 1):
-                with vit.autocast(args, device):
-                    logits = wrapped(images, keep)                          # [B,K]
-                part_loss = tag_losses(logits, tags, args.loss).mean() / accumulate
-                (part_loss * state["scale"]).backward()
-            loss += part_loss.detach()
-        norm = vit.clip_gradients(model, args.clip_grad, state["scale"])
-        loss, norm, stop, due, found = vit.all_reduce_floats(
-            (loss / world, norm / world), (vit.stop_requested(), log.save_due(), len(bad)))
-        finite = math.isfinite(norm)
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        vit.note_step(state, finite, args.batch)
-        data.note_bad(found, bad, args, state)
-        log.step(state["step"], {"loss": loss, "entropy": about[args.loss], "lr": lr,
-                                 "grad_norm": norm, "bad_samples": state["bad_samples"]})
-
-        done = state["step"] == steps
-        # Before an evaluation too: what interrupts it costs no step.
-        if stop or due or done or log.evaluation_due(state["step"]):
-            vit.save(args, model, optimizer, state,
-                     {**describe, "samples": state["step"] * args.batch})
-            log.saved()
-        if stop and not done:
-            return rank0_print(f"stopped after step {state['step']} of {steps}; the same command goes on")
-
-    # ---- end
-    metrics = draw_and_evaluate()
-    log.evaluated(metrics)
-    vit.report(args, {**metrics, "samples": steps * args.batch})
-    vit.finish(args)
+                uniforms = data.uniform(args.seed, position, "drop path", 2 * config.depth)
+                scales = vit.drop_path_scales(uniforms, args.drop_path)     # [B,L,2]
+            with vit.autocast(args, device):
+                logits = wrapped(images, scales)                            # [B,K]
+            run.backward(tag_losses(logits, batch["targets"], args.loss).mean())
+        run.update()
 
 
 if __name__ == "__main__":
