@@ -1522,13 +1522,14 @@ def activation_bytes(towers, number_bytes, recompute):
 
 
 def plan(args, make, towers, flops=None, gpu_memory=80e9, mfu=0.4):
-    """--plan: print memory and time of a run on args.plan H100s, in nodes of 8, as a table and as
-    one line of JSON, by formulas.
+    """--plan: print memory and time of a run on args.plan H100s, in nodes of 8, by formulas: as a
+    table and as one line of JSON. Touches neither data nor devices.
 
-    Weights, gradients and Adam's two moments take 16 bytes per parameter, divided among the ranks
-    that shard. Accumulated gradients are whole on every rank. `flops` per image where they are not
-    three forwards. `mfu`, the share of the peak that is reached, is a guess (ours): a run's log has
-    the true one. Touches neither data nor devices."""
+    Weights and Adam's two moments take 12 bytes per parameter and gradients 4, divided among the
+    ranks that shard. Gradients that are accumulated are whole on every rank and exist beside all
+    activations; otherwise they appear as activations are freed. `flops` per image are given where
+    they are not three forwards. `mfu`, the share of the peak that is reached, is a guess (ours);
+    the log of a run has the true one."""
     with torch.device("meta"):
         model = make()
     count = sum(p.numel() for p in model.parameters())
@@ -1539,35 +1540,36 @@ def plan(args, make, towers, flops=None, gpu_memory=80e9, mfu=0.4):
     micro = min(args.micro_batch, per_rank)
     rows = []
     for mode, shards in (("ddp", 1), ("hsdp", min(8, args.plan)), ("fsdp", args.plan)):
-        gradient_shards = shards if micro == per_rank else 1
-        states = 4 * count / shards + 4 * trained / gradient_shards + 8 * trained / shards
+        states = (4 * count + 8 * trained) / shards
+        gradients = 4 * trained / (shards if micro == per_rank else 1)
         # ddp: weights once more in half precision; sharded: three blocks gathered or in transfer
         copies = (2 * count * (number_bytes == 2) if mode == "ddp"
                   else (3 * number_bytes + 4) * largest_block)
-        for recompute in (False, True):
-            image = activation_bytes(towers, number_bytes, recompute)
-            rows.append({
-                "parallel": mode, "activation_checkpoint": recompute,
-                "states_gb": round(states / 1e9, 2), "copies_gb": round(copies / 1e9, 2),
-                "activations_gb": round(micro * image / 1e9, 2),
-                "total_gb": round((states + copies + micro * image) / 1e9, 2),
-                "largest_micro_batch": max(0, int((gpu_memory - states - copies) / image))})
+        for checkpoint in (False, True):
+            image = activation_bytes(towers, number_bytes, checkpoint)
+            together = max if micro == per_rank else sum
+            total = states + copies + together([gradients, micro * image])
+            sizes = {"states": states, "gradients": gradients, "copies": copies,
+                     "activations": micro * image, "total": total}
+            rows.append({"parallel": mode, "checkpoint": checkpoint,
+                         **{name: round(size / 1e9, 3) for name, size in sizes.items()},
+                         "largest": max(0, int((gpu_memory - states - copies - gradients) / image))})
     flops = flops or training_flops(towers)
     flops += forward_flops(towers) * args.activation_checkpoint
     seconds = args.batch * flops / (args.plan * mfu * PEAK_FLOPS["H100"])
     million = seconds / args.batch * 1e6 / 3600
     samples = args.samples or (args.steps or 0) * args.batch
-    rank0_print(f"{count / 1e6:,.1f}M parameters, {flops / 1e9:.4g} GFLOP per image; a step of "
-                f"{args.batch} images takes {seconds:.3g} s on {args.plan} H100s at "
-                f"{100 * mfu:g}% of their peak, a million images {million:.3g} h"
-                + (f", the run {million * samples / 1e6:.3g} h" if samples else ""))
-    rank0_print(f"GB per GPU of {gpu_memory / 1e9:g}, with micro-batches of {micro}:")
-    rank0_print("".join(f"{name.removesuffix('_gb'):>22}" for name in rows[0]))
-    for row in rows:
-        rank0_print("".join(f"{str(value):>22}" for value in row.values()))
+    rank0_print(f"{count / 1e6:,.1f}M parameters, {flops / 1e9:.4g} GFLOP per image; {args.plan} x "
+                f"H100 at {100 * mfu:g}% of the peak: {seconds:.3g} s per step of {args.batch} "
+                f"images, {million:.3g} h per million images"
+                + (f", {million * samples / 1e6:.3g} h for the run" if samples else ""))
+    rank0_print(f"GB per GPU with micro-batches of {micro}, and the largest micro-batch in "
+                f"{gpu_memory / 1e9:g} GB:")
+    for row in (rows[0].keys(), *(row.values() for row in rows)):
+        rank0_print("".join(f"{str(value):>12}" for value in row))
     rank0_print(json.dumps({"parameters": count, "flops_per_image": flops, "micro_batch": micro,
                             "seconds_per_step": seconds, "hours_per_million_images": million,
-                            "memory": rows}))
+                            "memory_gb": rows}))
 
 
 # ======================================================================================
@@ -1589,16 +1591,10 @@ def read_safetensors(path):
         start = file.tell()
     content = torch.from_file(str(path), shared=False, size=os.path.getsize(path),
                               dtype=torch.uint8)[start:]
-    tensors = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            first, last = entry["data_offsets"]
-            if not 0 <= first <= last <= len(content):
-                raise ValueError(f"the offsets of {name} are outside of the file")
-            # The copy is needed since a tensor may begin at any byte.
-            part = content[first:last].clone().view(SAFETENSORS_DTYPES[entry["dtype"]])
-            tensors[name] = part.view(entry["shape"])
-    return tensors
+    # Cloned, since a tensor may begin at any byte. Offsets that do not fit its shape raise an error.
+    return {name: content[slice(*entry["data_offsets"])].clone()
+            .view(SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"])
+            for name, entry in header.items() if name != "__metadata__"}
 
 
 def read_weights(path):
