@@ -214,7 +214,8 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens [B,N,D]."""
+    """Multi-head self-attention over tokens [B,N,D]; `mask` [B,1,1,N], if any, is True for the
+    tokens that may be attended to."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -222,11 +223,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x):
+    def forward(self, x, mask=None):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)     # [B,N,3,h,D/h]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # 3 x [B,h,N,D/h]
-        x = F.scaled_dot_product_attention(q, k, v)                         # [B,h,N,D/h]
+        x = F.scaled_dot_product_attention(q, k, v, mask)                   # [B,h,N,D/h]
         return self.proj(x.transpose(1, 2).reshape(B, N, D))                # [B,N,D]
 
 
@@ -1684,14 +1685,15 @@ RENAMES = [(re.compile(pattern), new) for pattern, new in (
     (r"^classifier\.", "head."))]
 
 
-def our_names(tensors):
-    """Rename the tensors of a file to the names of ViT and MAE; join query, key and value."""
+def our_names(tensors, renames=RENAMES):
+    """Rename the tensors of a file by a table, by default to the names of ViT and MAE; join query,
+    key and value."""
     renamed = {}
     for name, tensor in tensors.items():
         name = name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
         while PREFIXES.match(name):
             name = PREFIXES.sub("", name)
-        for pattern, new in RENAMES:
+        for pattern, new in renames:
             name = pattern.sub(new, name)
         renamed[name] = tensor
     for name in [name for name in renamed if ".attn.q." in name]:
