@@ -2967,13 +2967,9 @@ def test_pieces_are_those_of_the_sentencepiece_library():
     # Sums of 64 bits choose other pieces somewhere in this text.
     ids = tokenizer.encode("".join(random.Random(0).choices("aact ", k=3000)))
     assert len(ids) == 2220 and zlib.crc32(json.dumps(ids).encode()) == 2489828908
-
-
-def test_encoding_takes_time_in_proportion_to_the_text():
-    tokenizer = finetune.Tokenizer(tokenizer_file())
     begun = time.perf_counter()
     tokenizer.encode("a cafe\u0301 cat 🐈 " * 5000)
-    assert time.perf_counter() - begun < 20             # 1 s on an idle machine
+    assert time.perf_counter() - begun < 20             # linear: 0.4 s on an idle machine
 
 
 def test_normalised_text_is_that_of_the_sentencepiece_library():
@@ -3142,7 +3138,7 @@ def test_text_tower_trains_the_same_however_it_is_run():
     """The loss compares all pairs of the batch, wherever they are; the image tower stays."""
     out, flags, losses, weights = paired()
     for world, more in ((3, ()), (2, ("--micro-batch", 3)), (2, ("--parallel", "fsdp")),
-                        (1, ("--micro-batch", 4)), (1, ("--activation-checkpoint",))):
+                        (1, ("--activation-checkpoint",))):
         other, theirs, _ = train(folder() / "run", *flags, *more, world=world, stage=Zeroshot)
         assert close(other, losses, 1e-4), (world, more)
         for name in ("text_projection", "vision_projection", "logit_scale"):
@@ -3184,8 +3180,8 @@ def test_kept_features_are_those_of_whole_images():
 def test_zero_shot_classes_are_means_over_names_and_templates():
     """Class vectors, top-1 and top-5, and retrieval, by plain loops."""
     out, flags, _, _ = paired()
-    names = folder_with(folder() / "names.txt", "\n".join(
-        f"{name}, a {name}" for name in data.class_names()) + "\n")
+    names = folder_with(folder() / "names.txt", "".join(
+        f"{name}, a {name}\n" for name in data.class_names()))
     templates = folder_with(folder() / "templates.txt", "a {}.\n\nsee {} {}\n")
     given = ("--init", out / "model.pt", "--eval-only", "--val", "world-val:50", "--classes", names,
              "--templates", templates, "--image-size", 32)
@@ -3194,8 +3190,7 @@ def test_zero_shot_classes_are_means_over_names_and_templates():
     assert {name: value for name, value in found.items() if "loss" not in name} == {
         name: value for name, value in both.items() if "loss" not in name}
     model, source = trained_towers(out), data.open_data("world-val:50")
-    one = lambda text: model.embed_texts(torch.tensor([[0, *text.encode(), 2]]) + torch.tensor(
-        [[0] + [4] * len(text.encode()) + [0]]))[0]
+    one = lambda text: model.embed_texts(torch.tensor([[0, *finetune.encode_bytes(text), 2]]))[0]
     vectors = [F.normalize(sum(one(line.replace("{}", name)) for line in ("a {}.", "see {} {}")
                                for name in (word, f"a {word}")), dim=0)
                for word in data.class_names()]
@@ -3223,23 +3218,22 @@ def test_zero_shot_classes_are_means_over_names_and_templates():
 
 def test_lines_of_classes_name_the_folders_in_sorted_order():
     """Where no folder has such a name (ImageNet); lines may be equal, empty names are dropped."""
-    out, _, _, _ = paired()
-    pictures = folder()
-    for k, name in enumerate(("n01440764", "n03773504", "n04008634")):
+    out, pictures, folders = paired()[0], folder(), ["n01440764", "n03773504", "n04008634"]
+    val = argparse.Namespace(classes=folders)
+    assert finetune.classes_of_val([["tench"], ["rocket"], ["rocket"]], val) == [
+        [name] for name in folders]
+    by_name = [["n04008634", "rocket"], ["n01440764"], ["n03773504"]]
+    assert finetune.classes_of_val(by_name, val) == by_name
+    for name in folders:
         (pictures / name).mkdir()
-        Image.new("RGB", (32, 32), (80 * k, 90, 90)).save(pictures / name / "0.png")
-    given = ("--init", out / "model.pt", "--eval-only", "--val", pictures, "--classes")
-    ask = lambda text: asked("zeroshot", *given, folder_with(folder() / "names.txt", text))
-    plain, where = ask("tench\nrocket\nmissile\n")
-    rows = [line.split("\t")[0] for line in (where / "classes.txt").read_text().splitlines()[1:4]]
-    assert sorted(rows) == ["missile", "rocket", "tench"]
-    assert ask("tench, ,\nrocket\nmissile,\n")[0] == plain
-    alike, _ = ask("missile\nmissile\nmissile\n")
+        Image.new("RGB", (32, 32)).save(pictures / name / "0.png")
+    ask = lambda text: asked("zeroshot", "--init", out / "model.pt", "--eval-only", "--val",
+                             pictures, "--classes", folder_with(folder() / "names.txt", text))[0]
+    assert ask("tench, ,\nrocket\nmissile,\n") == ask("tench\nrocket\nmissile\n")
+    alike = ask("missile\nmissile\nmissile\n")
     assert close(alike["top1"], 1 / 3) and close(alike["loss"], math.log(3))
-    by_name, _ = ask("tench\nn04008634\nn01440764\nn03773504\n")     # by name where there are any
     refused("has 2 classes that the model lacks", ask, "n01440764\nrocket\nmissile\n")
     refused("has no name", ask, "tench\n,\nmissile\n")
-    assert by_name["count"] == 3
 
 
 def trained_towers(out):
