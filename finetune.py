@@ -28,10 +28,10 @@ zeroshot trains a text tower for an encoder, or uses a released one: classes are
 """
 
 import functools
+import json
 import math
 import re
-import struct
-from array import array
+import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -986,199 +986,90 @@ def lowshot(argv):
 # Zero-shot: from text to tokens
 # ======================================================================================
 
-START, PAD, END, UNKNOWN = range(4)     # <s> <pad> </s> <unk> (XLM-R)
+START, PAD, END, UNKNOWN = range(4)     # ids of <s> <pad> </s> <unk> (XLM-R)
+SPECIAL = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
+
+# XLM-R's normaliser ("nmt_nfkc") is NFKC, except that these become a space …
+SPACES = "\t\n\f\r\u1680\u200b\u200c\u200d\u200e\u200f\u2028\u2029\u2581\ufeff\ufffd"
+# … these control characters are removed, and the full-width tilde stays.
+CONTROLS = [chr(code) for code in (*range(1, 9), 11, *range(14, 32), 127, 143, 159)]
+REPLACED = str.maketrans({**dict.fromkeys(SPACES, " "), **dict.fromkeys(CONTROLS, "")})
 
 
-def protobuf(message):
-    """The fields of a protobuf message: yields (number, value), an int or bytes.
-
-    Raises ValueError or IndexError where it is none, or not a whole one."""
-    at = 0
-
-    def varint():
-        nonlocal at
-        value, shift = 0, 0
-        while True:
-            value |= (message[at] & 127) << shift
-            shift, at = shift + 7, at + 1
-            if message[at - 1] < 128:
-                return value
-
-    while at < len(message):
-        number, kind = divmod(varint(), 8)
-        if kind == 0:
-            yield number, varint()
-            continue
-        size = varint() if kind == 2 else {1: 8, 5: 4}.get(kind, len(message))
-        yield number, message[at:at + size]
-        at += size
-        if at > len(message):
-            raise ValueError(f"field {number} is cut short")
+def composes(characters):
+    """True if the characters, in this order, are exactly the parts of one: "e" and an accent."""
+    parts = "".join(unicodedata.normalize("NFKD", character) for character in characters)
+    whole = unicodedata.normalize("NFKC", characters)
+    return len(whole) == 1 and len(parts) == len(characters) \
+        and unicodedata.normalize("NFKD", whole) == parts
 
 
-def read_charsmap(blob):
-    """The normaliser's map in a SentencePiece file: {text: what replaces it}.
+def normalise(text):
+    """The text as XLM-R's normaliser writes it: NFKC of every character and of those that compose.
 
-    4 bytes with the size of a double array (as the Darts-clone library lays it out), its units of 4
-    bytes, then strings that end with a zero. Of a unit, bits 0 to 7 are the byte that leads to it,
-    bit 8 says that a key ends here, and the upper ones are an offset: the unit's place xor that is
-    the place of the key's value; this xor a byte, that of a child."""
-    size = int.from_bytes(blob[:4], "little")
-    units, strings = np.frombuffer(blob, "<u4", size // 4, 4).astype(np.int64), blob[4 + size:]
-    offsets, labels = (units >> 10 << ((units & 512) >> 6)).tolist(), (units & 255).tolist()
-    below, found = {}, {}
-    for place in np.flatnonzero(units >> 31 == 0).tolist():     # the others are values
-        below.setdefault(place ^ labels[place], []).append(place)
-    todo = [(b"", offsets[0])]
-    while todo:
-        key, base = todo.pop()
-        for place in below.get(base, ()):
-            if not labels[place]:
-                continue
-            longer, beyond = key + bytes([labels[place]]), place ^ offsets[place]
-            if units[place] & 256:
-                begin = int(units[beyond]) & 0x7fffffff
-                found[longer.decode()] = strings[begin:strings.index(b"\0", begin)].decode()
-            if len(longer) > 1000:
-                raise ValueError("its map of characters runs in circles")
-            todo.append((longer, beyond))
-    return found
+    NFKC of the whole text would also sort the marks of a letter, as in vowelled Arabic."""
+    if not unicodedata.is_normalized("NFKC", text):
+        runs = [""]
+        for character in text:
+            if composes(runs[-1] + character):
+                runs[-1] += character
+            else:
+                runs.append(character)
+        text = "".join(run if run == "～" else unicodedata.normalize("NFKC", run) for run in runs)
+    return text.translate(REPLACED)
 
 
-class SentencePiece:
-    """A SentencePiece unigram model (arXiv 1804.10959, 1808.06226), read from its .model file, or
-    from the bytes of one that `path` names.
+class Tokenizer:
+    """A unigram tokenizer (arXiv 1804.10959), read from Hugging Face's tokenizer.json: XLM-R's.
 
-    encode("text") gives ids as XLM-R numbers them, a piece's number + 1 and 3 for what is unknown,
-    without <s> and </s>; `size` is how many ids there are, XLM-R's <mask> the last. Raises
-    UserError for a file that is none, not a whole one or of another kind."""
+    encode("text") gives ids without <s> and </s>; `size` is the number of ids. `content` are the
+    bytes of the file if they are known already. Raises UserError for any other kind of file."""
 
     def __init__(self, path, content=None):
         try:
-            self.read(Path(path).read_bytes() if content is None else content)
-        except (OSError, ValueError, IndexError, KeyError, TypeError, struct.error) as error:
-            raise UserError(f"{path} is no whole SentencePiece model ({error}); give a file like "
-                            "XLM-R's sentencepiece.bpe.model") from error
-
-    def read(self, content):
-        messages = {1: [], 2: [], 3: []}    # pieces, the trainer's settings, the normaliser's
-        for number, value in protobuf(content):
-            messages.setdefault(number, []).append(value)
-        if not all(messages[number] for number in (1, 2, 3)):
-            raise ValueError("it lacks pieces or settings")
-        trained, normaliser = (dict(protobuf(messages[number][-1])) for number in (2, 3))
-        if trained.get(3, 1) != 1:
-            raise ValueError("it is of another kind than unigram")
-        pieces = [{2: bytes(4), 3: 1, **dict(protobuf(message))} for message in messages[1]]
-        pieces = [(piece[1].decode(), *struct.unpack("<f", piece[2]),
-                   (None, "normal", "unknown", "control", "own", "unused", "byte")[piece[3]])
-                  for piece in pieces]
-        kinds = [kind for _, _, kind in pieces]
-        if kinds.count("unknown") != 1 or {"normal", "own"} & {*kinds[:3]}:
-            raise ValueError("its first three pieces are not XLM-R's <unk>, <s> and </s>")
-        scores = [score for _, score, kind in pieces if kind == "normal"]
-        top = max([2.0 ** -126, *scores])   # the smallest float: log-probabilities are not above 0
-        self.unknown_score = float(np.float32(min(scores, default=0.0)) - np.float32(10))
-        # Every prefix of a piece, so that a search ends early: None for what is no piece itself.
-        self.table, self.bytes, own = {}, {}, []
-        for number, (text, score, kind) in enumerate(pieces, 1):
-            if kind == "own":               # user-defined: always taken
-                own.append(text)
-                score = len(text.encode()) * top - 0.1
-            if kind == "byte" and trained.get(35):      # <0x41>, instead of the unknown
-                self.bytes[int(text[1:-1], 16)] = number
-            if kind in ("normal", "own"):
-                for end in range(1, len(text)):
-                    self.table.setdefault(text[:end])
-                self.table[text] = number, score
-        self.size = len(pieces) + 2
-        own.sort(key=len, reverse=True)
-        self.own = re.compile("(" + "|".join(map(re.escape, own)) + ")") if own else None
-        self.map = read_charsmap(normaliser[2]) if normaliser.get(2) else {}
-        self.one = {ord(key): value for key, value in self.map.items() if len(key) == 1}
-        self.later = {character for key in self.map for character in key[1:]}
-        self.longest = max(map(len, self.map), default=0)
-        self.prefix, self.squeeze, self.escape = (normaliser.get(field, 1) for field in (3, 4, 5))
-        self.suffix = trained.get(24, 0)    # spaces belong to the word before
-
-    def replaced(self, text):
-        """A text by the normaliser's map: of what begins at a place, one's own piece stays, else
-        the longest key is replaced."""
-        if self.later.isdisjoint(text):     # the usual case: no key of several characters
-            parts = self.own.split(text) if self.own else [text]    # every second is one's own
-            return "".join(part if i % 2 else part.translate(self.one)
-                           for i, part in enumerate(parts))
-        parts, at = [], 0
-        while at < len(text):
-            match, end = self.own and self.own.match(text, at), at + 1
-            if match:
-                end, part = match.end(), match[0]
-            else:
-                end = next((end for end in range(at + self.longest, at, -1)
-                            if text[at:end] in self.map), at + 1)
-                part = self.map.get(text[at:end], text[at:end])
-            parts.append(part)
-            at = end
-        return "".join(parts)
-
-    def normalise(self, text):
-        """A text as pieces are looked for in it: spaces single, one before it, written as ▁."""
-        text = text.encode("utf-8", "replace").decode()     # half of a surrogate pair is no text
-        if not text or self.squeeze and not text.strip(" "):
-            return ""
-        text, space = self.replaced(text), "▁" if self.escape else " "
-        if self.squeeze:
-            text = re.sub(" +", " ", text).lstrip(" ")
-        text = (" " * (self.prefix and not self.suffix) + text).replace(" ", space)
-        if self.squeeze:
-            text = text.rstrip(space)
-        return text + space * bool(text and self.prefix and self.suffix)
+            content = Path(path).read_bytes() if content is None else content
+            model = json.loads(content)["model"]
+            if model["type"] != "Unigram" or model["unk_id"] != UNKNOWN:
+                raise ValueError(f"its type is {model['type']}, its unk_id {model['unk_id']}")
+            # 32 bits, as in the sentencepiece library: long texts have sums that are almost equal.
+            self.pieces = {piece: (np.float32(score), i)
+                           for i, (piece, score) in enumerate(model["vocab"])
+                           if piece not in SPECIAL}
+            self.size, self.longest = len(model["vocab"]), max(map(len, self.pieces))
+            self.unknown = min(score for score, _ in self.pieces.values()) - np.float32(10)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} holds no unigram tokenizer ({type(error).__name__}: {error}); "
+                            "give XLM-R's tokenizer.json as --tokenizer") from error
 
     def encode(self, text):
-        """The ids of the most probable pieces (Viterbi), those of unknown characters in a row as
-        one: linear in the length of the text."""
-        text = self.normalise(text)
-        # Sums of 32 bits, as the library has them: long texts have many that are nearly equal.
-        best, sum32 = array("f", bytes(4 * len(text) + 4)), array("f", [0])
-        ids, starts, missing = [0] * (len(text) + 1), [-1] * (len(text) + 1), object()
-        table = self.table
-        for start in range(len(text)):
-            before, alone = best[start], True
-            for end in range(start + 1, len(text) + 1):
-                entry = table.get(text[start:end], missing)
-                if entry is missing:
-                    break
-                if entry:
-                    alone = alone and end > start + 1
-                    sum32[0] = before + entry[1]
-                    if starts[end] < 0 or sum32[0] > best[end]:
-                        best[end], starts[end], ids[end] = sum32[0], start, entry[0]
-            if alone:                       # no piece is this one character
-                sum32[0], end = before + self.unknown_score, start + 1
-                if starts[end] < 0 or sum32[0] > best[end]:
-                    best[end], starts[end], ids[end] = sum32[0], start, UNKNOWN
-        found, end = [], len(text)
+        """The ids of the most probable pieces (Viterbi); unknown characters in a row are one."""
+        text = "".join(f"▁{word}" for word in normalise(text).split(" ") if word)
+        best = [(np.float32(0), 0, UNKNOWN)]    # of text[:end]: score, last piece's start and id
+        for end in range(1, len(text) + 1):
+            paths = []
+            for start in range(max(0, end - self.longest), end):
+                if text[start:end] in self.pieces:
+                    score, i = self.pieces[text[start:end]]
+                    paths.append((best[start][0] + score, start, i))
+            paths.append((best[end - 1][0] + self.unknown, end - 1, UNKNOWN))
+            best.append(max(paths, key=lambda path: path[0]))       # the longest of equal ones
+        ids, end = [], len(text)
         while end:
-            start = starts[end]
-            if ids[end] != UNKNOWN:
-                found.append(ids[end])
-            elif self.bytes:
-                found += [self.bytes[byte] for byte in reversed(text[start:end].encode())]
-            elif not (found and found[-1] == UNKNOWN):
-                found.append(UNKNOWN)
-            end = start
-        return found[::-1]
+            _, end, i = best[end]
+            if i != UNKNOWN or ids[-1:] != [UNKNOWN]:
+                ids.append(i)
+        return ids[::-1]
 
 
 def encode_bytes(text):
-    """The ids of a text without a SentencePiece file: its bytes, after the four special ones."""
-    return [4 + byte for byte in text.encode("utf-8", "surrogateescape")]
+    """The ids of a text without a tokenizer: its bytes, after the four special ids."""
+    return [4 + byte for byte in text.encode("utf-8", "replace")]
 
 
-def open_tokenizer(args, told):
-    """--tokenizer, or what --init's file says it was trained with, or bytes: (encode, the number of
-    ids, the file's content as uint8 [n] or None). Raises UserError."""
-    content = told.get("tokenizer")
+def open_tokenizer(args, file_info):
+    """The tokenizer of --tokenizer, or the one in --init's file, or bytes: returns (encode, number
+    of ids, the tokenizer.json as uint8 [n] or None). Raises UserError."""
+    content = file_info.get("tokenizer")
     if args.tokenizer:
         try:
             content = torch.frombuffer(bytearray(Path(args.tokenizer).read_bytes()),
@@ -1187,12 +1078,12 @@ def open_tokenizer(args, told):
             raise UserError(f"--tokenizer {args.tokenizer} cannot be read: {error}") from error
     if content is None:
         return encode_bytes, 4 + 256, None
-    pieces = SentencePiece(args.tokenizer or args.init, content.numpy().tobytes())
-    return pieces.encode, pieces.size, content
+    tokenizer = Tokenizer(args.tokenizer or args.init, content.numpy().tobytes())
+    return tokenizer.encode, tokenizer.size, content
 
 
 def framed(ids, longest):
-    """The ids of a text, as many as fit, between <s> and </s>."""
+    """The ids between <s> and </s>, cut to `longest` with them."""
     return [START, *ids[:longest - 2], END]
 
 
@@ -1211,10 +1102,10 @@ def padded(rows):
 # ======================================================================================
 
 TEXT_SIZES = {
-    # name:  width depth heads hidden positions
-    "nano":  (128,   4,   4,   512,  104),      # ours
-    "base":  (768,  12,  12,  3072,  514),      # XLM-R base, arXiv 1911.02116
-    "large": (1024, 24,  16,  4096,  514),      # XLM-R large
+    # name:  width depth heads positions
+    "nano":  (128,   4,   4,  104),     # ours
+    "base":  (768,  12,  12,  514),     # XLM-R base, arXiv 1911.02116
+    "large": (1024, 24,  16,  514),     # XLM-R large
 }
 # Text tower and width of the common space, by image tower (paper, released models)
 TOWERS = {
@@ -1228,87 +1119,63 @@ LONGEST = 102       # tokens of a text, with <s> and </s> (released models)
 
 @dataclass
 class TextConfig:
-    """The shape of a text tower; `hidden` is the width inside its MLPs, `positions` the rows of its
-    table, of which the first two are of no token (XLM-R's)."""
+    """The shape of a text tower. `positions` is the number of rows of its position table, of which
+    XLM-R does not use the first two."""
     vocabulary: int
     width: int
     depth: int
     heads: int
-    hidden: int
     positions: int
 
     @property
     def longest(self):
-        """The tokens of a text at most, with <s> and </s>."""
+        """The largest number of tokens of a text, with <s> and </s>."""
         return min(LONGEST, self.positions - 2)
-
-
-class TextAttention(nn.Module):
-    """Multi-head self-attention over tokens [B,N,D], none of which looks at padding."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x, real):
-        B, N, D = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)           # [B,N,3D]
-        q, k, v = qkv.reshape(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)   # 3 x [B,h,N,D/h]
-        x = F.scaled_dot_product_attention(q, k, v, real[:, None, None])    # [B,h,N,D/h]
-        return self.out_proj(x.transpose(1, 2).reshape(B, N, D))            # [B,N,D]
 
 
 class TextBlock(nn.Module):
     """A post-LayerNorm transformer block over tokens [B,N,D], as in BERT."""
 
-    def __init__(self, width, heads, hidden):
+    def __init__(self, width, heads):
         super().__init__()
-        self.self_attn = TextAttention(width, heads)
+        self.attn = vit.Attention(width, heads)
         self.norm1 = vit.LayerNorm(width, 1e-5)
-        self.linear1 = nn.Linear(width, hidden)
-        self.linear2 = nn.Linear(hidden, width)
+        self.mlp = vit.MLP(width)
         self.norm2 = vit.LayerNorm(width, 1e-5)
 
-    def forward(self, x, real):
-        x = self.norm1(x + self.self_attn(x, real))
-        return self.norm2(x + self.linear2(F.gelu(self.linear1(x))))
+    def forward(self, x, mask):
+        x = self.norm1(x + self.attn(x, mask))
+        return self.norm2(x + self.mlp(x))
 
 
 class TextTransformer(nn.Module):
-    """XLM-R (arXiv 1911.02116) as a text tower: ids [B,N] to the feature of <s> [B,D].
-
-    Positions are counted from PAD + 1 on, over what is no padding. Parameters have the names of the
-    released zero-shot files."""
+    """XLM-R (arXiv 1911.02116) as a text tower: ids [B,N] to the feature of <s> [B,D]."""
 
     def __init__(self, config):
         super().__init__()
         D, self.recompute = config.width, False
-        self.token_embedding = nn.Embedding(config.vocabulary, D)
-        self.positional_embedding = nn.ModuleDict({"embedding": nn.Embedding(config.positions, D)})
-        self.embedding_layer_norm = vit.LayerNorm(D, 1e-5)
-        self.layers = nn.ModuleDict({"layers": nn.ModuleList(
-            TextBlock(D, config.heads, config.hidden) for _ in range(config.depth))})
+        self.token_embed = nn.Embedding(config.vocabulary, D)
+        self.position_embed = nn.Embedding(config.positions, D)
+        self.norm = vit.LayerNorm(D, 1e-5)
+        self.blocks = nn.ModuleList(TextBlock(D, config.heads) for _ in range(config.depth))
 
     def forward(self, tokens):
         real = tokens != PAD                                                # [B,N]
-        positions = real.cumsum(1) * real + PAD                             # [B,N]
-        x = self.token_embedding(tokens) + self.positional_embedding["embedding"](positions)
-        x = self.embedding_layer_norm(x)                                    # [B,N,D]
-        for block in self.layers["layers"]:
+        positions = real.cumsum(1) * real + PAD                             # [B,N], from PAD + 1 on
+        x = self.norm(self.token_embed(tokens) + self.position_embed(positions))    # [B,N,D]
+        mask = real[:, None, None]                                          # [B,1,1,N]
+        for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, real, use_reentrant=False)
+                x = checkpoint(block, x, mask, use_reentrant=False)
             else:
-                x = block(x, real)
+                x = block(x, mask)
         return x[:, 0]                                                      # [B,D]
 
 
 class Towers(nn.Module):
     """An image tower and a text tower that map into one space, as in CLIP (arXiv 2103.00020).
 
-    With `locked` the image tower is left as it is (LiT, arXiv 2111.07991; paper, section 4: "zero-
+    With `locked` the image tower is not trained (LiT, arXiv 2111.07991; paper, section 4: "zero-
     shot"). Projections have no bias and start as N(0, D^-0.5), logit_scale as ln(1/0.07) (released
     models); it is a vector [1], since FSDP2 takes no scalars."""
 
@@ -1316,23 +1183,18 @@ class Towers(nn.Module):
         super().__init__()
         self.config, self.text_config = config, text
         self.vision_encoder = ViT(config, 0, pool).requires_grad_(not locked)
-        self.text_encoder = nn.ModuleDict({"encoder": nn.ModuleDict({
-            "transformer": TextTransformer(text)})})
+        self.text_encoder = TextTransformer(text)
         self.vision_projection = nn.Parameter(torch.empty(config.width, embedding))
         self.text_projection = nn.Parameter(torch.empty(text.width, embedding))
         self.logit_scale = nn.Parameter(torch.empty(1))
-        transformer = "text_encoder.encoder.transformer"
         self.starts = {"vision_projection": config.width ** -0.5,
                        "text_projection": text.width ** -0.5, "logit_scale": math.log(1 / 0.07),
-                       f"{transformer}.token_embedding.weight": 0.02,       # XLM-R
-                       f"{transformer}.positional_embedding.embedding.weight": 0.02}
+                       "text_encoder.token_embed.weight": 0.02,             # XLM-R
+                       "text_encoder.position_embed.weight": 0.02}
         vit.init_weights(self)
 
-    def text(self, tokens):
-        return self.text_encoder["encoder"]["transformer"](tokens)          # [B,D]
-
     def trunk(self, images):
-        """Images [B,C,H,W] to what the image tower makes of them, [B,D]."""
+        """Images [B,C,H,W] to the image tower's features [B,D]."""
         return self.vision_encoder(images)
 
     def embed_images(self, images):
@@ -1341,18 +1203,17 @@ class Towers(nn.Module):
 
     def embed_texts(self, tokens):
         """Ids [B,N] to vectors [B,E] of length 1."""
-        return project(self.text(tokens), self.text_projection)
+        return project(self.text_encoder(tokens), self.text_projection)
 
     def forward(self, images, tokens):
-        """The vectors [B,E] of images [B,C,H,W] or of their trunk's [B,D], those of their texts
-        [B,N], and the factor [1] of logits."""
+        """Images [B,C,H,W], or their features [B,D], and their texts [B,N] to vectors [B,E] and
+        [B,E], and the scale [1] of logits."""
         x = self.vision_encoder(images) if images.dim() == 4 else images    # [B,D]
-        return project(x, self.vision_projection), project(
-            self.text(tokens), self.text_projection), self.logit_scale.exp()
+        return project(x, self.vision_projection), self.embed_texts(tokens), self.logit_scale.exp()
 
 
 def project(x, matrix):
-    """Features [B,D] to the common space [B,E], brought to length 1."""
+    """Features [B,D] to vectors [B,E] of length 1."""
     return F.normalize((x.to(matrix.dtype) @ matrix).to(matrix.dtype), dim=1)
 
 
@@ -1364,40 +1225,34 @@ METHODS = "trunk", "embed_images", "embed_texts"        # called besides forward
 # --------------------------------------------------------------------------------------
 
 TEXT_RENAMES = [(re.compile(pattern), new) for pattern, new in (
-    (r"^text_encoder\.encoder\.transformer\.|^(xlm_)?roberta\.", ""),
-    (r"^(encoder\.layer|layers(\.layers)?)\.(?=\d)", "layers.layers."),
-    (r"\.attention\.input_projection\.", ".self_attn.in_proj_"),        # the older layout
-    (r"\.attention\.output_projection\.", ".self_attn.out_proj."),
-    (r"\.residual_mlp\.mlp\.0\.", ".linear1."),
-    (r"\.residual_mlp\.mlp\.3\.", ".linear2."),
+    (r"^text_encoder\.(encoder\.transformer\.)?|^(xlm_)?roberta\.", ""),
+    (r"^(encoder\.)?layers?\.(layers\.)?(?=\d)", "blocks."),
+    (r"^token_embedding\.|^embeddings\.word_embeddings\.", "token_embed."),
+    (r"^positional_embedding\.embedding\.|^embeddings\.position_embeddings\.", "position_embed."),
+    (r"^embedding_layer_norm\.|^embeddings\.LayerNorm\.", "norm."),
+    # the released layout and an older one
+    (r"\.self_attn\.in_proj_|\.attention\.input_projection\.", ".attn.qkv."),
+    (r"\.self_attn\.out_proj\.|\.attention\.output_projection\.", ".attn.proj."),
+    (r"\.linear1\.|\.residual_mlp\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.linear2\.|\.residual_mlp\.mlp\.3\.", ".mlp.fc2."),
     (r"\.attention_layer_norm\.", ".norm1."),
     (r"\.final_layer_norm\.", ".norm2."),
-    (r"^embeddings\.word_embeddings\.", "token_embedding."),            # Hugging Face
-    (r"^embeddings\.position_embeddings\.", "positional_embedding.embedding."),
-    (r"^embeddings\.LayerNorm\.", "embedding_layer_norm."),
-    (r"\.attention\.self\.(q|k|v)(uery|ey|alue)\.", r".self_attn.\1."),
-    (r"\.attention\.output\.dense\.", ".self_attn.out_proj."),
+    # Hugging Face
+    (r"\.attention\.self\.(q|k|v)(uery|ey|alue)\.", r".attn.\1."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
     (r"\.attention\.output\.LayerNorm\.", ".norm1."),
-    (r"\.intermediate\.dense\.", ".linear1."),
-    (r"\.output\.dense\.", ".linear2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
     (r"\.output\.LayerNorm\.", ".norm2."))]
 
 
 def text_names(tensors):
-    """Rename a file's tensors to those of TextTransformer; join query, key and value; fold the
-    type of Hugging Face's tokens, which is always the same, into their positions."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        for pattern, new in TEXT_RENAMES:
-            name = pattern.sub(new, name)
-        renamed[name] = tensor
-    for name in [name for name in renamed if ".self_attn.q." in name]:
-        parts = [renamed.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
-        renamed[name.replace(".q.", ".in_proj_")] = torch.cat(parts)
-    kind = renamed.pop("embeddings.token_type_embeddings.weight", None)
-    if kind is not None:
-        renamed["positional_embedding.embedding.weight"] = \
-            renamed["positional_embedding.embedding.weight"] + kind[:1]
+    """Rename a text tower's tensors to those of TextTransformer. Hugging Face's type embedding,
+    which is the same for all tokens, is added to the positions."""
+    renamed = vit.our_names(tensors, TEXT_RENAMES)
+    token_type = renamed.pop("embeddings.token_type_embeddings.weight", None)
+    if token_type is not None:
+        renamed["position_embed.weight"] = renamed["position_embed.weight"] + token_type[:1]
     return {name: tensor for name, tensor in renamed.items()
             if not name.startswith(("lm_head.", "pooler.", "classifier."))
             and not name.endswith("position_ids")}
@@ -1405,49 +1260,54 @@ def text_names(tensors):
 
 def tower_names(tensors):
     """Rename the tensors of a zero-shot file to those of Towers."""
-    named = {re.sub(r"^((module|model|_orig_mod|clip)\.)+", "", name): tensor
-             for name, tensor in tensors.items()}
-    text = {name: tensor for name, tensor in named.items() if name.startswith("text_encoder.")}
-    own = {name: tensor.reshape(1) if name == "logit_scale" else tensor
-           for name, tensor in named.items() if name in (
-               "vision_projection", "text_projection", "logit_scale")}
-    vision = {name: tensor for name, tensor in named.items()
-              if name not in text and name not in own}
-    return {**own, **{f"vision_encoder.{name}": tensor
-                      for name, tensor in vit.our_names(vision).items()},
-            **{f"text_encoder.encoder.transformer.{name}": tensor
-               for name, tensor in text_names(text).items()}}
+    shared, text, vision = {}, {}, {}
+    for name, tensor in tensors.items():
+        name = re.sub(r"^((module|model|_orig_mod|clip)\.)+", "", name)
+        if name in ("vision_projection", "text_projection", "logit_scale"):
+            shared[name] = tensor.reshape(1) if name == "logit_scale" else tensor
+        elif name.startswith("text_encoder."):
+            text[name] = tensor
+        else:
+            vision[name] = tensor
+    return {**shared,
+            **{f"vision_encoder.{name}": tensor for name, tensor in vit.our_names(vision).items()},
+            **{f"text_encoder.{name}": tensor for name, tensor in text_names(text).items()}}
 
 
 def text_part(tensors):
-    """The text tower's tensors of a file of any kind, under TextTransformer's names."""
-    start = "text_encoder.encoder.transformer."
-    own = {name.removeprefix(start): tensor for name, tensor in tower_names(tensors).items()
-           if name.startswith(start)}
-    return own or text_names(tensors)
+    """The text tower's tensors of a zero-shot or XLM-R file, under TextTransformer's names."""
+    towers = tower_names(tensors)
+    text = {name.removeprefix("text_encoder."): tensor for name, tensor in towers.items()
+            if name.startswith("text_encoder.")}
+    return text or text_names(tensors)
 
 
-def text_config(path):
-    """The TextConfig of a file, and what it says of itself. Raises UserError."""
-    tensors, told = vit.read_weights(path)
-    if "text" in told.get("config", {}):
-        return TextConfig(**told["config"]["text"]), told
+def read_text_config(path):
+    """The TextConfig of a file with a text tower, and what the file says of itself. Raises
+    UserError."""
+    tensors, file_info = vit.read_weights(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in text_part(tensors).items()}
-    depth = len({name.split(".")[2] for name in shapes if name.startswith("layers.layers.")})
+    depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     try:
-        vocabulary, width = shapes["token_embedding.weight"]
-        hidden, _ = shapes["layers.layers.0.linear1.weight"]
-        positions, _ = shapes["positional_embedding.embedding.weight"]
+        vocabulary, width = shapes["token_embed.weight"]
+        positions, _ = shapes["position_embed.weight"]
+        hidden, _ = shapes["blocks.0.mlp.fc1.weight"]
     except (KeyError, ValueError) as error:
         raise UserError(f"{path} holds no text tower that is known here: it lacks {error}; give a "
                         "released zero-shot file or Hugging Face's XLM-R") from error
-    said = vit.read_json(Path(path).with_name("config.json"))
-    heads = said.get("num_attention_heads") if said.get("hidden_size") == width else \
-        {row[:2]: row[2] for row in TEXT_SIZES.values()}.get((width, depth))
+    if hidden != 4 * width:
+        raise UserError(f"the text tower of {path} has MLPs of {hidden} for a width of {width}; "
+                        "only four times the width is supported")
+    if "text" in file_info.get("config", {}):
+        heads = file_info["config"]["text"]["heads"]
+    else:
+        beside = vit.read_json(Path(path).with_name("config.json"))
+        heads = beside.get("num_attention_heads") if beside.get("hidden_size") == width else \
+            {row[:2]: row[2] for row in TEXT_SIZES.values()}.get((width, depth))
     if heads is None:
         raise UserError(f"the text tower of {path} is {width} wide and {depth} deep, which none of "
                         f"{', '.join(TEXT_SIZES)} is, so its number of heads is unknown")
-    return TextConfig(vocabulary, width, depth, heads, hidden, positions), told
+    return TextConfig(vocabulary, width, depth, heads, positions), file_info
 
 
 # ======================================================================================
@@ -1455,41 +1315,44 @@ def text_config(path):
 # ======================================================================================
 
 def contrastive_loss(images, texts, all_images, all_texts, scale, right):
-    """The loss of each pair [b]: how surely an image finds its text among all, and the text its
-    image (CLIP; LiT, section 3). `images`, `texts` [b,E] are those of the pairs number `right` [b]
-    of `all_images`, `all_texts` [B,E], vectors of length 1; `scale` [1] multiplies cosines."""
-    by_image = F.cross_entropy(scale * images @ all_texts.T, right, reduction="none")      # [b]
-    by_text = F.cross_entropy(scale * texts @ all_images.T, right, reduction="none")
-    return (by_image + by_text) / 2
+    """The loss of each pair [b]: the mean of two cross-entropies, of finding the text of an image
+    among all and the image of a text (CLIP; LiT, section 3). `images`, `texts` [b,E] are the pairs
+    number `right` [b] of `all_images`, `all_texts` [B,E], vectors of length 1; `scale` [1]
+    multiplies cosines."""
+    of_images = F.cross_entropy(scale * images @ all_texts.T, right, reduction="none")     # [b]
+    of_texts = F.cross_entropy(scale * texts @ all_images.T, right, reduction="none")      # [b]
+    return (of_images + of_texts) / 2
 
 
-def global_loss(images, texts, scale, rank, world):
-    """The loss over the batch of all ranks, and its derivatives by this rank's `images` and `texts`
-    [b,E] and by `scale` [1].
+def global_loss(images, texts, scale):
+    """The loss over the batch of all ranks, and its gradients for this rank's `images` and `texts`
+    [b,E] and for `scale` [1].
 
-    A rank compares its own pairs with everybody's, so that it never holds all B x B logits; what
-    others' comparisons say of its vectors comes back as a sum over ranks."""
-    b = len(images)
-    all_images, all_texts, scale = (x.detach().requires_grad_() for x in (
-        vit.all_gather_rows(images.detach()), vit.all_gather_rows(texts.detach()), scale))    # [B,E] [B,E] [1]
+    A rank compares its own pairs with everybody's, so that it never holds all B x B logits; the
+    gradients that other ranks' comparisons give its vectors come back as a sum over ranks."""
+    b, rank, world_size = len(images), vit.get_rank(), vit.get_world_size()
+    all_images = vit.all_gather_rows(images.detach()).detach().requires_grad_()     # [B,E]
+    all_texts = vit.all_gather_rows(texts.detach()).detach().requires_grad_()       # [B,E]
+    scale = scale.detach().requires_grad_()                                         # [1]
     mine = slice(rank * b, rank * b + b)
-    right = torch.arange(rank * b, rank * b + b, device=images.device)      # [b]
-    loss = contrastive_loss(all_images[mine], all_texts[mine], all_images, all_texts, scale, right)
-    (loss.mean() / world).backward()
-    by_images, by_texts, by_scale = (vit.all_reduce_sum(x.grad) for x in (
-        all_images, all_texts, scale))
-    return vit.all_reduce_sum(loss.detach().mean() / world), by_images[mine], by_texts[mine], \
-        by_scale
+    right = torch.arange(rank * b, rank * b + b, device=images.device)              # [b]
+    loss = contrastive_loss(all_images[mine], all_texts[mine], all_images, all_texts, scale,
+                            right).mean() / world_size
+    loss.backward()
+    image_gradients, text_gradients, scale_gradient = (
+        vit.all_reduce_sum(tensor.grad) for tensor in (all_images, all_texts, scale))
+    return vit.all_reduce_sum(loss.detach()), image_gradients[mine], text_gradients[mine], \
+        scale_gradient
 
 
-def factor(model):
-    """What multiplies cosines, a tensor [1]; every rank has to call it."""
+def logit_scale(model):
+    """The factor [1] of cosines in logits, whole on every rank; every rank has to call it."""
     scale = model.logit_scale.detach().exp()
     return scale.full_tensor() if isinstance(scale, DTensor) else scale
 
 
 @torch.no_grad()
-def clamp_scale(model):
+def clamp_logit_scale(model):
     """Keep the factor of cosines at 100 or below (CLIP)."""
     scale = model.logit_scale
     (scale.to_local() if isinstance(scale, DTensor) else scale).clamp_(max=math.log(100))
@@ -1504,96 +1367,96 @@ TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a close-up photo of a {}
 
 
 @torch.no_grad()
-def embed_all(model, texts, encode, args, device, rank, world):
+def embed_all(model, texts, encode, args, device):
     """Vectors [n,E] of texts, on the CPU, the same on every rank.
 
-    Sorted by length, so that little is computed for padding; ranks share them, and all call the
-    model equally often."""
+    Texts are sorted by length, so that little is computed for padding. Ranks share them, and all
+    call the model equally often."""
     longest, ids = model.text_config.longest, [encode(text) for text in texts]
     cut = sum(len(some) > longest - 2 for some in ids)
     if cut:
-        rank0_print(f"{cut:,} of {len(texts):,} texts have more than {longest - 2} pieces: cut there")
+        rank0_print(f"{cut:,} of {len(texts):,} texts are cut to their first {longest - 2} tokens")
     rows = [framed(some, longest) for some in ids]
-    order, size = sorted(range(len(rows)), key=lambda i: len(rows[i])), 4 * args.micro_batch
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     vectors = torch.zeros(len(texts), model.text_projection.shape[1])       # [n,E]
-    for at in range(0, len(order), size * world):
-        mine = order[at + rank * size:][:size]
+    size = 4 * args.micro_batch
+    for at in range(0, len(order), size * vit.get_world_size()):
+        mine = order[at + vit.get_rank() * size:][:size]
         with vit.autocast(args, device):
-            found = model.embed_texts(padded([rows[i] for i in mine or order[:1]]).to(device))
-        vectors[mine] = found[:len(mine)].cpu()
+            tokens = padded([rows[i] for i in mine or order[:1]]).to(device)        # [b,N]
+            vectors[mine] = model.embed_texts(tokens)[:len(mine)].cpu()     # [b,E]
     return vit.all_reduce_sum(vectors)
 
 
-def class_vectors(model, classes, templates, encode, args, device, rank, world):
+def class_vectors(model, classes, templates, encode, args, device):
     """The vector [K,E] of each class [[name]]: the mean over its names in all templates, brought to
-    length 1 (CLIP, section 3.1.4; released evaluation): {"": that, "single_": by the first
-    template alone}."""
-    texts = [(number, k, template.replace("{}", name)) for number, some in enumerate(classes)
-             for name in some for k, template in enumerate(templates)]
-    vectors = embed_all(model, [text for *_, text in texts], encode, args, device, rank, world)
-    sums = torch.zeros(2, len(classes), vectors.shape[1])                   # [2,K,E]
-    sums[0].index_add_(0, torch.tensor([number for number, _, _ in texts]), vectors)
-    first = torch.tensor([k == 0 for _, k, _ in texts])
-    sums[1].index_add_(0, torch.tensor([number for number, k, _ in texts if k == 0]),
-                       vectors[first])
-    full, single = F.normalize(sums, dim=2)
-    return {"": full, "single_": single}
+    length 1 (CLIP, section 3.1.4; released evaluation)."""
+    texts, owners = [], []
+    for number, names in enumerate(classes):
+        for name in names:
+            texts += [template.replace("{}", name) for template in templates]
+            owners += [number] * len(templates)
+    vectors = embed_all(model, texts, encode, args, device)
+    sums = torch.zeros(len(classes), vectors.shape[1])                      # [K,E]
+    return F.normalize(sums.index_add_(0, torch.tensor(owners), vectors), dim=1)
 
 
 @torch.no_grad()
-def evaluate_towers(model, val, args, device, rank, world, names, vectors, encode):
-    """Of a source, every image once: with names and `vectors` of classes zero-shot top-1 and top-5,
-    also by a single template, and OUT/classes.txt; with captions, retrieval."""
-    vectors = {name: factor(model) * table.to(device) for name, table in vectors.items()}
-    rows, kept, positions = {name: [] for name in vectors}, [], []
-    for images, batch in data.validate(val, args, device, rank, world):
+def evaluate_towers(model, val, args, device, names, weights, encode):
+    """The metrics of a source, every image once: zero-shot top-1 and top-5 and OUT/classes.txt
+    where there are classes, with their `names` and their logits' `weights` [K,E], else None;
+    retrieval where there are captions."""
+    rows, vectors, positions = [], [], []
+    for images, batch in data.validate(val, args, device, vit.get_rank(), vit.get_world_size()):
         with vit.autocast(args, device):
             x = model.embed_images(images)                                  # [B,E]
-            for name, table in vectors.items():
-                rows[name] += answers(x @ table.T, batch, args)
+            if weights is not None:
+                rows += answers(x @ weights.T, batch, args)
         seen = batch["weight"] > 0
-        kept.append(x[seen.to(device)].cpu())
+        vectors.append(x[seen.to(device)].cpu())
         positions += batch["position"][seen].tolist()
-    metrics = {"count": int(vit.all_reduce_sum(torch.tensor(len(positions))))}
-    metrics["bad"] = len(val.source) - metrics["count"]
-    for name in sorted(vectors, reverse=True):      # the last leaves its classes.txt
-        parts = vit.gather_objects(rows[name])
-        found = vit.on_rank_0(lambda: summarise(sum(parts, []), len(val.source), args, names))
-        metrics = {**{name + key: found[key] for key in ("loss", "top1", "top5")}, **metrics}
+    count = int(vit.all_reduce_sum(torch.tensor(len(positions))))
+    metrics = {"count": count, "bad": len(val.source) - count}
+    if weights is not None:
+        parts = vit.gather_objects(rows)
+        metrics = vit.on_rank_0(lambda: summarise(sum(parts, []), len(val.source), args, names))
     if data.has_captions(val.source):
         captions = [val.source.caption(i) for i in positions]
         told = [i for i, caption in enumerate(captions) if caption]
-        parts = vit.all_gather_objects(([captions[i] for i in told], torch.cat(kept)[told].numpy()))
+        parts = vit.all_gather_objects(
+            ([captions[i] for i in told], torch.cat(vectors)[told].numpy()))
         captions = [caption for some, _ in parts for caption in some]
-        images = torch.from_numpy(np.concatenate([part for _, part in parts]))
-        metrics |= retrieval(model, images, captions, encode, args, device, rank, world)
+        images = torch.from_numpy(np.concatenate([part for _, part in parts]))      # [n,E]
+        metrics |= retrieval(model, images, captions, encode, args, device)
     return metrics
 
 
-def retrieval(model, images, captions, encode, args, device, rank, world):
+def retrieval(model, images, captions, encode, args, device):
     """Recall at 1, 5, 10 of an image's caption among all captions, and of an image of a caption
     among all images, for vectors of images [n,E] and their n captions. Equal captions are one."""
     texts = sorted({*captions})
     number = {text: i for i, text in enumerate(texts)}
     own = torch.tensor([number[caption] for caption in captions], device=device)        # [n]
     images = images.to(device)                                              # [n,E]
-    texts = embed_all(model, texts, encode, args, device, rank, world).to(device)       # [m,E]
+    texts = embed_all(model, texts, encode, args, device).to(device)        # [m,E]
     hits, size = torch.zeros(2, 3), 4 * args.micro_batch
-    for at in range(size * rank, len(images), size * world):
+    first, step = size * vit.get_rank(), size * vit.get_world_size()
+    for at in range(first, len(images), step):
         similar = images[at:at + size] @ texts.T                            # [c,m]
         right = similar.gather(1, own[at:at + size, None])                  # [c,1]
-        before = (similar > right).sum(1)                                   # [c]
-        hits[0] += torch.stack([(before < k).sum() for k in (1, 5, 10)]).cpu()
-    for at in range(size * rank, len(texts), size * world):
+        better = (similar > right).sum(1)                                   # [c]
+        hits[0] += torch.stack([(better < k).sum() for k in (1, 5, 10)]).cpu()
+    for at in range(first, len(texts), step):
         similar = texts[at:at + size] @ images.T                            # [c,n]
         wrong = own != torch.arange(at, at + len(similar), device=device)[:, None]      # [c,n]
         right = similar.masked_fill(wrong, -2).max(1, keepdim=True).values
-        before = (similar > right).sum(1)
-        hits[1] += torch.stack([(before < k).sum() for k in (1, 5, 10)]).cpu()
+        better = (similar > right).sum(1)
+        hits[1] += torch.stack([(better < k).sum() for k in (1, 5, 10)]).cpu()
     hits = vit.all_reduce_sum(hits) / torch.tensor([[len(images)], [len(texts)]])
-    return {f"{way}_recall{k}": share for way, row in zip(("image_to_text", "text_to_image"),
-                                                         hits.tolist())
-            for k, share in zip((1, 5, 10), row)} | {"captions": len(texts)}
+    recalls = {f"{way}_recall{k}": share
+               for way, row in zip(("image_to_text", "text_to_image"), hits.tolist())
+               for k, share in zip((1, 5, 10), row)}
+    return {**recalls, "captions": len(texts)}
 
 
 # ======================================================================================
@@ -1616,27 +1479,27 @@ def parse_zeroshot_flags(argv):
     parser = vit.stage_parser("finetune.py zeroshot", __doc__,
                               {**TOWER_RECIPES, "all": TOWER_COMMON})
     add = parser.add_argument_group("zero-shot").add_argument
-    add("--tokenizer", metavar="FILE", help="a SentencePiece model, for released models XLM-R's "
-        "sentencepiece.bpe.model; default: what --init was trained with, else bytes")
+    add("--tokenizer", metavar="FILE", help="XLM-R's tokenizer.json from Hugging Face, which the "
+        "released models were trained with; default: the tokenizer of --init, else bytes")
     add("--text-model", choices=TEXT_SIZES, help="size of the text tower; default by model: nano, "
         "base for base, large from large on (paper)")
     add("--text-init", metavar="FILE", help="start the text tower from this file: Hugging Face's "
         "XLM-R (paper: XLM-R), or any zero-shot model; default: that of --init, or random weights")
     add("--unlock", action="store_true", help="train the image tower, too; default off (LiT)")
-    add("--cache-features", metavar="DIR", help="compute what the locked image tower makes of each "
-        "image once, without augmentation, and keep it there; default off")
+    add("--cache-features", metavar="DIR", help="compute the locked image tower's features of each "
+        "image once, without augmentation, and keep them there; default off")
     add("--smallest-crop", type=float, metavar="SHARE", help="of the image's area that a random "
         "crop has; default by model, below")
-    add("--classes", metavar="FILE", help="to choose from: a line each, names separated by commas; "
-        "default: the classes of --val")
+    add("--classes", metavar="FILE", help="to choose from: a line for each class, its names "
+        "separated by commas; default: the classes of --val")
     add("--templates", metavar="FILE", help="lines with {} in the place of a name; default: the "
         f"world's own for the world, else {len(TEMPLATES)} of ours")
     add("--texts", nargs="+", metavar="TEXT", help="with --predict: to choose from as they are, in "
         "any language, instead of --classes")
     args = parser.parse_args(argv)
-    config, name, told = vit.choose_config(args, "zeroshot")
-    whole, using = "text_projection" in told.get("shapes", {}), args.predict or args.eval_only
-    if using and not whole:
+    config, name, file_info = vit.choose_config(args, "zeroshot")
+    is_zeroshot = "text_projection" in file_info.get("shapes", {})
+    if (args.predict or args.eval_only) and not is_zeroshot:
         raise UserError(f"{args.init} has no text tower: --predict and --eval-only need a "
                         "zero-shot model, as runs/zeroshot/model.pt")
     if not args.init and not args.unlock:
@@ -1647,43 +1510,44 @@ def parse_zeroshot_flags(argv):
     if args.texts and not args.predict:
         raise UserError("--texts is for --predict; an evaluation takes --classes")
     if args.cache_features and args.unlock:
-        raise UserError("--cache-features keeps what a locked image tower says: leave --unlock out")
-    if (args.text_init or whole) and args.text_model:
+        raise UserError("--cache-features needs a locked image tower: leave --unlock out")
+    if (args.text_init or is_zeroshot) and args.text_model:
         raise UserError("the text tower is that of a file: leave --text-model out")
     vit.fill_recipe(args, {**TOWER_RECIPES[name], **TOWER_COMMON})
     data.choose_val(args)
-    args.loss, args.pool = "ce", "mean" if "fc_norm.weight" in told.get("shapes", {}) else "cls"
-    args.crop = "all"
-    return args, config, name, told
+    args.loss, args.crop = "ce", "all"
+    args.pool = "mean" if "fc_norm.weight" in file_info.get("shapes", {}) else "cls"
+    return args, config, name, file_info
 
 
-def open_text(args, name, told):
-    """(TextConfig, width of the common space, encode, the tokenizer's file as uint8 [n] or None).
+def open_text(args, name, file_info):
+    """(TextConfig, width of the common space, encode, the tokenizer.json as uint8 [n] or None).
     Raises UserError where they do not fit together."""
-    whole = "text_projection" in told.get("shapes", {})
-    size = args.text_model or TOWERS[name]["text_model"]
-    text, said = TextConfig(0, *TEXT_SIZES[size]), told
-    if args.text_init or whole:
-        text, said = text_config(args.text_init or args.init)
-    encode, size, content = open_tokenizer(args, said)
+    embedding, shapes = TOWERS[name]["embedding"], file_info.get("shapes", {})
+    if "text_projection" in shapes:
+        embedding = shapes["text_projection"][1]
+    if args.text_init or "text_projection" in shapes:
+        text, file_info = read_text_config(args.text_init or args.init)
+    else:
+        text = TextConfig(0, *TEXT_SIZES[args.text_model or TOWERS[name]["text_model"]])
+    encode, size, content = open_tokenizer(args, file_info)
     if text.vocabulary and (size > text.vocabulary or content is None and size < text.vocabulary):
         raise UserError(f"the text tower knows {text.vocabulary:,} ids, the tokenizer has "
-                        f"{size:,}: give the one that it was trained with as --tokenizer (XLM-R's: "
-                        "sentencepiece.bpe.model)")
+                        f"{size:,}: give the one that it was trained with as --tokenizer (XLM-R's "
+                        "tokenizer.json)")
     text.vocabulary = text.vocabulary or size
     if size < text.vocabulary:
-        rank0_print(f"NOTE: the text tower knows {text.vocabulary:,} ids, the tokenizer has {size:,}: is "
-                    "it the one that it was trained with?")
-    return (text, told["shapes"]["text_projection"][1] if whole else TOWERS[name]["embedding"],
-            encode, content)
+        rank0_print(f"NOTE: the text tower knows {text.vocabulary:,} ids, the tokenizer has "
+                    f"{size:,}: was it trained with this one?")
+    return text, embedding, encode, content
 
 
-def open_pairs(args, config, model, encode, device, rank, world):
-    """--data as data.Samples of images, or of what --cache-features keeps of them, with the tokens
-    of their captions as "tags"; and what tells these data from others."""
+def open_pairs(args, config, model, encode, device):
+    """--data as data.Samples of images, or of their features with --cache-features, and the tokens
+    of their captions; and a fingerprint of --data."""
     places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
     source, features = data.open_data(*args.data, **places), None
-    mark = source.fingerprint()
+    fingerprint = source.fingerprint()
     if not data.has_captions(source):
         raise UserError('--data has no captions: give shards with .txt or a "caption" in .json, '
                         "a manifest with captions, or the world")
@@ -1694,13 +1558,41 @@ def open_pairs(args, config, model, encode, device, rank, world):
         if not vit.on_rank_0(path.is_file):
             vit.on_rank_0(lambda: path.parent.mkdir(parents=True, exist_ok=True))
             samples = data.unshuffled(source, args, config, data.WHOLE_WIDTH)
-            data.write_features(path, model.trunk, samples, args, device, rank, world, about)
+            data.write_features(path, model.trunk, samples, args, device, vit.get_rank(),
+                                vit.get_world_size(), about)
         table = data.read_features(path)
         source = data.Chosen(source, table["index"], table["labels"])
         features = table["features"]
     encode = functools.partial(encode_framed, encode=encode, longest=model.text_config.longest)
     return data.Samples(data.Captioned(source, encode), config.image, config.channels, choose_box,
-                        args.seed, max_pixels=args.max_pixels, features=features), mark
+                        args.seed, max_pixels=args.max_pixels, features=features), fingerprint
+
+
+def read_class_names(path):
+    """The classes [[name]] of --classes, a line each, names separated by commas; lines may be
+    equal, as in CLIP's list of ImageNet's classes. Raises UserError."""
+    classes = []
+    for number, line in data.read_lines(path, "--classes"):
+        names = [name.strip() for name in line.split(",") if name.strip()]
+        if not names:
+            raise UserError(f"--classes {path}, line {number} has no name: {line!r}")
+        classes.append(names)
+    return classes
+
+
+def classes_of_val(classes, val):
+    """Classes [[name]] to label `val` by: `classes`, or val's own in sorted order where none of
+    their names is in `classes`, which then are in this order (ImageNet's n01440764, …)."""
+    lines = Counter(name for names in classes for name in set(names))
+    twice = [name for name in val.classes if lines[name] > 1]
+    if twice:
+        raise UserError(f"--classes has {twice[0]!r} in {lines[twice[0]]} lines, and --val has a "
+                        "class of this name: name it in one line")
+    if len(classes) != len(val.classes) or any(lines[name] for name in val.classes):
+        return classes
+    rank0_print(f"--classes names --val's {len(classes)} classes in order: {val.classes[0]} is "
+                f"{classes[0][0]}, …, {val.classes[-1]} is {classes[-1][0]}")
+    return [[name] for name in val.classes]
 
 
 def open_classes_and_val(args, config):
@@ -1716,7 +1608,7 @@ def open_classes_and_val(args, config):
                             "of a class goes")
     if args.texts:
         return None, [[text] for text in args.texts], ["{}"]
-    classes = data.read_classes(args.classes) if args.classes else []
+    classes = read_class_names(args.classes) if args.classes else []
     if args.predict or not args.val:
         return None, classes, templates
     val = data.open_data(*args.val, **places)
@@ -1724,14 +1616,14 @@ def open_classes_and_val(args, config):
     if not classes and not data.has_captions(val):
         raise UserError("--val has neither classes nor captions: there is nothing to evaluate")
     if classes:
-        val = data.labelled(val, classes, "--val")
+        val = data.labelled(val, classes_of_val(classes, val), "--val")
     return data.unshuffled(val, args, config, data.WHOLE_WIDTH), classes, templates
 
 
 def zeroshot(argv):
-    args, config, name, told = parse_zeroshot_flags(argv)
-    text, width, encode, content = open_text(args, name, told)
-    make = lambda: Towers(config, text, width, args.pool, locked=not args.unlock)
+    args, config, name, file_info = parse_zeroshot_flags(argv)
+    text, embedding, encode, tokenizer = open_text(args, name, file_info)
+    make = lambda: Towers(config, text, embedding, args.pool, locked=not args.unlock)
     example = lambda batch: (torch.empty(batch, config.channels, *config.image),
                              torch.zeros(batch, text.longest, dtype=torch.int64))
     image = vit.forward_flops(lambda: ViT(config), lambda batch: example(batch)[:1])
@@ -1744,41 +1636,36 @@ def zeroshot(argv):
     val, classes, templates = open_classes_and_val(args, config)
     names = [some[0] for some in classes]
     model, wrapped = vit.build(make, args, device, METHODS)
-    if "text_projection" in told.get("shapes", {}):
-        again = ("text_encoder.*", "text_projection") if args.text_init else ()
-        vit.load_weights(model, args.init, renew=again, rename=tower_names)
+    if "text_projection" in file_info.get("shapes", {}):
+        renew = ("text_encoder.*", "text_projection") if args.text_init else ()
+        vit.load_weights(model, args.init, renew=renew, rename=tower_names)
     elif args.init:
         vit.load_weights(model.vision_encoder, args.init)
     if args.text_init:
-        vit.load_weights(model.text_encoder["encoder"]["transformer"], args.text_init,
-                         rename=text_part)
+        vit.load_weights(model.text_encoder, args.text_init, rename=text_part)
 
-    def vectors_now():
-        return class_vectors(model, classes, templates, encode, args, device, rank, world) \
-            if classes else {}
+    def class_weights():
+        """What multiplies the vector of an image to logits, [K,E], or None without classes."""
+        if not classes:
+            return None
+        vectors = class_vectors(model, classes, templates, encode, args, device)    # [K,E]
+        return logit_scale(model) * vectors.to(device)
 
-    if args.predict or args.eval_only:
-        key = data.crc(repr([vit.file_fingerprint(args.init), args.tokenizer and vit.file_fingerprint(
-            args.tokenizer), classes, templates, args.precision]))
-        path = Path(args.out) / f"classes-{key:08x}.npz"
-        vectors = {name: torch.from_numpy(value) for name, value in data.kept_arrays(
-            path, lambda: {name or "all": table.numpy() for name, table in vectors_now().items()}
-        ).items()} if classes else {}
-        if args.predict:
-            table = factor(model) * vectors["all"].to(device)               # [K,E]
-            logits = lambda images: model.embed_images(images) @ table.T
-            return data.print_predictions(logits, config, args, device, names)
-        vectors = {name.replace("all", ""): table for name, table in vectors.items()}
-        return vit.report(args, evaluate_towers(model, val, args, device, rank, world, names,
-                                                vectors, encode))
+    if args.predict:
+        weights = class_weights()
+        return data.print_predictions(lambda images: model.embed_images(images) @ weights.T, config,
+                                      args, device, names)
+    if args.eval_only:
+        return vit.report(args, evaluate_towers(model, val, args, device, names, class_weights(),
+                                                encode))
 
     # ---- data
-    train, mark = open_pairs(args, config, model, encode, device, rank, world)
+    train, fingerprint = open_pairs(args, config, model, encode, device)
     steps, micro, accumulate, peak = vit.derive(args, len(train.source), world)
     if not vit.open_run(args, "zeroshot", {
-            "what --data holds": mark,
-            "tokenizer": "bytes" if content is None else f"{len(content):,} bytes (CRC "
-            f"{data.crc(content.numpy().tobytes()):08x})"}, model):
+            "what --data holds": fingerprint,
+            "tokenizer": "bytes" if tokenizer is None else f"{len(tokenizer):,} bytes (CRC "
+            f"{data.crc(tokenizer.numpy().tobytes()):08x})"}, model):
         return
 
     # ---- optimizer and state
@@ -1789,64 +1676,69 @@ def zeroshot(argv):
     log = vit.Log(args, device, state["step"], steps, flops)
     positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
     batches = data.load(train, positions, args.workers, device)
-    about = {"config": {**asdict(config), "text": asdict(text)}, "stage": "zeroshot",
-             **({} if content is None else {"tokenizer": content})}
+    model_info = {"config": {**asdict(config), "text": asdict(text)}, "stage": "zeroshot",
+                  **({} if tokenizer is None else {"tokenizer": tokenizer})}
     examples = val and classes and data.examples(val, device)
 
     def draw_and_evaluate():
-        vectors = vectors_now()
+        weights = class_weights()
         if examples:
-            table = factor(model) * vectors[""].to(device)                  # [K,E]
-            data.draw_predictions(lambda images: model.embed_images(images) @ table.T, examples,
+            data.draw_predictions(lambda images: model.embed_images(images) @ weights.T, examples,
                                   args, device, names)
-        return evaluate_towers(model, val, args, device, rank, world, names, vectors,
-                               encode) if val else {}
+        return evaluate_towers(model, val, args, device, names, weights, encode) if val else {}
 
-    # ---- loop
+    # ---- loop: the loss compares all vectors of the batch, whose graphs do not fit into memory.
+    # GradCache (arXiv 2101.06983): first the gradients of the loss for all vectors, then from
+    # these, a micro-batch at a time, the gradients for the weights.
     while state["step"] < steps:
         if log.evaluation_due(state["step"]):
             log.evaluated(draw_and_evaluate())
         lr = vit.learning_rate(state["step"], steps, peak, args.warmup * steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        parts, found, bad, long = [], [], [], 0
+
+        # First pass: all vectors. A single micro-batch keeps its graph, and is not computed again.
+        inputs, outputs, bad, long = [], [], [], 0
         for _ in range(accumulate):
             batch = log.wait(batches)
             bad += batch["bad"]
             tokens = batch["targets"].to(device, non_blocking=True)            # [B,N]
             long += int((batch["targets"] >= 0).sum(1).eq(text.longest).sum())
+            tokens = tokens.masked_fill(tokens < 0, PAD)
             images = batch["images"].to(device, non_blocking=True)          # [B,H,W,C] or [B,D]
             with vit.autocast(args, device):
                 if not args.cache_features:
                     images = data.normalise(images)                         # [B,C,H,W]
                 if not args.cache_features and not args.unlock:
                     images = model.trunk(images)                            # [B,D]
-                tokens = tokens.masked_fill(tokens < 0, PAD)
-                # Of several parts none can be kept for a backward: they are computed again.
                 with torch.set_grad_enabled(accumulate == 1):
-                    found.append(wrapped(images, tokens))                   # [B,E] [B,E] [1]
-            parts.append((images, tokens))
-        vectors = [torch.cat([vector.detach() for vector in some])
-                   for some in zip(*(vectors[:2] for vectors in found))]    # 2 x [b,E]
-        loss, by_images, by_texts, by_scale = global_loss(*vectors, found[0][2], rank, world)
-        slopes = zip(by_images.split(micro), by_texts.split(micro))         # [B,E] [B,E]
-        for part, (by_image, by_text) in enumerate(slopes):
-            with vit.accumulating(wrapped, last=part == accumulate - 1):
+                    outputs.append(wrapped(images, tokens))                 # [B,E] [B,E] [1]
+            inputs.append((images, tokens))
+        all_images, all_texts = (torch.cat([output[i].detach() for output in outputs])
+                                 for i in (0, 1))                           # [b,E] [b,E]
+        loss, image_gradients, text_gradients, scale_gradient = global_loss(
+            all_images, all_texts, outputs[0][2])
+
+        # Second pass: gradients for the weights, by the chain rule.
+        gradients = zip(image_gradients.split(micro), text_gradients.split(micro))
+        for i, (image_gradient, text_gradient) in enumerate(gradients):     # [B,E] [B,E]
+            with vit.accumulating(wrapped, last=i == accumulate - 1):
                 if accumulate > 1:
                     with vit.autocast(args, device):
-                        found[part] = wrapped(*parts[part])
-                image_vectors, text_vectors, scale = found[part]
-                # A number with the batch's derivatives. Ranks are averaged, these are to be summed.
-                chain = world * ((image_vectors * by_image).sum() + (text_vectors * by_text).sum())
-                chain = chain + (scale * by_scale).sum() / accumulate
-                (chain * state["scale"]).backward()
+                        outputs[i] = wrapped(*inputs[i])
+                images, texts, scale = outputs[i]
+                # Its gradients are the loss's. Ranks are averaged, these are to be summed.
+                product = world * ((images * image_gradient).sum() + (texts * text_gradient).sum())
+                product = product + (scale * scale_gradient).sum() / accumulate
+                (product * state["scale"]).backward()
+
         norm = vit.clip_gradients(model, args.clip_grad, state["scale"])
         loss, norm, stop, due, count, long = vit.all_reduce_floats(
             (loss / world, norm / world), (vit.stop_requested(), log.save_due(), len(bad), long))
         finite = math.isfinite(norm)
         if finite:
             optimizer.step()
-            clamp_scale(model)
+            clamp_logit_scale(model)
         optimizer.zero_grad(set_to_none=True)
         vit.note_step(state, finite, args.batch)
         data.note_bad(count, bad, args, state)
@@ -1859,10 +1751,11 @@ def zeroshot(argv):
         # Before an evaluation too: what interrupts it costs no step.
         if stop or due or done or log.evaluation_due(state["step"]):
             vit.save(args, model, optimizer, state,
-                     {**about, "samples": state["step"] * args.batch})
+                     {**model_info, "samples": state["step"] * args.batch})
             log.saved()
         if stop and not done:
-            return rank0_print(f"stopped after step {state['step']} of {steps}; the same command goes on")
+            return rank0_print(f"stopped after step {state['step']} of {steps}; "
+                               "the same command goes on")
 
     # ---- end
     metrics = draw_and_evaluate()

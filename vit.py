@@ -212,16 +212,20 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)        # [...,D]
 
 
-def attention(q, k, v):
+def attention(q, k, v, mask=None):
     """Scaled dot-product attention (arXiv 1706.03762) of queries, keys, values [B,h,N,D/h]: each
-    token gets the mean of all values, weighted by how well its query matches their keys."""
+    token gets the mean of all values, weighted by how well its query matches their keys.
+
+    `mask` [B,1,1,N] is False for keys that nobody may attend to, as padding of texts."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                # [B,h,N,N]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
     weights = scores.softmax(-1)                                            # [B,h,N,N]
     return weights @ v                                                      # [B,h,N,D/h]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens [B,N,D]."""
+    """Multi-head self-attention over tokens [B,N,D]; `mask` as of `attention`."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -229,14 +233,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x):
+    def forward(self, x, mask=None):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)     # [B,N,3,h,D/h]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # 3 x [B,h,N,D/h]
         if q.is_cuda or q.dtype == torch.float32 or N > 1024:
-            x = F.scaled_dot_product_attention(q, k, v)     # the same, where this is faster
+            x = F.scaled_dot_product_attention(q, k, v, mask)   # the same, where it is faster
         else:
-            x = attention(q, k, v)                                          # [B,h,N,D/h]
+            x = attention(q, k, v, mask)                                    # [B,h,N,D/h]
         return self.proj(x.transpose(1, 2).reshape(B, N, D))                # [B,N,D]
 
 
