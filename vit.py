@@ -1549,13 +1549,13 @@ def plan(args, make, towers, flops=None, gpu_memory=80e9, mfu=0.4):
         # ddp: weights once more in half precision; sharded: three blocks gathered or in transfer
         copies = (2 * count * (number_bytes == 2) if mode == "ddp"
                   else (3 * number_bytes + 4) * largest_block)
-        for checkpoint in (False, True):
-            image = activation_bytes(towers, number_bytes, checkpoint)
+        for recompute in (False, True):
+            image = activation_bytes(towers, number_bytes, recompute)
             together = max if micro == per_rank else sum
             total = states + copies + together([gradients, micro * image])
             sizes = {"states": states, "gradients": gradients, "copies": copies,
                      "activations": micro * image, "total": total}
-            rows.append({"parallel": mode, "checkpoint": checkpoint,
+            rows.append({"parallel": mode, "checkpoint": recompute,
                          **{name: round(size / 1e9, 3) for name, size in sizes.items()},
                          "largest": max(0, int((gpu_memory - states - copies - gradients) / image))})
     flops = flops or training_flops(towers)
