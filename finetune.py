@@ -459,7 +459,8 @@ def load_encoder(args, config, told, device, pool):
 
 def file_mark(path):
     """Bytes that tell a file from others, and from what it was before a change: its size, its time
-    of change and 16 pieces of 4 kB from all over it, which is all of a file of up to 64 kB."""
+    of change and 16 pieces of 4 kB from all over it, which is all of a file of up to 64 kB. Of a
+    larger one a change is missed if it keeps size and time, and lies between the pieces."""
     try:
         with open(path, "rb") as file:
             size, time = os.fstat(file.fileno()).st_size, os.fstat(file.fileno()).st_mtime_ns
@@ -473,9 +474,9 @@ def file_mark(path):
 def fingerprint(args, config, source, device):
     """Of which encoder, images and settings features are, in 16 hex digits: rank 0's answer.
 
-    The encoder's file is read as a whole (some seconds for gigabytes). Of each image or shard
-    file_mark's bytes count, so that equal names, sizes or times are never taken for equal images;
-    32 threads read them, since over a network each file is a round trip."""
+    The encoder's file counts as a whole (seconds for gigabytes), of each image or shard what
+    file_mark says: the same names, sizes and times do not make the same images. 32 threads read
+    them, since over a network each file is a round trip."""
     def compute():
         digest = hashlib.sha256(repr((
             os.path.getsize(args.init), vit.crc(args.init), config, args.pool, args.crop,
@@ -662,7 +663,7 @@ def fit_linear(features, labels, K, penalty, total=lambda tensor: tensor):
     features = (features - mean) * scale                                    # [n,D]
     weight = torch.zeros(K, features.shape[1], device=features.device, requires_grad=True)
     bias = torch.zeros(K, device=features.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
