@@ -280,20 +280,15 @@ def central_box(args, config):
         data.centre_crop, share=224 / 256 if max(config.image) <= 224 else 1.0)
 
 
-def freeze(model):
-    """The model, of which only the head and the norm before it (--pool mean) are trained."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(("head.", "fc_norm.")))
-    return model
-
-
 def classify(argv):
     args, config, told = parse_classify_flags(argv)
     example = lambda batch: (torch.empty(batch, config.channels, *config.image),)
 
     def make_with(K):
         model = ViT(config, K, args.pool, HEAD_STD[args.recipe])
-        return freeze(model) if args.freeze else model
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not args.freeze or name.startswith(("head.", "fc_norm.")))
+        return model
 
     if args.plan:
         return vit.plan(args, lambda: make_with(len(told.get("classes", range(1000)))), example)
@@ -463,12 +458,12 @@ def file_mark(path):
     larger one a change is missed if it keeps size and time, and lies between the pieces."""
     try:
         with open(path, "rb") as file:
-            size, time = os.fstat(file.fileno()).st_size, os.fstat(file.fileno()).st_mtime_ns
-            starts = np.linspace(0, max(0, size - 4096), 16).astype(int).tolist()
+            status = os.fstat(file.fileno())
+            starts = np.linspace(0, max(0, status.st_size - 4096), 16).astype(int).tolist()
             pieces = [os.pread(file.fileno(), 4096, start) for start in starts]
     except OSError as error:
         return str(error.strerror).encode()     # an image that cannot be read is not an error here
-    return b"%d %d " % (size, time) + b"".join(pieces)
+    return b"%d %d " % (status.st_size, status.st_mtime_ns) + b"".join(pieces)
 
 
 def fingerprint(args, config, source, device):
@@ -554,8 +549,9 @@ def features(argv):
     device, *_ = vit.start(args)
     source = data.open_data(*args.data, index_dir=args.index_dir,
                             fallback=Path(args.out) / "index")
-    table = open_features(args.features, lambda: load_encoder(args, config, told, device, args.pool),
-                          source, args, config, central_box(args, config), device)
+    load = lambda: load_encoder(args, config, told, device, args.pool)
+    table = open_features(args.features, load, source, args, config, central_box(args, config),
+                          device)
     count = len(table["index"])
 
     def write():
@@ -826,7 +822,8 @@ def lowshot(argv):
     counts = np.bincount(train["labels"], minlength=len(classes))
     for shots in args.shots:
         if (few := int((counts < shots).sum())):
-            rank0_print(f"{few} of {len(classes)} classes have fewer than {shots} images: all are used")
+            rank0_print(f"{few} of {len(classes)} classes have fewer than {shots} images: all are "
+                        "used")
     crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
     queries = torch.tensor(val["features"], device=device)                  # [m,D]
     truth, results = torch.tensor(val["labels"], device=device), []         # [m]

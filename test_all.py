@@ -2616,9 +2616,9 @@ def test_images_that_cannot_be_read_have_no_features():
 
 def test_kept_features_are_never_of_other_images_or_weights():
     """Names, sizes and times of change may be equal: what a file holds counts."""
-    root, args = folder(), argparse.Namespace(init=str(folder() / "x.pt"), pool="cls", crop="centre",
-                                              precision="fp32")
-    Path(args.init).write_bytes(bytes(3 << 20))
+    root, args = folder(), dict(init=str(folder() / "x.pt"), pool="cls", crop="centre",
+                                precision="fp32")
+    Path(args["init"]).write_bytes(bytes(3 << 20))
 
     def paint(part, colour):
         (root / part / "cat").mkdir(parents=True, exist_ok=True)
@@ -2627,7 +2627,7 @@ def test_kept_features_are_never_of_other_images_or_weights():
         os.utime(path, (1e9, 1e9))
 
     def mark(*specs, config=SMALL, **changed):
-        return finetune.fingerprint(argparse.Namespace(**{**vars(args), **changed}), config,
+        return finetune.fingerprint(argparse.Namespace(**args | changed), config,
                                     data.open_data(*specs), torch.device("cpu"))
 
     def everything():
@@ -2648,19 +2648,13 @@ def test_kept_features_are_never_of_other_images_or_weights():
     paint("a", 2)                                       # in its place: the same name, size and time
     again = everything()
     assert [old != new for old, new in zip(first, again)] == [True, False] * 3
+    (root / "b.jsonl").write_text((root / "b.jsonl").read_text().replace('"cat"', '"dog"'))
+    assert mark(root / "b.jsonl") != again[3]           # labels are kept with the features
     settings = [mark(root / "a", **more) for more in (
         {}, {"pool": "mean"}, {"crop": "squash"}, {"precision": "bf16"},
         {"config": Config(64, 2, 4, 8, 64)})]
-    Path(args.init).write_bytes(bytes(2 << 20) + b"x" + bytes((1 << 20) - 1))   # in its middle
+    Path(args["init"]).write_bytes(bytes(2 << 20) + b"x" + bytes((1 << 20) - 1))    # in its middle
     assert len({*settings, mark(root / "a")}) == 6
-
-
-def test_frozen_encoders_have_no_gradients():
-    args = argparse.Namespace(activation_checkpoint=False, compile=False, parallel="auto", seed=0,
-                              precision="fp32", init=str(stepwise() / "model.pt"))
-    config, told = vit.config_from(args.init)
-    encoder = finetune.load_encoder(args, config, told, torch.device("cpu"), "cls")
-    assert not any(p.requires_grad for p in encoder.parameters())
 
 
 def test_nearest_neighbours_are_found_in_any_chunks():
@@ -2683,8 +2677,7 @@ def test_nearest_neighbours_are_found_in_any_chunks():
 
 def test_the_encoder_runs_once_for_all_tasks():
     init, kept = stepwise() / "model.pt", folder()
-    flags = ("--init", init, "--data", photos(), "--val", photos(), "--image-size", 32,
-             "--features", kept)
+    flags = "--init", init, "--data", photos(), "--val", photos(), "--features", kept
     first, _, said = asked("knn", *flags)
     assert first["knn1"] == 1 and first["count"] == first["train"] == 20    # each finds itself
     assert "model: " in said and len(list(kept.iterdir())) == 1             # --data and --val: one
@@ -2692,32 +2685,14 @@ def test_the_encoder_runs_once_for_all_tasks():
     assert again == first and "model: " not in said
     for task in ("features", "linear"):
         assert "are kept in" in asked(task, *flags)[2] and len(list(kept.iterdir())) == 1
-
-
-def test_mistakes_of_frozen_tasks_get_one_line():
-    init = "--init", stepwise() / "model.pt"
-    dogs = folder()                                     # classes are compared by name
-    shutil.copytree(photos() / "dog", dogs / "dog")
-    found, *_ = asked("knn", *init, "--data", photos(), "--val", dogs)
-    assert found["knn1"] == 1 and found["count"] == 10
-    refused("--val has 1 classes that the model lacks: cat", asked, "knn", *init, "--data",
-            folder_of("dog", "fish"), "--val", photos())
+    found, *_ = asked("knn", *flags[:4], "--val", thirteen()[0], *flags[6:])
+    assert found["knn1"] == 1 and found["count"] == 13      # classes are compared by name
     refused("knn needs an encoder", asked, "knn", "--data", photos(), "--val", photos())
-    refused("linear needs --val", asked, "linear", *init, "--data", photos())
-    refused("there is nothing to tell apart", asked, "knn", *init, "--data", photos() / "cat",
+    refused("linear needs --val", asked, "linear", *flags[:4])
+    refused("there is nothing to tell apart", asked, "knn", *flags[:2], "--data", photos() / "cat",
             "--val", photos())
-    refused("linear holds back a tenth of --data, but it has 4 images", asked, "linear", *init,
-            "--data", folder_of("dog", "cat", count=2), "--val", photos())
-
-
-def folder_of(*classes, count=10):
-    """A folder of these classes, each with the first `count` photos of dogs."""
-    root = folder()
-    for name in classes:
-        (root / name).mkdir()
-        for path in sorted(photos().glob("dog/*"))[:count]:
-            shutil.copy(path, root / name)
-    return root
+    refused("linear holds back a tenth of --data, but it has 4 images", asked, "linear", *flags[:2],
+            "--data", "world-labelled:4")
 
 
 def test_linear_fit_is_at_its_minimum():
@@ -2749,76 +2724,44 @@ def test_linear_fit_is_that_of_all_ranks_rows():
         assert all(close(*pair, 1e-2) for pair in zip(head, expected))
 
 
-@functools.lru_cache
-def probed():
-    """What `linear` says of 120 pictures in 40 classes, with these for --val too, and its folder."""
-    flags = "--init", stepwise() / "model.pt", "--data", "world-labelled:120", "--val", \
-        "world-labelled:120", "--features", folder()
-    return flags, *asked("linear", *flags)[:2]
-
-
-def test_held_back_images_are_not_trained_on():
-    """The penalty is chosen by images that the heads have not seen; the last head has seen all."""
-    _, found, _ = probed()
-    assert found["train"] == 120 and found["held_back"] < 0.5 and found["top1"] > 0.9
-
-
-def test_linear_is_the_same_on_any_ranks():
-    flags, found, out = probed()
+def test_linear_chooses_on_held_back_images_and_leaves_a_classifier():
+    """The heads to choose from have not seen a tenth of --data; the last one has seen all of it."""
+    init, spec = stepwise() / "model.pt", "world-labelled:60"       # in 40 classes
+    flags = "--init", init, "--data", spec, "--val", spec, "--features", folder()
+    found, out, _ = asked("linear", *flags)
+    assert found["train"] == 60 and found["held_back"] < 0.5 and found["top1"] > 0.9
     other, place, _ = asked("linear", *flags, world=3)
-    assert other == found
-    heads = [torch.load(path / "model.pt", weights_only=True)["model"] for path in (place, out)]
-    assert close(*(head["head.weight"] for head in heads), 1e-2)
-
-
-def test_linear_leaves_a_classifier():
-    _, found, out = probed()
-    content = torch.load(out / "model.pt", weights_only=True)
-    encoder = torch.load(stepwise() / "model.pt", weights_only=True)["model"]
+    content, theirs = (torch.load(path / "model.pt", weights_only=True) for path in (out, place))
+    weights, before = content["model"], torch.load(init, weights_only=True)["model"]
+    assert other == found and close(theirs["model"]["head.weight"], weights["head.weight"], 1e-2)
     assert content["stage"] == "linear" and len(content["classes"]) == 40
-    assert torch.equal(content["model"]["blocks.1.mlp.fc1.weight"],
-                       encoder["blocks.1.mlp.fc1.weight"])
-    again, *_ = evaluated("--init", out / "model.pt", "--val", "world-labelled:120")
-    assert again["top1"] == found["top1"] and again["count"] == 120
+    assert all(torch.equal(weights[name], before[name]) for name in weights.keys() & before.keys())
+    again, *_ = evaluated("--init", out / "model.pt", "--val", spec)
+    assert again["top1"] == found["top1"] and again["count"] == 60
 
 
-@functools.lru_cache
-def frozen():
-    """A run of `classify --freeze` with checkpoints: (folder, flags, losses, weights)."""
-    flags = ("--data", photos(), "--val", photos(), "--init", stepwise() / "model.pt", "--freeze",
-             "--pool", "mean")
-    out = folder() / "run"
-    return out, flags, *train(out, *flags, "--save-every", 0, "--keep", 99, stage=Task)[:2]
-
-
-def test_freeze_trains_only_the_head():
-    out, flags, _, weights = frozen()
-    _, plain, _ = train(folder() / "run", *flags[:-1], "cls", stage=Task)
-    before = torch.load(stepwise() / "model.pt", weights_only=True)["model"]
-    for name, value in before.items():
-        if name in plain:
-            assert torch.equal(plain[name], value), name
-        if name in weights:
-            assert torch.equal(weights[name], value), name
-    assert plain.keys() - before.keys() == {"head.weight", "head.bias"}
-    assert weights.keys() - before.keys() == {"head.weight", "head.bias", "fc_norm.weight",
-                                              "fc_norm.bias"}
-    assert all((weights[name] != start).any() for name, start in (
-        ("head.weight", 0), ("head.bias", 0), ("fc_norm.weight", 1), ("fc_norm.bias", 0)))
-    refused("--freeze trains a head on an encoder", on_ranks, 1, Task.main, [*QUICK, "--freeze"])
-
-
-def test_freeze_trains_the_same_however_it_is_run():
-    out, flags, losses, weights = frozen()
-    for world, more in ((2, ()), (2, ("--parallel", "fsdp")), (1, ("--micro-batch", 5)),
-                        (2, ("--parallel", "fsdp", "--activation-checkpoint"))):
-        other, theirs, _ = train(folder() / "run", *flags, *more, world=world, stage=Task)
+def test_freeze_trains_only_the_head_however_it_is_run():
+    init = stepwise() / "model.pt"
+    flags = "--data", photos(), "--val", photos(), "--init", init, "--freeze", "--pool"
+    before = torch.load(init, weights_only=True)["model"]
+    for pool in ("cls", "mean"):
+        out = folder() / "run"
+        losses, weights, _ = train(out, *flags, pool, "--save-every", 0, "--keep", 99, stage=Task)
+        new = {"head.weight", "head.bias"} | ({"fc_norm.weight", "fc_norm.bias"}
+                                              if pool == "mean" else set())
+        assert weights.keys() - before.keys() == new
+        assert all(torch.equal(weights[name], before[name]) for name in weights.keys() - new)
+        assert all((weights[name] != float(name == "fc_norm.weight")).any() for name in new)
+    for world, more in ((2, ()), (2, ("--parallel", "fsdp", "--activation-checkpoint")),
+                        (1, ("--micro-batch", 5))):
+        other, theirs, _ = train(folder() / "run", *flags, pool, *more, world=world, stage=Task)
         assert close(other, losses, 1e-4), (world, more)
         assert close(theirs["head.weight"], weights["head.weight"], 2e-3), (world, more)
-    again, saved, *_ = resumed(out, flags, at=6, stage=Task)
+    again, saved, *_ = resumed(out, (*flags, pool), at=6, stage=Task)
     assert again == losses and equal(saved, weights)
-    again, saved, *_ = resumed(out, (*flags, "--parallel", "fsdp"), world=2, at=3, stage=Task)
+    again, saved, *_ = resumed(out, (*flags, pool, "--parallel", "fsdp"), world=2, at=3, stage=Task)
     assert close(again, losses, 1e-4) and close(saved["head.weight"], weights["head.weight"], 2e-3)
+    refused("--freeze trains a head on an encoder", on_ranks, 1, Task.main, [*QUICK, "--freeze"])
 
 
 def test_prompts_are_only_what_is_learned():
