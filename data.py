@@ -21,18 +21,18 @@ A SPEC is one of
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import glob
 import io
+import itertools
 import json
 import math
 import os
 import re
 import resource
-import shutil
 import signal
-import struct
 import sys
 import tarfile
 import tempfile
@@ -513,7 +513,7 @@ def facts(n=4000):
 # (how often what was passed over in shards). about(i) is a
 # dict with "where" and, as far as known, "label" and "tags"; open(i) adds "image": a path, an open
 # file or a scene of the world, not decoded yet, and may raise what a damaged sample raises;
-# caption(i) is its caption, or None.
+# caption(i) is its caption, or None; files() are the paths of the files that hold its images.
 # ======================================================================================
 
 def crc(*parts):
@@ -567,6 +567,9 @@ class World:
 
     about = open
 
+    def files(self):
+        return iter(())
+
     def caption(self, i):
         return scene(i, self.split)["caption"]
 
@@ -588,6 +591,9 @@ class Folder:
     def open(self, i):
         about = self.about(i)
         return {**about, "image": about["where"]}
+
+    def files(self):
+        return (self.about(i)["where"] for i in range(len(self)))
 
     def caption(self, i):
         return None
@@ -898,36 +904,6 @@ def write_arrays(path, arrays):
     write_aside(Path(path), write)
 
 
-def write_npz(path, arrays, files):
-    """Write an .npz of `arrays` {name: array} and of raw `files` {name: (path, shape, dtype)}, that
-    are copied without being held in memory."""
-    def write(aside):
-        with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
-            for name, array in arrays.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as out:
-                    np.lib.format.write_array(out, array, allow_pickle=False)
-            for name, (source, shape, dtype) in files.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as out, \
-                        open(source, "rb") as raw:
-                    np.lib.format.write_array_header_2_0(
-                        out, {"shape": shape, "fortran_order": False, "descr": dtype})
-                    shutil.copyfileobj(raw, out, 1 << 22)
-    write_aside(Path(path), write)
-
-
-def map_npz(path, name):
-    """An array of an .npz that is not compressed, mapped into memory and read when touched."""
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        file.seek(archive.getinfo(f"{name}.npy").header_offset)
-        lengths = struct.unpack("<HH", file.read(30)[26:])      # of the name and an extra field
-        file.seek(sum(lengths), os.SEEK_CUR)
-        version = np.lib.format.read_magic(file)
-        read = (np.lib.format.read_array_header_1_0 if version == (1, 0) else
-                np.lib.format.read_array_header_2_0)
-        shape, _, dtype = read(file)
-        return np.memmap(path, dtype, "r", file.tell(), shape) if shape[0] else np.empty(shape)
-
-
 def read_arrays(path, names=None):
     """Arrays of an .npz of ours, {name: array}; {} where it is missing or damaged."""
     try:
@@ -1048,6 +1024,14 @@ class Shards:
         if not isinstance(image, str):
             raise ValueError("the record has no image")
         return {**self.about(i), "image": os.path.join(os.path.dirname(shard["path"]), image)}
+
+    def files(self):
+        if self.tars:
+            yield from (os.fsdecode(string_at(self.names, s)) for s in range(len(self.counts)))
+            return
+        for i in range(len(self)):
+            with contextlib.suppress(*RECORD_ERRORS):
+                yield self.open(i)["image"]
 
     def caption(self, i):
         shard, row = self.find(i)
@@ -1222,6 +1206,10 @@ class Joined:
         """What the data are, in words that differ when they do."""
         marks = " ".join(str(source.mark) for source in self.sources)
         return f"{len(self):,} images (CRC {crc(marks):08x})"
+
+    def files(self):
+        """The paths of all files that hold images."""
+        return itertools.chain.from_iterable(source.files() for source in self.sources)
 
     def find(self, i):
         """The source of sample i, its number there, and the source's labels."""
@@ -2112,65 +2100,6 @@ def draw_predictions(model, batch, args, device, names):
         write_aside(Path(args.out) / "predictions.png", lambda aside: sheet.save(aside, "PNG"))
 
 
-# --------------------------------------------------------------------------------------
-# Features of images, in files (stage 3)
-# --------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def write_features(path, encoder, samples, args, device, rank, world, about):
-    """Write what an encoder makes of samples, in order, into an .npz: "features" float32 [n,D],
-    "labels" int64 [n] (-1: none), "index" int64 [n] (numbers of images in the source), "names"
-    bytes [n] (where they are), "classes" [K] (of labels), "about" (JSON: which encoder and data).
-
-    Images that cannot be read are left out and listed. Rank 0 writes what comes from all; memory is
-    bounded, however many there are."""
-    source, kept, width = samples.source, array("q"), 0
-    aside, writers = Path(f"{path}.d"), {}
-    if rank == 0:
-        aside.mkdir(parents=True, exist_ok=True)
-        writers = {name: open(aside / name, "wb") for name in ("features", "labels", "names")}
-    for images, batch in validate(samples, args, device):
-        with autocast(args, device):
-            features = encoder(images).float().cpu().numpy()                # [B,D]
-        seen = batch["weight"].numpy() > 0
-        mine = [batch[name].numpy()[seen] for name in ("position", "label")] + [features[seen]]
-        for positions, labels, rows in gather_objects(mine) or ():
-            width = rows.shape[1]
-            kept.extend(positions.tolist())
-            writers["features"].write(rows.tobytes())
-            writers["labels"].write(labels.tobytes())
-
-    def finish():
-        name = lambda i: source.about(i)["where"].encode("utf-8", "replace")
-        longest = max(len(name(i)) for i in kept)
-        for i in kept:
-            writers["names"].write(name(i).ljust(longest, b"\0"))
-        for writer in writers.values():
-            writer.close()
-        n = len(kept)
-        write_npz(path, {
-            "classes": np.array(source.classes, str),
-            "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
-            "index": np.array(kept, np.int64)}, {
-            "features": (aside / "features", (n, width), "<f4"),
-            "labels": (aside / "labels", (n,), "<i8"),
-            "names": (aside / "names", (n,), f"|S{longest}")})
-        shutil.rmtree(aside)
-    on_rank_0(finish)
-
-
-def read_features(path):
-    """What write_features wrote: {"features" (mapped, not in memory), "labels", "index",
-    "classes", "about"}. Raises UserError."""
-    try:
-        with np.load(path) as file:
-            table = {name: file[name] for name in ("labels", "index", "classes")}
-            table["about"] = json.loads(file["about"].tobytes())
-        table["features"] = map_npz(path, "features")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as features ({error}); `finetune.py features` "
-                        "makes them") from error
-    return table
 
 
 # ======================================================================================

@@ -28,11 +28,16 @@ zeroshot trains a text tower for an encoder, or uses a released one: classes are
 """
 
 import functools
+import hashlib
+import itertools
 import json
 import math
+import os
 import re
+import shutil
 import unicodedata
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -96,6 +101,8 @@ def parse_classify_flags(argv):
         "per image; softmax: 1/k on each of k classes; bce: binary cross-entropy for every class")
     add("--pool", choices=("cls", "mean"), help="input of the head: the class token or the mean of "
         "the patches; default by recipe, or as in a finetuned --init")
+    add("--freeze", action="store_true", help="train only the head (and the norm of --pool mean) "
+        "on the encoder of --init; default off")
     add("--crop", choices=("centre", "squash"), help="for evaluation: the central 7/8, or all of "
         "it above 224 pixels (MAE); or the whole image squashed (released MAWS); default by recipe")
     add("--optimizer", choices=("adamw", "sgd"), help="sgd: nesterov, 0.9; default by recipe")
@@ -134,6 +141,8 @@ def parse_classify_flags(argv):
     elif in_use:
         recipe["pool"] = in_file.get("pool", "cls")
     vit.fill_recipe(args, {**recipe, "crop": in_file.get("crop", recipe["crop"])})
+    if args.freeze and not args.init:
+        raise UserError("--freeze trains a head on a pretrained encoder: give its file as --init")
     if args.randaugment and config.channels == 4:
         raise UserError("--randaugment knows no alpha channel; give --randaugment 0")
     data.choose_val(args)
@@ -306,10 +315,18 @@ def central_box(args, config):
 
 def classify(argv):
     args, config, file_info = parse_classify_flags(argv)
-    make_with = lambda classes: ViT(config, classes, args.pool, HEAD_STD[args.recipe])
+
+    def make_with(classes):
+        model = ViT(config, classes, args.pool, HEAD_STD[args.recipe])
+        for name, parameter in model.named_parameters() if args.freeze else ():
+            parameter.requires_grad_(name.startswith(("head.", "fc_norm.")))
+        return model
+
     towers = [(config.depth, config.width, 1 + config.num_patches)]
+    flops = (vit.forward_flops if args.freeze else vit.training_flops)(towers)
     if args.plan:
-        return vit.plan(args, lambda: make_with(len(file_info.get("classes", range(1000)))), towers)
+        outputs = len(file_info.get("classes", range(1000)))
+        return vit.plan(args, lambda: make_with(outputs), towers, flops)
     device = vit.start(args)
 
     # ---- data and classes
@@ -361,7 +378,7 @@ def classify(argv):
     model_info = {"config": {**asdict(config), "pool": args.pool, "crop": args.crop,
                              "loss": args.loss}, "stage": "classify", "classes": names}
     run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info,
-                  vit.training_flops(towers), ema, {"best": -1.0})
+                  flops, ema, {"best": -1.0})
     batches = data.training_batches(train, args, run.state["step"], schedule, device)
     for _ in run.steps(draw_and_evaluate, args.final_lr):
         for batch in run.micro_batches(batches):
@@ -384,41 +401,31 @@ def classify(argv):
 
 
 # ======================================================================================
-# Frozen encoders: features, for this file's tasks and for anybody
+# Frozen encoders: features, which the tasks knn, linear and lowshot share
 # ======================================================================================
 
 def parse_frozen_flags(task, argv, add_flags=lambda add: None):
-    """The flags of a task on features of a frozen encoder: (args, Config or None, what --init's
-    file says of itself)."""
+    """The flags of a task on features of a frozen encoder: (args, Config, what --init's file says
+    of itself). Raises UserError."""
     parser = vit.stage_parser(f"finetune.py {task}", __doc__)
     parser.set_defaults(data=["world-labelled"])
     add = parser.add_argument_group("features").add_argument
-    add("--pool", choices=("cls", "mean"), default="cls", help="the class token (default; MAE's "
-        "linear probe) or the mean of the patches")
+    add("--pool", choices=("cls", "mean"), default="cls", help="the class token (default) or the "
+        "mean of the patches")
     add("--crop", choices=("centre", "squash"), default="centre", help="centre (default): the "
         "central 7/8, all of it above 224 pixels (MAE); squash: the whole image")
-    if task != "features":
-        add("--features", metavar="DIR", default="runs/features", help="where features are kept, "
-            "to be used again by any task; default runs/features. Files of the task `features` can "
-            "be given as --data and --val, too")
+    add("--features", metavar="DIR", default="runs/features", help="where features are kept, to be "
+        "used again by any task; default runs/features")
     add_flags(parser.add_argument_group(task).add_argument)
     args = parser.parse_args(argv)
-    if task == "features":
-        args.val = []
-    else:
+    if not args.init:
+        raise UserError(f"{task} needs an encoder: give its file as --init")
+    if task != "features":
         data.choose_val(args)
         if not args.val:
             raise UserError(f"{task} needs --val: the images to be right about")
-    given = [spec.endswith(".npz") for spec in (*args.data, *args.val)]
-    if any(given) and (task == "features" or not all(given)):
-        raise UserError("features.npz can be given as --data and --val, to both, and to no other "
-                        "task than those that work on features")
-    if not args.init and not any(given):
-        raise UserError(f"{task} needs an encoder: give its file as --init")
-    if any(given):
-        args.out = args.out or f"runs/{task}"
-        return args, None, {}
-    return args, *vit.choose_config(args, task)[::2]
+    config, _, told = vit.choose_config(args, task)
+    return args, config, told
 
 
 def load_encoder(args, config, told, device, pool):
@@ -430,78 +437,144 @@ def load_encoder(args, config, told, device, pool):
     return model
 
 
+def file_mark(path):
+    """Bytes that tell a file from others, and from what it was before a change: its size, its time
+    of change and 16 pieces of 4 kB from all over it, which is all of a file of up to 64 kB. Of a
+    larger one a change is missed if it keeps size and time, and lies between the pieces."""
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            starts = np.linspace(0, max(0, status.st_size - 4096), 16).astype(int).tolist()
+            pieces = [os.pread(file.fileno(), 4096, start) for start in starts]
+    except OSError as error:
+        return str(error.strerror).encode()     # an image that cannot be read is not an error here
+    return b"%d %d " % (status.st_size, status.st_mtime_ns) + b"".join(pieces)
+
+
+def fingerprint(args, config, source, device):
+    """Of which encoder, images and settings features are, in 16 hex digits: rank 0's answer.
+
+    The encoder's file counts as a whole (seconds for gigabytes), of each image or shard what
+    file_mark says: the same names, sizes and times do not make the same images. 32 threads read
+    them, since over a network each file is a round trip."""
+    def compute():
+        digest = hashlib.sha256(repr((
+            os.path.getsize(args.init), vit.crc(args.init), config, args.pool, args.crop,
+            str(vit.autocast_dtype(args, device)), source.fingerprint())).encode())
+        files = source.files()
+        with ThreadPoolExecutor(32) as threads:
+            while some := [*itertools.islice(files, 4096)]:
+                for mark in threads.map(file_mark, some):
+                    digest.update(mark)
+        return digest.hexdigest()[:16]
+    return vit.on_rank_0(compute)
+
+
+@torch.no_grad()
+def write_features(folder, encoder, samples, width, args, device):
+    """Write what an encoder makes of samples into a folder: features.npy float32 [n,D], a row for
+    each image that can be read, in order; labels.npy int64 [n] (-1: none); index.npy int64 [n], the
+    numbers of these images in the source; about.json, for people.
+
+    Rank 0 writes what all ranks compute; memory is bounded. Images that cannot be read are listed
+    in OUT/bad_val_samples.txt; as many rows at the end of features.npy are not used."""
+    rank, world_size, total, n = vit.get_rank(), vit.get_world_size(), len(samples.source), 0
+    labels, index = np.zeros(total, np.int64), np.zeros(total, np.int64)
+    aside = Path(f"{folder}.{os.getpid()}.tmp")
+
+    def begin():
+        aside.mkdir(parents=True)
+        size, free = 4 * total * width, shutil.disk_usage(aside).free
+        if size > free:         # else a full disk would end the process without a word
+            raise UserError(f"features of {total:,} images take {size / 1e9:.3g} GB, but there are "
+                            f"{free / 1e9:.3g} GB left in {folder.parent}")
+        np.lib.format.open_memmap(aside / "features.npy", "w+", np.float32, (total, width))
+
+    vit.on_rank_0(begin)
+    table = np.load(aside / "features.npy", mmap_mode="r+") if rank == 0 else None
+    for images, batch in data.validate(samples, args, device, rank, world_size):
+        with vit.autocast(args, device):
+            rows = encoder(images).float().cpu().numpy()                    # [B,D]
+        seen = batch["weight"].numpy() > 0
+        mine = rows[seen], batch["label"].numpy()[seen], batch["position"].numpy()[seen]
+        for part in vit.gather_objects(mine) or ():
+            end = n + len(part[0])
+            table[n:end], labels[n:end], index[n:end] = part
+            n = end
+
+    def finish():
+        np.save(aside / "labels.npy", labels[:n])
+        np.save(aside / "index.npy", index[:n])
+        (aside / "about.json").write_text(json.dumps(vars(args), indent=1))
+        table.flush()
+        if folder.exists():     # another process was faster
+            return shutil.rmtree(aside)
+        aside.rename(folder)
+    vit.on_rank_0(finish)
+
+
+def open_features(place, load, source, args, config, choose_box, device):
+    """What an encoder makes of a source's whole images, from where it is kept below `place`, or
+    computed now by the encoder that load() returns: {"features" float32 [n,D], in a file, "labels"
+    int64 [n], "index" int64 [n]}, as write_features says."""
+    folder = Path(place) / fingerprint(args, config, source, device)
+    if vit.on_rank_0(folder.exists):
+        rank0_print(f"features of {len(source):,} images are kept in {folder}")
+    else:
+        samples = data.unshuffled(source, args, config, choose_box)
+        write_features(folder, load(), samples, config.width, args, device)
+    table = {name: np.load(folder / f"{name}.npy") for name in ("labels", "index")}
+    rows = np.load(folder / "features.npy", mmap_mode="r")
+    return {**table, "features": rows[:len(table["index"])]}
+
+
 def features(argv):
-    """The task `features`: OUT/features.npz."""
+    """The task `features`: OUT/features.npz, for other programs."""
     args, config, told = parse_frozen_flags("features", argv)
-    device, rank, world = vit.start(args)
+    device, *_ = vit.start(args)
     source = data.open_data(*args.data, index_dir=args.index_dir,
                             fallback=Path(args.out) / "index")
-    encoder = load_encoder(args, config, told, device, args.pool)
-    path = Path(args.out) / "features.npz"
-    samples = data.unshuffled(source, args, config, central_box(args, config))
-    data.write_features(path, encoder, samples, args, device, rank, world,
-                        about_features(args, config, source))
-    table = data.read_features(path)
-    vit.report(args, {"count": len(table["labels"]), "bad": len(source) - len(table["labels"]),
-                      "width": config.width, "classes": len(source.classes)})
+    load = lambda: load_encoder(args, config, told, device, args.pool)
+    table = open_features(args.features, load, source, args, config, central_box(args, config),
+                          device)
+    count = len(table["index"])
+
+    def write():
+        names = [source.about(i)["where"].encode("utf-8", "replace") for i in table["index"]]
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        data.write_arrays(Path(args.out) / "features.npz", {
+            **table, "names": np.array(names), "classes": np.array(source.classes, str)})
+    vit.on_rank_0(write)
+    vit.report(args, {"count": count, "bad": len(source) - count, "width": config.width,
+                      "classes": len(source.classes)})
 
 
-def about_features(args, config, source):
-    """Of which encoder and data features are: equal where they can be used again."""
-    return {"encoder": vit.file_fingerprint(args.init), "image": list(config.image), "pool": args.pool,
-            "crop": args.crop, "precision": args.precision, "data": source.fingerprint()}
-
-
-def open_features(args, config, told, task):
-    """The features of --data and --val that have a label, from where they are kept or computed
-    now: two dicts of "features" [n,D], "labels" int64 [n], and the names of the classes.
-
-    Classes are those of --data; those of --val are compared by name. Raises UserError."""
-    device, rank, world = vit.start(args)
-    tables, encoder = [], None
-    for specs in (args.data, args.val):
-        if config is None:
-            if len(specs) > 1:
-                raise UserError(f"one features.npz each for --data and --val; found {len(specs)}")
-            tables.append(data.read_features(specs[0]))
-            continue
-        source = data.open_data(*specs, index_dir=args.index_dir,
-                                fallback=Path(args.out) / "index")
-        about = about_features(args, config, source)
-        path = Path(args.features) / f"{data.crc(repr(about)):08x}.npz"
-        if vit.on_rank_0(path.is_file):
-            rank0_print(f"features of {' '.join(specs)} are kept in {path}")
-        else:
-            encoder = encoder or load_encoder(args, config, told, device, args.pool)
-            vit.on_rank_0(lambda: path.parent.mkdir(parents=True, exist_ok=True))
-            samples = data.unshuffled(source, args, config, central_box(args, config))
-            data.write_features(path, encoder, samples, args, device, rank, world, about)
-        tables.append(data.read_features(path))
-    encoders = [{key: value for key, value in table["about"].items() if key != "data"}
-                for table in tables]
-    if encoders[0] != encoders[1]:
-        raise UserError("the features of --data and --val are of different encoders or sizes: "
-                        f"{encoders[0]} and {encoders[1]}")
-    if config is None and args.init and encoders[0]["encoder"] != vit.file_fingerprint(args.init):
-        raise UserError(f"the features are not of --init {args.init}; make them again by "
-                        "`finetune.py features`, or leave --init out")
-    classes = tables[0]["classes"].tolist()
+def open_tables(args, config, told, device):
+    """The features of --data and --val, of images that have a class: two dicts as open_features
+    returns, with their "source" and with "labels" that count the classes of --data, and the names
+    of these classes. Those of --val are compared by name. Raises UserError."""
+    sources = [data.open_data(*specs, index_dir=args.index_dir, fallback=Path(args.out) / "index")
+               for specs in (args.data, args.val)]
+    classes, theirs = (source.classes for source in sources)
     if len(classes) < 2:
         raise UserError(f"--data has {len(classes)} classes: there is nothing to tell apart; "
                         "images have the class of their folder, or a label")
-    outputs = data.outputs_of([[name] for name in classes], tables[1]["classes"].tolist(), "--val")
-    numbers = np.array([outputs[name][0] for name in tables[1]["classes"].tolist()] + [-1])
+    outputs = data.outputs_of([[name] for name in classes], theirs, "--val")
+    load = functools.cache(lambda: load_encoder(args, config, told, device, args.pool))
+    tables = [open_features(args.features, load, source, args, config, central_box(args, config),
+                            device) for source in sources]
+    numbers = np.array([outputs[name][0] for name in theirs] + [-1])
     tables[1]["labels"] = numbers[tables[1]["labels"]]
-    for flag, table in zip(("--data", "--val"), tables):
+    for flag, table, source in zip(("--data", "--val"), tables, sources):
         known = table["labels"] >= 0
         if not known.all():
-            rank0_print(f"{flag}: {(~known).sum():,} of {len(known):,} images have no class and are left "
-                        "out")
-            for name in ("features", "labels", "index"):
-                table[name] = table[name][known]
+            rank0_print(f"{flag}: {(~known).sum():,} of {len(known):,} images have no class and "
+                        "are left out")
+            table.update({name: values[known] for name, values in table.items()})
         if not len(table["labels"]):
             raise UserError(f"no image of {flag} has a class: a folder each, or a label each")
-    return *tables, classes, device, rank, world
+        table["source"] = source
+    return *tables, classes
 
 
 # ======================================================================================
@@ -535,10 +608,11 @@ def vote(similarity, labels, K, temperature=0.07):
 def knn(argv):
     """The task `knn`: top-1 by the labels of the 1, 5, 10, 20 most similar images of --data."""
     args, config, told = parse_frozen_flags("knn", argv)
-    train, val, classes, device, rank, world = open_features(args, config, told, "knn")
+    device, rank, world_size = vit.start(args)
+    train, val, classes = open_tables(args, config, told, device)
     labels, ks = torch.tensor(train["labels"], device=device), (1, 5, 10, 20)
     right = torch.zeros(len(ks), dtype=torch.int64)
-    for at in range(1024 * rank, len(val["labels"]), 1024 * world):
+    for at in range(1024 * rank, len(val["labels"]), 1024 * world_size):
         queries = torch.tensor(val["features"][at:at + 1024], device=device)    # [m,D]
         truth = torch.tensor(val["labels"][at:at + 1024], device=device)        # [m]
         similarity, index = nearest(queries, train["features"], max(ks))    # [m,k] [m,k]
@@ -551,283 +625,85 @@ def knn(argv):
 
 
 # ======================================================================================
-# Linear probe
+# Linear probe: logistic regression
 # ======================================================================================
 
-PROBE_RECIPES = {name: dict(batch=256, epochs=20, base_lr=5.0) for name in ("nano", "tiny", "small")}
-PROBE_COMMON = {"weight_decay": 0.0, "clip_grad": 0.0, "warmup": 0.1, "smallest_crop": 0.08}
-RATES = 0.25, 0.5, 1.0, 2.0, 4.0, 8.0       # of the learning rate; ours
+PENALTIES = 1e-1, 1e-2, 1e-3, 1e-4, 1e-5    # ours
 
 
-def parse_linear_flags(argv):
-    """All flags, with the recipe filled in: (args, Config, what --init's file says of itself)."""
-    parser = vit.stage_parser("finetune.py linear", __doc__,
-                              {**PROBE_RECIPES, "all": PROBE_COMMON})
-    parser.set_defaults(data=["world-labelled"])
-    add = parser.add_argument_group("linear probe").add_argument
-    add("--pool", choices=("cls", "mean"), default="cls", help="what is probed: the class token "
-        "(default; MAE) or the mean of the patches")
-    add("--crop", choices=("centre", "squash"), default="centre", help="of an evaluation: the "
-        "central 7/8 (default), all of it above 224 pixels (MAE), or the whole image squashed")
-    add("--rates", type=float, nargs="+", default=RATES, metavar="FACTOR", help="of --lr: a head "
-        "is trained with each, on the same features; default " + " ".join(map(str, RATES)))
-    add("--held-back", type=float, default=0.1, metavar="SHARE", help="of --data, on which the "
-        "best head is chosen; default 0.1 (ours)")
-    add("--smallest-crop", type=float, metavar="SHARE", help="of the image's area that a random "
-        "crop has; default 0.08 (MAE)")
-    add("--attentive", action="store_true", help="also train, with each rate, a head that chooses "
-        "by attention which tokens it reads; default off")
-    args = parser.parse_args(argv)
-    config, name, told = vit.choose_config(args, "linear")
-    if args.predict or args.eval_only or not args.init:
-        raise UserError("linear trains a head on an encoder, --init; use the result by finetune.py "
-                        "classify --init runs/linear/model.pt --predict … or --eval-only")
-    vit.fill_recipe(args, {**PROBE_RECIPES[name], **PROBE_COMMON})
-    if not 0 < args.held_back < 1 or min(args.rates) <= 0:
-        raise UserError("--held-back is above 0 and below 1, and --rates are above 0; found "
-                        f"{args.held_back} and {args.rates}")
-    data.choose_val(args)
-    args.loss = "ce"
-    return args, config, told
+def fit_linear(features, labels, K, penalty, total=lambda tensor: tensor):
+    """Logistic regression on features [n,D]: the head, weight [K,D] and bias [K], with the least
+    mean cross-entropy plus penalty / 2 times the squared length of the weight that features of mean
+    0 and variance 1 would have; the standardisation is folded into the head that is returned.
+
+    L-BFGS, whole batches. Ranks may have rows of their own, any number, where `total` adds a tensor
+    up over the ranks: all get the same sums, so that all take the same steps."""
+    count = total(torch.tensor(float(len(features)), device=features.device))
+    mean = total(features.sum(0)) / count                                   # [D]
+    scale = (total((features - mean).square().sum(0)) / count + 1e-6).rsqrt()   # [D]
+    features = (features - mean) * scale                                    # [n,D]
+    weight = torch.zeros(K, features.shape[1], device=features.device, requires_grad=True)
+    bias = torch.zeros(K, device=features.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.cross_entropy(F.linear(features, weight, bias), labels, reduction="sum") / count
+        value.backward()
+        for parameter in (weight, bias):
+            total(parameter.grad)
+        weight.grad.add_(weight.detach(), alpha=penalty)
+        return total(value.detach()) + penalty / 2 * weight.detach().square().sum()
+
+    optimizer.step(loss)
+    weight = weight.detach() * scale
+    return weight, bias.detach() - weight @ mean
 
 
-class AttentiveHead(nn.Module):
-    """Attention pooling with one learned query, and a linear layer: tokens [B,1+N,D] to [B,K]."""
-
-    def __init__(self, width, classes, heads):
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Parameter(torch.empty(1, width))
-        self.kv = nn.Linear(width, 2 * width, bias=False)
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, x):
-        B, N, D = x.shape
-        kv = self.kv(x).reshape(B, N, 2, self.heads, D // self.heads)       # [B,1+N,2,h,D/h]
-        k, v = kv.permute(2, 0, 3, 1, 4)                                    # 2 x [B,h,1+N,D/h]
-        q = self.query.reshape(1, self.heads, 1, -1).expand(B, -1, -1, -1)  # [B,h,1,D/h]
-        return self.head(F.scaled_dot_product_attention(q, k, v).reshape(B, D))     # [B,K]
+def take_rows(table, rows, device):
+    """This rank's share of some rows of a table: (features [n,D], labels [n])."""
+    rows = np.sort(rows)[vit.get_rank()::vit.get_world_size()]
+    return (torch.tensor(table["features"][rows], device=device),
+            torch.tensor(table["labels"][rows], device=device))
 
 
-class Probe(nn.Module):
-    """Linear heads on features [B,D] that are normalised over the batch: [heads,B,K].
-
-    BatchNorm without affine and a linear layer (MAE, appendix A.1); each head has a learning rate
-    of its own. Weights start as N(0, 0.01), alike in all heads. With `attention`, a number of
-    heads, there are as many AttentiveHeads, on tokens that `measure` has made alike in scale."""
-
-    def __init__(self, width, classes, heads, seed, attention=0):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
-        self.heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(heads))
-        self.attentive = nn.ModuleList(AttentiveHead(width, classes, attention)
-                                       for _ in range(heads if attention else 0))
-        self.register_buffer("token_mean", torch.zeros(width))
-        self.register_buffer("token_scale", torch.ones(width))
-        with torch.no_grad():
-            for name, p in self.named_parameters():
-                own = {"weight": "head.weight", "query": "head.weight"}.get(name.split(".")[-1])
-                own = "kv.weight" if "kv" in name else own          # alike in all heads
-                starts = {"head.weight": 0.01}
-                p.copy_(vit.initial_value(own, p.shape, None, seed, starts) if own else
-                        torch.zeros(()))
-
-    def forward(self, features):
-        x = self.norm(features)                                             # [B,D]
-        return torch.stack([head(x) for head in self.heads])                # [heads,B,K]
-
-    @torch.no_grad()
-    def measure(self, encoder, samples, args, device, rank, world):
-        """Set mean and scale of tokens [B,1+N,D] to what they are over a source: fixed from then
-        on, since statistics of a batch would need all ranks' tokens in one place (ours)."""
-        sums = torch.zeros(3, len(self.token_mean), dtype=torch.float64)
-        for images, batch in data.validate(samples, args, device, rank, world):
-            with vit.autocast(args, device):
-                x = encoder(images).float()                                 # [B,1+N,D]
-            x = x[batch["weight"].to(device) > 0].flatten(0, 1).double()    # [n,D]
-            sums += torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)]).cpu()
-        count, total, squares = vit.all_reduce_sum(sums)                    # 3 x [D]
-        mean = total / count
-        self.token_mean.copy_(mean)
-        self.token_scale.copy_((squares / count - mean.square() + 1e-6).rsqrt())
-
-    def attend(self, x, number):
-        """Logits [B,K] of one attentive head for tokens [B,1+N,D]."""
-        return self.attentive[number]((x - self.token_mean) * self.token_scale)
-
-    def folded(self, number):
-        """One head and the normalisation before it as one linear layer: weight [K,D], bias [K]."""
-        scale = (self.norm.running_var + self.norm.eps).rsqrt()             # [D]
-        weight = self.heads[number].weight * scale                          # [K,D]
-        return weight, self.heads[number].bias - weight @ self.norm.running_mean
-
-
-@torch.no_grad()
-def lars(parameters, weight_decay, trust=0.001):
-    """Scale gradients in place, of parameters of 2 or more dimensions, by trust * |p| / |g| (LARS,
-    arXiv 1708.03888, as in MAE's linear probe); 1 where either norm is 0. Momentum comes after."""
-    for p in parameters:
-        if p.dim() > 1 and p.grad is not None:
-            p.grad.add_(p, alpha=weight_decay)
-            weight, gradient = p.norm(), p.grad.norm()
-            scale = torch.where((weight > 0) & (gradient > 0), trust * weight / gradient, 1.0)
-            p.grad.mul_(scale)
-
-
-def pooled(x, pool):
-    """The feature [B,D] of what an encoder gives: it itself, or of tokens [B,1+N,D] the first or
-    the mean of the others."""
-    return x if x.dim() == 2 else x[:, 0] if pool == "cls" else x[:, 1:].mean(1)
-
-
-@torch.no_grad()
-def right_answers(encoder, probe, samples, args, device, rank, world):
-    """The share of a source's images that each head is right about: [heads], then the attentive
-    ones."""
-    sums = torch.zeros(1 + len(probe.heads) + len(probe.attentive), dtype=torch.float64)
-    probe.eval()
-    for images, batch in data.validate(samples, args, device, rank, world):
-        with vit.autocast(args, device):
-            x = encoder(images).float()                                     # [B,D] or [B,1+N,D]
-        logits = [*probe(pooled(x, args.pool)),
-                  *(probe.attend(x, i) for i in range(len(probe.attentive)))]
-        found = torch.stack(logits).argmax(-1).cpu()                        # [heads,B]
-        right = (found[..., None] == batch["targets"]).any(-1) * batch["weight"]
-        sums += torch.cat([batch["weight"].sum()[None], right.sum(1)]).double()
-    probe.train()
-    count, *right = vit.all_reduce_sum(sums).tolist()
-    return [hits / count for hits in right]
-
-
-def open_probe_data(args, config):
-    """(What of --data is trained on, what of it chooses the head, --val or None: data.Samples each,
-    and the names of the classes)."""
-    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
-    source = data.open_data(*args.data, **places)
-    if len(source.classes) < 2:
-        raise UserError(f"--data has {len(source.classes)} classes: there is nothing to tell "
-                        "apart; images have the class of their folder, or a label")
-    classes, box = [[name] for name in source.classes], central_box(args, config)
-    train, held = (data.labelled(source, classes, "--data", part=part)
-                   for part in ((0, 1 - args.held_back), (1 - args.held_back, 1)))
-    crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
-    train = data.Samples(train, config.image, config.channels, crop, args.seed,
-                         max_pixels=args.max_pixels)
-    val = args.val and data.unshuffled(data.labelled(
-        data.open_data(*args.val, **places), classes, "--val"), args, config, box)
-    return train, data.unshuffled(held, args, config, box), val, source.classes
+def accuracy(head, features, labels):
+    """The share of all ranks' features [n,D] whose class a head (weight [K,D], bias [K]) names."""
+    right = (F.linear(features, *head).argmax(1) == labels).sum().item()
+    right, count = vit.all_reduce_sum(torch.tensor([right, len(labels)])).tolist()
+    return right / count
 
 
 def linear(argv):
-    args, config, told = parse_linear_flags(argv)
-    example = lambda batch: (torch.empty(batch, config.channels, *config.image),)
-    pool = args.pool if args.pool == "cls" else (
-        "mean" if "fc_norm.weight" in told["shapes"] else "patches")
-    if args.attentive and pool == "mean":
-        raise UserError("--attentive reads normalised tokens, which a model with fc_norm has not")
-    if args.plan:
-        return vit.plan(args, lambda: ViT(config, 0, pool), example)
-    device, rank, world = vit.start(args)
+    """The task `linear`: top-1 of a linear classifier of features. Its penalty is chosen on a tenth
+    of --data that is held back, never on --val; then it is fitted to all of --data. OUT/model.pt is
+    the encoder with this head, for `classify --predict` and `--eval-only`."""
+    args, config, told = parse_frozen_flags("linear", argv)
+    device, *_ = vit.start(args)
+    train, val, classes = open_tables(args, config, told, device)
+    K, total = len(classes), vit.all_reduce_sum
+    chance = data.uniform(0, train["index"], "held back", 1)[:, 0]
+    rest, held = np.split(np.argsort(chance, kind="stable"), [len(chance) - len(chance) // 10])
+    if not len(held):
+        raise UserError(f"linear holds back a tenth of --data, but it has {len(rest)} images")
+    rest, held = (take_rows(train, rows, device) for rows in (rest, held))
+    shares = [accuracy(fit_linear(*rest, K, penalty, total), *held) for penalty in PENALTIES]
+    penalty = PENALTIES[shares.index(max(shares))]
+    everything = [torch.cat(parts) for parts in zip(rest, held)]
+    weight, bias = fit_linear(*everything, K, penalty, total)
+    top1 = accuracy((weight, bias), *take_rows(val, np.arange(len(val["labels"])), device))
 
-    # ---- data, and a model: a frozen encoder, and heads that are the same on every rank
-    train, held, val, names = open_probe_data(args, config)
-    encoder = load_encoder(args, config, told, device, "none" if args.attentive else args.pool)
-    probe = Probe(config.width, len(names), len(args.rates), args.seed,
-                  config.heads if args.attentive else 0).to(device)
-    steps, micro, accumulate, peak = vit.derive(args, len(train.source), world)
-    if not vit.open_run(args, "linear", {
-            "what --data holds": train.source.source.fingerprint(),
-            "what --val holds": val and val.source.source.fingerprint(),
-            "classes": f"{len(names)} (CRC {data.crc(repr(names)):08x})"}, probe):
-        return
+    encoder = load_encoder(args, config, told, device, args.pool)
+    weights = {**vit.whole_weights(encoder), "head.weight": weight.cpu(), "head.bias": bias.cpu()}
+    content = {"model": weights, "stage": "linear", "classes": classes, "config": {
+        **asdict(config), "pool": encoder.pool, "crop": args.crop, "loss": "ce"}}
 
-    # ---- optimizer and state
-    optimizer = torch.optim.SGD([{"params": [*head.parameters()], "scale": rate}
-                                 for heads in (probe.heads, probe.attentive)
-                                 for head, rate in zip(heads, args.rates)], lr=peak, momentum=0.9)
-    state = vit.restore(args, probe, optimizer, {**vit.fresh_state(args, device), "half": False})
-    if args.attentive and not state["step"]:
-        probe.measure(encoder, held, args, device, rank, world)
-    data.cut_bad_list(args, state)
-    log = vit.Log(args, device, state["step"], steps, vit.forward_flops(
-        lambda: ViT(config, 0, pool), example))
-    positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
-    batches = data.load(train, positions, args.workers, device)
-
-    def about():
-        """What model.pt holds: the encoder with the head that is best on what was held back, a
-        model for `classify --predict` and `--eval-only`; which head that is; all their shares."""
-        shares = right_answers(encoder, probe, held, args, device, rank, world)
-        best = shares.index(max(shares[:len(args.rates)]))
-        weight, bias = probe.folded(best)
-        weights = {**vit.whole_weights(encoder), "head.weight": weight.detach().cpu(),
-                   "head.bias": bias.detach().cpu()}
-        return {"model": weights, "stage": "linear", "classes": names, "config": {
-            **asdict(config), "pool": pool, "crop": args.crop, "loss": "ce"},
-            "samples": state["step"] * args.batch}, best, shares
-
-    # ---- loop
-    while state["step"] < steps:
-        if log.evaluation_due(state["step"]):
-            log.evaluated({"held_back": max(about()[2])})
-        lr = vit.learning_rate(state["step"], steps, peak, args.warmup * steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        features, labels, bad = [], [], []
-        for _ in range(accumulate):
-            batch = log.wait(batches)
-            bad += batch["bad"]
-            position = batch["position"].to(device, non_blocking=True)      # [B]
-            labels.append(batch["targets"][:, 0].to(device, non_blocking=True))    # [B]
-            images = batch["images"].to(device, non_blocking=True)          # [B,H,W,C]
-            images = data.flip(images, data.uniform(args.seed, position, "flip", 1))
-            with torch.no_grad(), vit.autocast(args, device):
-                x = encoder(data.normalise(images)).float()                 # [B,D] or [B,1+N,D]
-            features.append(pooled(x, args.pool))                           # [B,D]
-            for number in range(len(probe.attentive)):
-                loss = F.cross_entropy(probe.attend(x, number), labels[-1])
-                (loss / accumulate).backward()
-        features, labels = (vit.all_gather_rows(torch.cat(part)) for part in (features, labels))
-        logits = probe(features)                                            # [heads,B,K]
-        per_head = torch.stack([F.cross_entropy(some, labels) for some in logits])  # [heads]
-        per_head.sum().backward()
-        vit.average_gradients(probe.attentive.parameters())
-        lars(probe.parameters(), args.weight_decay)
-        norm = vit.clip_gradients(probe, args.clip_grad)
-        loss, norm, stop, due, found = vit.all_reduce_floats(
-            (per_head.detach().min() / world, norm / world),
-            (vit.stop_requested(), log.save_due(), len(bad)))
-        finite = math.isfinite(norm)
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        vit.note_step(state, finite, args.batch)
-        data.note_bad(found, bad, args, state)
-        log.step(state["step"], {"loss": loss, "lr": lr, "grad_norm": norm,
-                                 "bad_samples": state["bad_samples"]})
-        done = state["step"] == steps
-        if stop or due or done or log.evaluation_due(state["step"]):
-            vit.save(args, probe, optimizer, state, about()[0])
-            log.saved()
-        if stop and not done:
-            return rank0_print(f"stopped after step {state['step']} of {steps}; the same command goes on")
-
-    # ---- end: the chosen head, on --val
-    content, best, shares = about()
-    weight, bias = (content["model"][f"head.{part}"].to(device) for part in ("weight", "bias"))
-    chosen = lambda images: F.linear(pooled(encoder(images).float(), args.pool), weight, bias)
-    metrics = evaluate(chosen, val, args, device, rank, world, names) if val else {}
-    metrics |= {"held_back": shares[best], "rate": args.rates[best]}
-    if args.attentive:
-        best = shares.index(max(shares[len(args.rates):]), len(args.rates)) - len(args.rates)
-        attend = lambda images: probe.attend(encoder(images).float(), best)
-        found = evaluate(attend, val, args, device, rank, world, names) if val else {}
-        metrics |= {f"attentive_{name}": found[name] for name in ("loss", "top1", "top5")
-                    if val}
-        metrics |= {"attentive_rate": args.rates[best]}
-    log.evaluated(metrics)
-    vit.report(args, {**metrics, "samples": steps * args.batch})
-    vit.finish(args)
+    def write():
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        vit.write_aside(Path(args.out) / "model.pt", lambda aside: torch.save(content, aside))
+    vit.on_rank_0(write)
+    vit.report(args, {"top1": top1, "held_back": max(shares), "penalty": penalty,
+                      "count": len(val["labels"]), "train": len(chance)})
 
 
 # ======================================================================================
@@ -900,24 +776,6 @@ def tune_prompts(encoder, train, val, K, args, seed, device):
     return float(sums[0] / sums[1])
 
 
-def fit_linear(features, labels, K, penalty=1e-3):
-    """Logistic regression on features [n,D], brought to length sqrt(D): weight [K,D] and bias [K]
-    with the least mean cross-entropy plus penalty / 2 times the weight's squared length (ours)."""
-    features = F.normalize(features, dim=1) * math.sqrt(features.shape[1])
-    weight = torch.zeros(K, features.shape[1], device=features.device, requires_grad=True)
-    bias = torch.zeros(K, device=features.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss():
-        optimizer.zero_grad()
-        value = F.cross_entropy(F.linear(features, weight, bias), labels) \
-            + penalty / 2 * weight.square().sum()
-        value.backward()
-        return value
-    optimizer.step(loss)
-    return weight.detach(), bias.detach()
-
-
 def add_lowshot_flags(add):
     add("--shots", type=vit.positive, nargs="+", default=[1, 5, 10], metavar="IMAGES",
         help="of each class; default 1 5 10 (paper)")
@@ -937,38 +795,32 @@ def lowshot(argv):
     """The task `lowshot`: top-1 after 1, 5, 10 images of each class, mean and deviation over
     splits, of prompts (VPT) and of a linear classifier. The splits are shared out among ranks."""
     args, config, told = parse_frozen_flags("lowshot", argv, add_lowshot_flags)
-    if config is None:
-        raise UserError("lowshot needs pictures, not features: prompts are learned inside the "
-                        "encoder")
     if args.parallel in ("fsdp", "hsdp"):
         raise UserError("lowshot gives each rank splits of its own, which need the whole encoder: "
                         "leave --parallel out")
     args.parallel = "ddp"
-    train, val, classes, device, rank, world = open_features(args, config, told, "lowshot")
+    device, rank, world_size = vit.start(args)
+    train, val, classes = open_tables(args, config, told, device)
     encoder = load_encoder(args, config, told, device, "cls")
-    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
-    sources = [data.open_data(*specs, **places) for specs in (args.data, args.val)]
-    numbers = [table["index"] for table in (train, val)]
-    tests = data.unshuffled(data.Chosen(sources[1], numbers[1], val["labels"]), args, config,
+    tests = data.unshuffled(data.Chosen(val["source"], val["index"], val["labels"]), args, config,
                             central_box(args, config))
     counts = np.bincount(train["labels"], minlength=len(classes))
     for shots in args.shots:
         if (few := int((counts < shots).sum())):
-            rank0_print(f"{few} of {len(classes)} classes have fewer than {shots} images: all are used")
+            rank0_print(f"{few} of {len(classes)} classes have fewer than {shots} images: all are "
+                        "used")
     crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
-    queries = torch.tensor(np.array(val["features"]), device=device)        # [m,D]
-    queries = F.normalize(queries, dim=1) * math.sqrt(config.width)
-    truth, results = torch.tensor(val["labels"], device=device), []
+    queries = torch.tensor(val["features"], device=device)                  # [m,D]
+    truth, results = torch.tensor(val["labels"], device=device), []         # [m]
     jobs = [(shots, split) for shots in args.shots for split in range(args.splits)]
-    for shots, split in jobs[rank::world]:
-        chosen = few_of_each(train["labels"], shots, split)
-        labels = torch.tensor(train["labels"][chosen], device=device)
-        weight, bias = fit_linear(torch.tensor(train["features"][chosen], device=device), labels,
-                                  len(classes))
-        by_linear = (F.linear(queries, weight, bias).argmax(1) == truth).float().mean().item()
+    for shots, split in jobs[rank::world_size]:
+        rows = few_of_each(train["labels"], shots, split)
+        head = fit_linear(torch.tensor(train["features"][rows], device=device),
+                          torch.tensor(train["labels"][rows], device=device), len(classes), 1e-3)
+        by_linear = (F.linear(queries, *head).argmax(1) == truth).float().mean().item()
         samples = data.Samples(
-            data.Chosen(sources[0], numbers[0][chosen], train["labels"][chosen]), config.image,
-            config.channels, crop, split, max_pixels=args.max_pixels)
+            data.Chosen(train["source"], train["index"][rows], train["labels"][rows]),
+            config.image, config.channels, crop, split, max_pixels=args.max_pixels)
         by_prompts = tune_prompts(encoder, samples, tests, len(classes), args, split, device)
         results.append((shots, by_prompts, by_linear))
         print(f"{shots} a class, split {split}: vpt {by_prompts:.4f}, linear {by_linear:.4f}",
@@ -1553,14 +1405,8 @@ def open_pairs(args, config, model, encode, device):
                         "a manifest with captions, or the world")
     choose_box = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
     if args.cache_features:
-        about = about_features(args, config, source)
-        path = Path(args.cache_features) / f"{data.crc(repr(about)):08x}.npz"
-        if not vit.on_rank_0(path.is_file):
-            vit.on_rank_0(lambda: path.parent.mkdir(parents=True, exist_ok=True))
-            samples = data.unshuffled(source, args, config, data.WHOLE_WIDTH)
-            data.write_features(path, model.trunk, samples, args, device, vit.get_rank(),
-                                vit.get_world_size(), about)
-        table = data.read_features(path)
+        table = open_features(args.cache_features, lambda: model.trunk, source, args, config,
+                              data.WHOLE_WIDTH, device)
         source = data.Chosen(source, table["index"], table["labels"])
         features = table["features"]
     encode = functools.partial(encode_framed, encode=encode, longest=model.text_config.longest)
