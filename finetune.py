@@ -424,14 +424,14 @@ def parse_frozen_flags(task, argv, add_flags=lambda add: None):
         data.choose_val(args)
         if not args.val:
             raise UserError(f"{task} needs --val: the images to be right about")
-    config, _, told = vit.choose_config(args, task)
-    return args, config, told
+    config, _, file_info = vit.choose_config(args, task)
+    return args, config, file_info
 
 
-def load_encoder(args, config, told, device, pool):
+def load_encoder(args, config, file_info, device, pool):
     """The encoder of --init, without a head and without gradients."""
     if pool == "mean":      # of a finetuned file, as its head saw it, or of any other, normalised
-        pool = "mean" if "fc_norm.weight" in told["shapes"] else "patches"
+        pool = "mean" if "fc_norm.weight" in file_info["shapes"] else "patches"
     model, _ = vit.build(lambda: ViT(config, 0, pool), args, device, frozen=True)
     vit.load_weights(model, args.init)
     return model
@@ -459,7 +459,7 @@ def fingerprint(args, config, source, device):
     them, since over a network each file is a round trip."""
     def compute():
         digest = hashlib.sha256(repr((
-            os.path.getsize(args.init), vit.crc(args.init), config, args.pool, args.crop,
+            os.path.getsize(args.init), vit.file_crc(args.init), config, args.pool, args.crop,
             str(vit.autocast_dtype(args, device)), source.fingerprint())).encode())
         files = source.files()
         with ThreadPoolExecutor(32) as threads:
@@ -478,7 +478,7 @@ def write_features(folder, encoder, samples, width, args, device):
 
     Rank 0 writes what all ranks compute; memory is bounded. Images that cannot be read are listed
     in OUT/bad_val_samples.txt; as many rows at the end of features.npy are not used."""
-    rank, world_size, total, n = vit.get_rank(), vit.get_world_size(), len(samples.source), 0
+    rank, total, n = vit.get_rank(), len(samples.source), 0
     labels, index = np.zeros(total, np.int64), np.zeros(total, np.int64)
     aside = Path(f"{folder}.{os.getpid()}.tmp")
 
@@ -492,7 +492,7 @@ def write_features(folder, encoder, samples, width, args, device):
 
     vit.on_rank_0(begin)
     table = np.load(aside / "features.npy", mmap_mode="r+") if rank == 0 else None
-    for images, batch in data.validate(samples, args, device, rank, world_size):
+    for images, batch in data.validate(samples, args, device):
         with vit.autocast(args, device):
             rows = encoder(images).float().cpu().numpy()                    # [B,D]
         seen = batch["weight"].numpy() > 0
@@ -530,11 +530,11 @@ def open_features(place, load, source, args, config, choose_box, device):
 
 def features(argv):
     """The task `features`: OUT/features.npz, for other programs."""
-    args, config, told = parse_frozen_flags("features", argv)
-    device, *_ = vit.start(args)
+    args, config, file_info = parse_frozen_flags("features", argv)
+    device = vit.start(args)
     source = data.open_data(*args.data, index_dir=args.index_dir,
                             fallback=Path(args.out) / "index")
-    load = lambda: load_encoder(args, config, told, device, args.pool)
+    load = lambda: load_encoder(args, config, file_info, device, args.pool)
     table = open_features(args.features, load, source, args, config, central_box(args, config),
                           device)
     count = len(table["index"])
@@ -549,7 +549,7 @@ def features(argv):
                       "classes": len(source.classes)})
 
 
-def open_tables(args, config, told, device):
+def open_tables(args, config, file_info, device):
     """The features of --data and --val, of images that have a class: two dicts as open_features
     returns, with their "source" and with "labels" that count the classes of --data, and the names
     of these classes. Those of --val are compared by name. Raises UserError."""
@@ -560,7 +560,7 @@ def open_tables(args, config, told, device):
         raise UserError(f"--data has {len(classes)} classes: there is nothing to tell apart; "
                         "images have the class of their folder, or a label")
     outputs = data.outputs_of([[name] for name in classes], theirs, "--val")
-    load = functools.cache(lambda: load_encoder(args, config, told, device, args.pool))
+    load = functools.cache(lambda: load_encoder(args, config, file_info, device, args.pool))
     tables = [open_features(args.features, load, source, args, config, central_box(args, config),
                             device) for source in sources]
     numbers = np.array([outputs[name][0] for name in theirs] + [-1])
@@ -607,12 +607,12 @@ def vote(similarity, labels, K, temperature=0.07):
 
 def knn(argv):
     """The task `knn`: top-1 by the labels of the 1, 5, 10, 20 most similar images of --data."""
-    args, config, told = parse_frozen_flags("knn", argv)
-    device, rank, world_size = vit.start(args)
-    train, val, classes = open_tables(args, config, told, device)
+    args, config, file_info = parse_frozen_flags("knn", argv)
+    device = vit.start(args)
+    train, val, classes = open_tables(args, config, file_info, device)
     labels, ks = torch.tensor(train["labels"], device=device), (1, 5, 10, 20)
     right = torch.zeros(len(ks), dtype=torch.int64)
-    for at in range(1024 * rank, len(val["labels"]), 1024 * world_size):
+    for at in range(1024 * vit.get_rank(), len(val["labels"]), 1024 * vit.get_world_size()):
         queries = torch.tensor(val["features"][at:at + 1024], device=device)    # [m,D]
         truth = torch.tensor(val["labels"][at:at + 1024], device=device)        # [m]
         similarity, index = nearest(queries, train["features"], max(ks))    # [m,k] [m,k]
@@ -678,9 +678,9 @@ def linear(argv):
     """The task `linear`: top-1 of a linear classifier of features. Its penalty is chosen on a tenth
     of --data that is held back, never on --val; then it is fitted to all of --data. OUT/model.pt is
     the encoder with this head, for `classify --predict` and `--eval-only`."""
-    args, config, told = parse_frozen_flags("linear", argv)
-    device, *_ = vit.start(args)
-    train, val, classes = open_tables(args, config, told, device)
+    args, config, file_info = parse_frozen_flags("linear", argv)
+    device = vit.start(args)
+    train, val, classes = open_tables(args, config, file_info, device)
     K, total = len(classes), vit.all_reduce_sum
     chance = data.uniform(0, train["index"], "held back", 1)[:, 0]
     rest, held = np.split(np.argsort(chance, kind="stable"), [len(chance) - len(chance) // 10])
@@ -693,7 +693,7 @@ def linear(argv):
     weight, bias = fit_linear(*everything, K, penalty, total)
     top1 = accuracy((weight, bias), *take_rows(val, np.arange(len(val["labels"])), device))
 
-    encoder = load_encoder(args, config, told, device, args.pool)
+    encoder = load_encoder(args, config, file_info, device, args.pool)
     weights = {**vit.whole_weights(encoder), "head.weight": weight.cpu(), "head.bias": bias.cpu()}
     content = {"model": weights, "stage": "linear", "classes": classes, "config": {
         **asdict(config), "pool": encoder.pool, "crop": args.crop, "loss": "ce"}}
@@ -794,14 +794,14 @@ def add_lowshot_flags(add):
 def lowshot(argv):
     """The task `lowshot`: top-1 after 1, 5, 10 images of each class, mean and deviation over
     splits, of prompts (VPT) and of a linear classifier. The splits are shared out among ranks."""
-    args, config, told = parse_frozen_flags("lowshot", argv, add_lowshot_flags)
+    args, config, file_info = parse_frozen_flags("lowshot", argv, add_lowshot_flags)
     if args.parallel in ("fsdp", "hsdp"):
         raise UserError("lowshot gives each rank splits of its own, which need the whole encoder: "
                         "leave --parallel out")
     args.parallel = "ddp"
-    device, rank, world_size = vit.start(args)
-    train, val, classes = open_tables(args, config, told, device)
-    encoder = load_encoder(args, config, told, device, "cls")
+    device = vit.start(args)
+    train, val, classes = open_tables(args, config, file_info, device)
+    encoder = load_encoder(args, config, file_info, device, "cls")
     tests = data.unshuffled(data.Chosen(val["source"], val["index"], val["labels"]), args, config,
                             central_box(args, config))
     counts = np.bincount(train["labels"], minlength=len(classes))
@@ -813,14 +813,14 @@ def lowshot(argv):
     queries = torch.tensor(val["features"], device=device)                  # [m,D]
     truth, results = torch.tensor(val["labels"], device=device), []         # [m]
     jobs = [(shots, split) for shots in args.shots for split in range(args.splits)]
-    for shots, split in jobs[rank::world_size]:
+    for shots, split in jobs[vit.get_rank()::vit.get_world_size()]:
         rows = few_of_each(train["labels"], shots, split)
         head = fit_linear(torch.tensor(train["features"][rows], device=device),
                           torch.tensor(train["labels"][rows], device=device), len(classes), 1e-3)
         by_linear = (F.linear(queries, *head).argmax(1) == truth).float().mean().item()
         samples = data.Samples(
             data.Chosen(train["source"], train["index"][rows], train["labels"][rows]),
-            config.image, config.channels, crop, split, max_pixels=args.max_pixels)
+            config.image, config.channels, crop, split)
         by_prompts = tune_prompts(encoder, samples, tests, len(classes), args, split, device)
         results.append((shots, by_prompts, by_linear))
         print(f"{shots} a class, split {split}: vpt {by_prompts:.4f}, linear {by_linear:.4f}",
@@ -1039,11 +1039,14 @@ class Towers(nn.Module):
         self.vision_projection = nn.Parameter(torch.empty(config.width, embedding))
         self.text_projection = nn.Parameter(torch.empty(text.width, embedding))
         self.logit_scale = nn.Parameter(torch.empty(1))
-        self.starts = {"vision_projection": config.width ** -0.5,
-                       "text_projection": text.width ** -0.5, "logit_scale": math.log(1 / 0.07),
-                       "text_encoder.token_embed.weight": 0.02,             # XLM-R
-                       "text_encoder.position_embed.weight": 0.02}
-        vit.init_weights(self)
+        self.init_weights()
+
+    def init_weights(self, seed=0):
+        vit.init_weights(self, seed, {
+            "vision_projection": self.config.width ** -0.5,
+            "text_projection": self.text_config.width ** -0.5, "logit_scale": math.log(1 / 0.07),
+            "text_encoder.token_embed.weight": 0.02,                        # XLM-R
+            "text_encoder.position_embed.weight": 0.02})
 
     def trunk(self, images):
         """Images [B,C,H,W] to the image tower's features [B,D]."""
@@ -1259,7 +1262,7 @@ def evaluate_towers(model, val, args, device, names, weights, encode):
     where there are classes, with their `names` and their logits' `weights` [K,E], else None;
     retrieval where there are captions."""
     rows, vectors, positions = [], [], []
-    for images, batch in data.validate(val, args, device, vit.get_rank(), vit.get_world_size()):
+    for images, batch in data.validate(val, args, device):
         with vit.autocast(args, device):
             x = model.embed_images(images)                                  # [B,E]
             if weights is not None:
@@ -1274,9 +1277,9 @@ def evaluate_towers(model, val, args, device, names, weights, encode):
         metrics = vit.on_rank_0(lambda: summarise(sum(parts, []), len(val.source), args, names))
     if data.has_captions(val.source):
         captions = [val.source.caption(i) for i in positions]
-        told = [i for i, caption in enumerate(captions) if caption]
+        known = [i for i, caption in enumerate(captions) if caption]
         parts = vit.all_gather_objects(
-            ([captions[i] for i in told], torch.cat(vectors)[told].numpy()))
+            ([captions[i] for i in known], torch.cat(vectors)[known].numpy()))
         captions = [caption for some, _ in parts for caption in some]
         images = torch.from_numpy(np.concatenate([part for _, part in parts]))      # [n,E]
         metrics |= retrieval(model, images, captions, encode, args, device)
@@ -1411,7 +1414,7 @@ def open_pairs(args, config, model, encode, device):
         features = table["features"]
     encode = functools.partial(encode_framed, encode=encode, longest=model.text_config.longest)
     return data.Samples(data.Captioned(source, encode), config.image, config.channels, choose_box,
-                        args.seed, max_pixels=args.max_pixels, features=features), fingerprint
+                        args.seed, features=features), fingerprint
 
 
 def read_class_names(path):
@@ -1470,13 +1473,14 @@ def zeroshot(argv):
     args, config, name, file_info = parse_zeroshot_flags(argv)
     text, embedding, encode, tokenizer = open_text(args, name, file_info)
     make = lambda: Towers(config, text, embedding, args.pool, locked=not args.unlock)
-    example = lambda batch: (torch.empty(batch, config.channels, *config.image),
-                             torch.zeros(batch, text.longest, dtype=torch.int64))
-    image = vit.forward_flops(lambda: ViT(config), lambda batch: example(batch)[:1])
-    flops = 3 * vit.forward_flops(make, example) - (0 if args.unlock else 2 * image)
+    image_tower = [(config.depth, config.width, 1 + config.num_patches)]
+    text_tower = [(text.depth, text.width, text.longest)]
+    trained = text_tower + image_tower if args.unlock else text_tower
+    flops = vit.training_flops(text_tower) + (
+        vit.training_flops if args.unlock else vit.forward_flops)(image_tower)
     if args.plan:
-        return vit.plan(args, make, example, flops)
-    device, rank, world = vit.start(args)
+        return vit.plan(args, make, trained, flops)
+    device = vit.start(args)
 
     # ---- model: a checkpoint in --out, else --init and --text-init, else random weights
     val, classes, templates = open_classes_and_val(args, config)
@@ -1507,23 +1511,11 @@ def zeroshot(argv):
 
     # ---- data
     train, fingerprint = open_pairs(args, config, model, encode, device)
-    steps, micro, accumulate, peak = vit.derive(args, len(train.source), world)
-    if not vit.open_run(args, "zeroshot", {
-            "what --data holds": fingerprint,
-            "tokenizer": "bytes" if tokenizer is None else f"{len(tokenizer):,} bytes (CRC "
-            f"{data.crc(tokenizer.numpy().tobytes()):08x})"}, model):
+    schedule = vit.make_schedule(args, len(train.source))
+    tokenizer_crc = data.crc(b"" if tokenizer is None else tokenizer.numpy().tobytes())
+    if not vit.open_run(args, "zeroshot", {"--data content": fingerprint,
+                                           "tokenizer": f"CRC {tokenizer_crc:08x}"}, model):
         return
-
-    # ---- optimizer and state
-    groups = vit.decay_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=BETAS, fused=True)
-    state = vit.restore(args, model, optimizer, {**vit.fresh_state(args, device), "long_texts": 0})
-    data.cut_bad_list(args, state)
-    log = vit.Log(args, device, state["step"], steps, flops)
-    positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
-    batches = data.load(train, positions, args.workers, device)
-    model_info = {"config": {**asdict(config), "text": asdict(text)}, "stage": "zeroshot",
-                  **({} if tokenizer is None else {"tokenizer": tokenizer})}
     examples = val and classes and data.examples(val, device)
 
     def draw_and_evaluate():
@@ -1535,79 +1527,51 @@ def zeroshot(argv):
 
     # ---- loop: the loss compares all vectors of the batch, whose graphs do not fit into memory.
     # GradCache (arXiv 2101.06983): first the gradients of the loss for all vectors, then from
-    # these, a micro-batch at a time, the gradients for the weights.
-    while state["step"] < steps:
-        if log.evaluation_due(state["step"]):
-            log.evaluated(draw_and_evaluate())
-        lr = vit.learning_rate(state["step"], steps, peak, args.warmup * steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
-        # First pass: all vectors. A single micro-batch keeps its graph, and is not computed again.
-        inputs, outputs, bad, long = [], [], [], 0
-        for _ in range(accumulate):
-            batch = log.wait(batches)
-            bad += batch["bad"]
-            tokens = batch["targets"].to(device, non_blocking=True)            # [B,N]
-            long += int((batch["targets"] >= 0).sum(1).eq(text.longest).sum())
+    # these, one micro-batch at a time, the gradients for the weights.
+    optimizer = torch.optim.AdamW(vit.decay_groups(model, args.weight_decay), betas=BETAS,
+                                  fused=True)
+    model_info = {"config": {**asdict(config), "text": asdict(text)}, "stage": "zeroshot",
+                  **({} if tokenizer is None else {"tokenizer": tokenizer})}
+    run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info, flops,
+                  state={"long_texts": 0})
+    batches = data.training_batches(train, args, run.state["step"], schedule, device)
+    accumulate, world_size = schedule.accumulate, vit.get_world_size()
+    for _ in run.steps(draw_and_evaluate):
+        # First pass: all vectors. A single micro-batch keeps its graph and is not computed again.
+        inputs, outputs, long_texts = [], [], torch.zeros((), device=device)
+        for batch in run.micro_batches(batches):
+            images, tokens = batch["images"], batch["targets"]              # [B,H,W,C] [B,N]
+            long_texts += (tokens >= 0).sum(1).eq(text.longest).sum()
             tokens = tokens.masked_fill(tokens < 0, PAD)
-            images = batch["images"].to(device, non_blocking=True)          # [B,H,W,C] or [B,D]
             with vit.autocast(args, device):
                 if not args.cache_features:
                     images = data.normalise(images)                         # [B,C,H,W]
-                if not args.cache_features and not args.unlock:
-                    images = model.trunk(images)                            # [B,D]
+                    images = images if args.unlock else model.trunk(images)     # locked: [B,D]
                 with torch.set_grad_enabled(accumulate == 1):
                     outputs.append(wrapped(images, tokens))                 # [B,E] [B,E] [1]
             inputs.append((images, tokens))
         all_images, all_texts = (torch.cat([output[i].detach() for output in outputs])
                                  for i in (0, 1))                           # [b,E] [b,E]
-        loss, image_gradients, text_gradients, scale_gradient = global_loss(
+        run.loss, image_gradients, text_gradients, scale_gradient = global_loss(
             all_images, all_texts, outputs[0][2])
 
         # Second pass: gradients for the weights, by the chain rule.
-        gradients = zip(image_gradients.split(micro), text_gradients.split(micro))
+        gradients = zip(image_gradients.split(schedule.micro_batch),
+                        text_gradients.split(schedule.micro_batch))
         for i, (image_gradient, text_gradient) in enumerate(gradients):     # [B,E] [B,E]
             with vit.accumulating(wrapped, last=i == accumulate - 1):
                 if accumulate > 1:
                     with vit.autocast(args, device):
                         outputs[i] = wrapped(*inputs[i])
                 images, texts, scale = outputs[i]
-                # Its gradients are the loss's. Ranks are averaged, these are to be summed.
-                product = world * ((images * image_gradient).sum() + (texts * text_gradient).sum())
+                # The gradients of this product are the loss's. They are averaged over ranks, but
+                # have to be summed: hence world_size.
+                product = world_size * ((images * image_gradient).sum()
+                                        + (texts * text_gradient).sum())
                 product = product + (scale * scale_gradient).sum() / accumulate
-                (product * state["scale"]).backward()
-
-        norm = vit.clip_gradients(model, args.clip_grad, state["scale"])
-        loss, norm, stop, due, count, long = vit.all_reduce_floats(
-            (loss / world, norm / world), (vit.stop_requested(), log.save_due(), len(bad), long))
-        finite = math.isfinite(norm)
-        if finite:
-            optimizer.step()
-            clamp_logit_scale(model)
-        optimizer.zero_grad(set_to_none=True)
-        vit.note_step(state, finite, args.batch)
-        data.note_bad(count, bad, args, state)
-        state["long_texts"] += int(long)
-        log.step(state["step"], {"loss": loss, "lr": lr, "grad_norm": norm,
-                                 "bad_samples": state["bad_samples"],
-                                 "long_texts": state["long_texts"]})
-
-        done = state["step"] == steps
-        # Before an evaluation too: what interrupts it costs no step.
-        if stop or due or done or log.evaluation_due(state["step"]):
-            vit.save(args, model, optimizer, state,
-                     {**model_info, "samples": state["step"] * args.batch})
-            log.saved()
-        if stop and not done:
-            return rank0_print(f"stopped after step {state['step']} of {steps}; "
-                               "the same command goes on")
-
-    # ---- end
-    metrics = draw_and_evaluate()
-    log.evaluated(metrics)
-    vit.report(args, {**metrics, "samples": steps * args.batch})
-    vit.finish(args)
+                (product * run.state["loss_scale"]).backward()
+        run.update({"long_texts": long_texts})
+        clamp_logit_scale(model)
 
 
 # ======================================================================================

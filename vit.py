@@ -1327,19 +1327,20 @@ class Run:
         """Make an optimizer step, unless the gradient of any rank is not finite; then log.
 
         The optimizer skips such a step on the device (found_inf), so that the host waits for the
-        device only once, after it has launched everything. `counts` {name: number} are summed over
-        ranks and added to the state."""
+        device only once, after it has launched everything. `counts` {name: scalar tensor} are
+        summed over ranks and added to the state."""
         state, world_size = self.state, get_world_size()
         norm = clip_gradients(self.model, self.args.clip_grad, state["loss_scale"])
         minutes = (time.monotonic() - self.saved_at) / 60
+        counts = counts or {}
         sums = all_reduce_floats(
-            (self.loss / world_size, norm / world_size),
+            (self.loss / world_size, norm / world_size, *counts.values()),
             (bool(stop_signals), self.rank == 0 and minutes >= self.args.save_every,
-             len(self.bad), *(counts or {}).values()))
+             len(self.bad)))
         self.optimizer.found_inf = 1 - sums[1].isfinite().float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, norm, stop, save_due, bad, *counted = sums.tolist()       # waits for the device
+        loss, norm, *counted, stop, save_due, bad = sums.tolist()       # waits for the device
         self.stop, self.save_due = stop > 0, save_due > 0
         finite = math.isfinite(norm)
         if finite and self.ema:
@@ -1348,11 +1349,11 @@ class Run:
         self.note_finite(finite)
         if bad:
             self.note_bad()
-        for name, value in zip(counts or {}, counted):
+        for name, value in zip(counts, counted):
             state[name] += int(value)
         self.log_step({"loss": loss, **self.constants, "lr": self.lr, "grad_norm": norm,
                        "bad_samples": state["bad_samples"],
-                       **{name: state[name] for name in counts or {}}})
+                       **{name: state[name] for name in counts}})
 
     def evaluation_due(self):
         return self.eval_every > 0 and self.state["step"] % self.eval_every == 0
