@@ -1055,6 +1055,8 @@ class Tokenizer:
             self.pieces = {piece: (np.float32(score), i)
                            for i, (piece, score) in enumerate(model["vocab"])
                            if piece not in SPECIAL}
+            if any("▁" in piece[1:] for piece in self.pieces):
+                raise ValueError("it has pieces of more than one word")
             self.size, self.longest = len(model["vocab"]), max(map(len, self.pieces))
             self.unknown = min(score for score, _ in self.pieces.values()) - np.float32(10)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -1064,10 +1066,13 @@ class Tokenizer:
     def encode(self, text):
         """The ids of the most probable pieces (Viterbi); unknown characters in a row are one."""
         text = "".join(f"▁{word}" for word in normalise(text).split(" ") if word)
+        word = 0                                # where the word begins
         best = [(np.float32(0), 0, UNKNOWN)]    # of text[:end]: score, last piece's start and id
         for end in range(1, len(text) + 1):
+            if text[end - 1] == "▁":
+                word = end - 1
             paths = []
-            for start in range(max(0, end - self.longest), end):
+            for start in range(max(word, end - self.longest), end):
                 if text[start:end] in self.pieces:
                     score, i = self.pieces[text[start:end]]
                     paths.append((best[start][0] + score, start, i))

@@ -2990,6 +2990,7 @@ def test_a_file_that_is_no_tokenizer_is_one_clear_line():
     path = folder() / "broken.json"
     for content in (b"", b"\x0a\x0e\x0a\x05<unk>", whole[:-1], b"{}", b"[]", b'{"model": 3}',
                     whole.replace(b"Unigram", b"BPE"), whole.replace(b"unk_id", b"unknown"),
+                    whole.replace(b'"aa"', b'"a\\u2581a"'),
                     b'{"model": {"type": "Unigram", "unk_id": 3, "vocab": []}}'):
         path.write_bytes(content)
         refused("give XLM-R's tokenizer.json", finetune.Tokenizer, path)
