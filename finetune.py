@@ -1009,15 +1009,15 @@ def lowshot(argv):
 START, PAD, END, UNKNOWN = range(4)     # ids of <s> <pad> </s> <unk> (XLM-R)
 SPECIAL = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
 
-# XLM-R's normaliser ("nmt_nfkc") is NFKC, except that these become a space …
+# XLM-R's normaliser ("nmt_nfkc" of 2019) is NFKC with three exceptions: SPACES become spaces,
+# CONTROLS are removed, and the full-width tilde stays.
 SPACES = "\t\n\f\r\u1680\u200b\u200c\u200d\u200e\u200f\u2028\u2029\u2581\ufeff\ufffd"
-# … these control characters are removed, and the full-width tilde stays.
 CONTROLS = [chr(code) for code in (*range(1, 9), 11, *range(14, 32), 127, 143, 159)]
 REPLACED = str.maketrans({**dict.fromkeys(SPACES, " "), **dict.fromkeys(CONTROLS, "")})
 
 
 def composes(characters):
-    """True if the characters, in this order, are exactly the parts of one: "e" and an accent."""
+    """True if these characters, in this order, are the parts of one, as "e" and an accent are."""
     parts = "".join(unicodedata.normalize("NFKD", character) for character in characters)
     whole = unicodedata.normalize("NFKC", characters)
     return len(whole) == 1 and len(parts) == len(characters) \
