@@ -841,15 +841,15 @@ def lowshot(argv):
 START, PAD, END, UNKNOWN = range(4)     # ids of <s> <pad> </s> <unk> (XLM-R)
 SPECIAL = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
 
-# XLM-R's normaliser ("nmt_nfkc") is NFKC, except that these become a space …
+# XLM-R's normaliser ("nmt_nfkc" of 2019) is NFKC with three exceptions: SPACES become spaces,
+# CONTROLS are removed, and the full-width tilde stays.
 SPACES = "\t\n\f\r\u1680\u200b\u200c\u200d\u200e\u200f\u2028\u2029\u2581\ufeff\ufffd"
-# … these control characters are removed, and the full-width tilde stays.
 CONTROLS = [chr(code) for code in (*range(1, 9), 11, *range(14, 32), 127, 143, 159)]
 REPLACED = str.maketrans({**dict.fromkeys(SPACES, " "), **dict.fromkeys(CONTROLS, "")})
 
 
 def composes(characters):
-    """True if the characters, in this order, are exactly the parts of one: "e" and an accent."""
+    """True if these characters, in this order, are the parts of one, as "e" and an accent are."""
     parts = "".join(unicodedata.normalize("NFKD", character) for character in characters)
     whole = unicodedata.normalize("NFKC", characters)
     return len(whole) == 1 and len(parts) == len(characters) \
@@ -887,6 +887,8 @@ class Tokenizer:
             self.pieces = {piece: (np.float32(score), i)
                            for i, (piece, score) in enumerate(model["vocab"])
                            if piece not in SPECIAL}
+            if any("▁" in piece[1:] for piece in self.pieces):
+                raise ValueError("it has pieces of more than one word")
             self.size, self.longest = len(model["vocab"]), max(map(len, self.pieces))
             self.unknown = min(score for score, _ in self.pieces.values()) - np.float32(10)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -896,10 +898,13 @@ class Tokenizer:
     def encode(self, text):
         """The ids of the most probable pieces (Viterbi); unknown characters in a row are one."""
         text = "".join(f"▁{word}" for word in normalise(text).split(" ") if word)
+        word = 0                                # where the word begins
         best = [(np.float32(0), 0, UNKNOWN)]    # of text[:end]: score, last piece's start and id
         for end in range(1, len(text) + 1):
+            if text[end - 1] == "▁":
+                word = end - 1
             paths = []
-            for start in range(max(0, end - self.longest), end):
+            for start in range(max(word, end - self.longest), end):
                 if text[start:end] in self.pieces:
                     score, i = self.pieces[text[start:end]]
                     paths.append((best[start][0] + score, start, i))
