@@ -2693,7 +2693,7 @@ def test_kept_features_are_never_of_other_images_or_weights():
     settings = [mark(root / "a", **more) for more in (
         {}, {"pool": "mean"}, {"crop": "squash"}, {"precision": "bf16"},
         {"config": Config(64, 2, 4, 8, 64)})]
-    Path(args["init"]).write_bytes(bytes(2 << 20) + b"x" + bytes((1 << 20) - 1))    # in its middle
+    Path(args["init"]).write_bytes(bytes(3 << 19) + b"x" + bytes((3 << 19) - 1))    # in its middle
     assert len({*settings, mark(root / "a")}) == 6
 
 
