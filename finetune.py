@@ -40,6 +40,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -192,29 +193,259 @@ def losses(logits, wanted, loss):
 
 
 # ======================================================================================
+# classify: augmentation of pixels
+# ======================================================================================
+
+def outside(image):
+    """The colour that comes in from outside: ImageNet's mean (as timm's)."""
+    return 116 if image.mode == "L" else tuple(round(255 * mean) for mean in data.IMAGENET_MEAN)
+
+
+def moved(image, *matrix):
+    """An image through an affine map (a, b, c, d, e, f)."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC,
+                           fillcolor=outside(image))
+
+
+def enhanced(kind):
+    """An operation that multiplies colour, contrast, brightness or sharpness by 0.1 to 1.9."""
+    return lambda image, level, sign: kind(image).enhance(max(0.1, 1 + sign * 0.9 * level))
+
+
+# Functions of an image, a level from 0 to 1 and a sign: timm's "increasing" set, as MAE's finetuning
+OPERATIONS = {
+    "autocontrast": lambda image, level, sign: ImageOps.autocontrast(image),
+    "equalize": lambda image, level, sign: ImageOps.equalize(image),
+    "invert": lambda image, level, sign: ImageOps.invert(image),
+    "rotate": lambda image, level, sign: image.rotate(
+        sign * 30 * level, Image.Resampling.BICUBIC, fillcolor=outside(image)),
+    "posterize": lambda image, level, sign: ImageOps.posterize(
+        image, max(1, 4 - int(4 * level))),
+    "solarize": lambda image, level, sign: ImageOps.solarize(image, 256 - int(256 * level)),
+    "solarize_add": lambda image, level, sign: image.point(
+        [min(255, i + int(110 * level)) if i < 128 else i for i in range(256)]
+        * len(image.getbands())),
+    "colour": enhanced(ImageEnhance.Color),
+    "contrast": enhanced(ImageEnhance.Contrast),
+    "brightness": enhanced(ImageEnhance.Brightness),
+    "sharpness": enhanced(ImageEnhance.Sharpness),
+    "shear_x": lambda image, level, sign: moved(image, 1, sign * 0.3 * level, 0, 0, 1, 0),
+    "shear_y": lambda image, level, sign: moved(image, 1, 0, 0, sign * 0.3 * level, 1, 0),
+    "translate_x": lambda image, level, sign: moved(
+        image, 1, 0, sign * 0.45 * level * image.width, 0, 1, 0),
+    "translate_y": lambda image, level, sign: moved(
+        image, 1, 0, 0, 0, 1, sign * 0.45 * level * image.height)}
+
+
+def rand_augment(pixels, seed, position, magnitude):
+    """RandAugment (arXiv 1909.13719) of pixels uint8 [H,W,1 or 3]: two of OPERATIONS, drawn with
+    replacement, each done with probability 0.5. A pure function of the position.
+
+    The level of each is N(magnitude, 0.5), clipped to 0 … 10, over 10; with a magnitude of 9 this
+    is timm's "rand-m9-mstd0.5-inc1", that of MAE's finetuning."""
+    image = Image.fromarray(pixels.squeeze())
+    uniforms = data.uniform(seed, np.array([position]), "randaugment", 10).reshape(2, 5)
+    for which, done, a, b, sign in uniforms.tolist():
+        if done < 0.5:
+            normal = math.sqrt(-2 * math.log(1 - a)) * math.cos(2 * math.pi * b)    # Box, Muller
+            level = min(max(magnitude + 0.5 * normal, 0), 10) / 10
+            operation = list(OPERATIONS.values())[int(which * len(OPERATIONS))]
+            image = operation(image, level, 1 if sign < 0.5 else -1)
+    return np.asarray(image).reshape(pixels.shape)
+
+
+def erase(images, position, seed, share):
+    """Random erasing (arXiv 1708.04896): in a `share` of images [B,C,H,W] a rectangle of 2% to a
+    third of the area, of an aspect from 0.3 to 3.3, becomes normal noise (timm's, MAE's)."""
+    B, C, H, W = images.shape
+    uniforms = data.uniform(seed, position, "erase", 23)                          # [B,23]
+    area = H * W * (0.02 + (1 / 3 - 0.02) * uniforms[:, :10])                # [B,10]: ten tries
+    aspect = torch.exp(math.log(0.3) + (math.log(1 / 0.3) - math.log(0.3)) * uniforms[:, 10:20])
+    h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()   # [B,10]
+    fits = (h < H) & (w < W)
+    first = fits.int().argmax(1, keepdim=True)                              # [B,1]
+    h, w, fits = (value.gather(1, first) for value in (h, w, fits))
+    top = (uniforms[:, 20:21] * (H - h + 1)).floor()                         # [B,1]
+    left = (uniforms[:, 21:22] * (W - w + 1)).floor()
+    y, x = (torch.arange(side, device=images.device) for side in (H, W))
+    inside = (((y >= top) & (y < top + h))[:, :, None] & ((x >= left) & (x < left + w))[:, None]
+              & (fits & (uniforms[:, 22:] < share))[..., None])              # [B,H,W]
+    noise = data.uniform(seed, position, "erased pixels", C * H * W) + 2.0 ** -25    # [B,C*H*W]
+    noise = math.sqrt(2) * torch.erfinv(2 * noise - 1)
+    return torch.where(inside[:, None], noise.reshape(images.shape), images)
+
+
+# ======================================================================================
+# classify: what the outputs of a model stand for
+# ======================================================================================
+
+def read_classes(path):
+    """A file of a line an output, all names of its class separated by commas: [[name]]."""
+    names = [[name.strip() for name in line.split(",")]
+             for _, line in data.read_lines(path, "--classes")]
+    for name, count in Counter(name for some in names for name in set(some)).items():
+        if count > 1:
+            raise UserError(f"--classes {path} has {name!r} in {count} lines; a name is of one "
+                            "class")
+    return names
+
+
+def read_class_map(path, outputs):
+    """A file of lines "model's class TAB data's class" as {data's class: [output]}."""
+    found = {}
+    for number, line in data.read_lines(path, "--class-map"):
+        ours, *theirs = (word.strip() for word in line.split("\t"))
+        if len(theirs) != 1 or ours not in outputs:
+            raise UserError(f"--class-map {path}, line {number}: not one of the model's classes, a "
+                            f"TAB and one of the data's: {line!r}")
+        found.setdefault(theirs[0], []).extend(outputs[ours])
+    return found
+
+
+def outputs_of(classes, names, where, class_map=None):
+    """Which outputs of a model are right for each of the data's classes: {name: [output]}.
+
+    `classes` [[name]] are the model's, or K if its K outputs have no names; `names` are the data's,
+    from `where`. They are matched by name; whole numbers that are no name, by number; K unnamed
+    outputs and K classes, in order (ImageNet's). Raises UserError for classes of the data that the
+    model lacks, unless a `class_map` says what counts."""
+    if isinstance(classes, int):
+        if len(names) == classes:
+            rank0_print(f"the model does not name its {classes} outputs: taken as the {classes} "
+                        f"classes of {where}, in alphabetical order")
+            classes = [[name] for name in names]
+        else:
+            classes = [[str(i)] for i in range(classes)]
+    outputs = {name: [i] for i, some in enumerate(classes) for name in some}
+    if not outputs.keys() & {*names}:
+        outputs |= {str(i): [i] for i in range(len(classes))}
+        if not class_map and outputs.keys() & {*names}:
+            rank0_print(f"{where} has numbers for classes: taken as the model's outputs, from 0 on")
+    if class_map:
+        outputs = read_class_map(class_map, outputs)
+    unknown = [name for name in names if name not in outputs]
+    if len(unknown) == len(names) or unknown and not class_map:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise UserError(f"{where} has {len(unknown)} classes that the model lacks: "
+                        f"{', '.join(unknown[:5])}{more}; the model has {len(classes)}: "
+                        f"{', '.join(some[0] for some in classes[:5])}, … (classify has "
+                        "--class-map)")
+    return outputs
+
+
+def check_several(classes, where):
+    """Raise UserError where there are fewer than two classes."""
+    if len(classes) < 2:
+        raise UserError(f"{where} has {len(classes)} classes: there is nothing to tell apart; "
+                        "images have the class of their folder, or a label")
+
+
+def names_of(sample, source):
+    """The classes of a sample: that of its folder or label; or several, where labels are lists."""
+    if not source.classes:
+        return sample.get("tags", [])
+    return [source.classes[sample["label"]]] if "label" in sample else []
+
+
+def class_targets(sample, source, outputs):
+    """The outputs that are right for a sample, each once."""
+    return sorted({i for name in names_of(sample, source) for i in outputs.get(name, ())})
+
+
+def times_labelled(c, source, outputs, part):
+    """Which samples of a chunk have a known class, 1 or 0: int64 [n]. Of these, a hash gives each
+    a number in 0 … 1: those from part[0] to below part[1]."""
+    number_of = lambda name: 0 if name in outputs else -1
+    rows, _ = data.pairs(source, c, number_of, "labels" if source.classes else "tags")
+    chance = data.uniform(0, int(source.chunks[:c].sum()) + rows, "part", 1)[:, 0]
+    rows = rows[(part[0] <= chance) & (chance < part[1])]
+    return np.bincount(rows, minlength=int(source.chunks[c]))
+
+
+def labelled(source, classes, where, class_map=None, part=(0, 1)):
+    """(The data.Rows of a source whose class is known, targets_of(sample)), for data.Samples.
+
+    `classes` as of outputs_of; `part` (low, high) takes a share of the images: parts of 0 … 1 that
+    do not overlap have no image in common. Raises UserError where no image has a class."""
+    if not isinstance(classes, int):
+        check_several(classes, where)
+    outputs = outputs_of(classes, source.classes or all_tags(source), where, class_map)
+    rows = data.Rows(source.chunks, functools.partial(
+        times_labelled, source=source, outputs=outputs, part=part))
+    if len(rows) < len(source) and part == (0, 1):
+        rank0_print(f"{where}: {len(source) - len(rows):,} of {len(source):,} images have no "
+                    f"{'known ' if class_map else ''}class and are left out")
+    if not len(rows):
+        raise UserError(f"no image of {where} has a class: a folder each, or a label each")
+    return rows, functools.partial(class_targets, source=source, outputs=outputs)
+
+
+def all_tags(source):
+    """All tags of a source as they are written, sorted; all ranks have to call it."""
+    mine = {tag for c in data.my_part(len(source.chunks), "tags")
+            for tag in source.words(c, "tags")[0]}
+    return data.class_names_of(set().union(*vit.all_gather_objects(mine)))
+
+
+def open_classes(args, config, told):
+    """(--data as data.Samples or None, --val or None, the name of each output)."""
+    train, val = None, None
+    if args.predict or args.eval_only:
+        if "head.weight" not in told["shapes"]:
+            raise UserError(f"{args.init} has no head: --predict and --eval-only need a finetuned "
+                            "file, as runs/classify/model.pt")
+        K, args.loss = told["shapes"]["head.weight"][0], told.get("config", {}).get("loss", "ce")
+        classes = read_classes(args.classes) if args.classes else [
+            [name] for name in told.get("classes", ())] or K
+        if classes != K and len(classes) != K:
+            raise UserError(f"--classes {args.classes} has {len(classes)} lines, but {args.init} "
+                            f"has {K} outputs")
+    else:
+        source = data.open_data(*args.data, index_dir=args.index_dir)
+        classes = read_classes(args.classes) if args.classes else [
+            [name] for name in source.classes or all_tags(source)]
+        rows, targets_of = labelled(source, classes, "--data")
+        if args.loss == "ce" and not source.classes:
+            raise UserError("labels of --data are lists, of several classes: give --loss bce or "
+                            "softmax")
+        crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
+        augment = functools.partial(rand_augment, magnitude=args.randaugment)
+        train = data.training_samples(source, args, config, crop, rows, targets_of,
+                                      augment if args.randaugment else None)
+    if args.val and not args.predict:
+        source = data.open_data(*args.val, index_dir=args.index_dir)
+        val = data.evaluation_samples(source, config, central_box(args, config),
+                                      *labelled(source, classes, "--val", args.class_map))
+        if classes == len(source.classes):
+            classes = [[name] for name in source.classes]
+    return train, val, [str(i) for i in range(classes)] if isinstance(classes, int) else [
+        some[0] for some in classes]
+
+
+# ======================================================================================
 # classify: evaluation
 # ======================================================================================
 
 @torch.no_grad()
-def evaluate(model, val, args, device, rank, world, names):
+def evaluate(model, val, args, device, names):
     """Top-1 and top-5 over a source, every image once, whatever the ranks; also in OUT/classes.txt.
 
     An image with several right classes (as in "Are we done with ImageNet?", arXiv 2006.07159) is
     right where any of them is predicted. With --loss bce or softmax also "map", the mean over
     classes of the average precision (rank 0 then holds the logits of all images)."""
     rows = []
-    for images, batch in data.validate(val, args, device, rank, world):
+    for images, batch in data.validate(val, args, device):
         with vit.autocast(args, device):
             logits = model(images)                                          # [B,K]
         rows += answers(logits, batch, args)
     parts = vit.gather_objects(rows)
-    return vit.on_rank_0(lambda: summarise(sum(parts, []), len(val.source), args, names))
+    return vit.on_rank_0(lambda: summarise(sum(parts, []), len(val), args, names))
 
 
 def answers(logits, batch, args):
     """(position, right classes, five most probable, loss, logits where several may be right) of
     each image that counts."""
-    right, K = batch["tags"].to(logits.device), logits.shape[1]             # [B,k]
+    right, K = batch["targets"].to(logits.device), logits.shape[1]             # [B,k]
     loss = losses(logits, targets(right, K, 0.0, args.loss), args.loss)     # [B]
     top = logits.topk(min(5, K)).indices                                    # [B,5]
     scores = [None] * len(top) if args.loss == "ce" else logits.float().cpu().numpy()
@@ -270,6 +501,15 @@ def central_box(args, config):
         data.centre_crop, share=224 / 256 if max(config.image) <= 224 else 1.0)
 
 
+@torch.no_grad()
+def probabilities(model, pixels, args, device):
+    """The probability of each output for pictures [B,H,W,C]: [B,K]. Every rank has to call it."""
+    with vit.autocast(args, device):
+        logits = torch.cat([model(data.normalise(part.to(device)))
+                            for part in pixels.split(args.micro_batch)]).float()
+    return logits.sigmoid() if args.loss == "bce" else logits.softmax(1)
+
+
 def classify(argv):
     args, config, told = parse_classify_flags(argv)
     example = lambda batch: (torch.empty(batch, config.channels, *config.image),)
@@ -279,10 +519,8 @@ def classify(argv):
     device, rank, world = vit.start(args)
 
     # ---- data and classes
-    train, val, names = data.open_classes(args, told)
+    train, val, names = open_classes(args, config, told)
     K = len(names)
-    choose_box = central_box(args, config)
-    val = val and data.unshuffled(val, args, config, choose_box)
 
     # ---- model: a checkpoint in --out, else --init, else random weights
     make = lambda: make_with(K)
@@ -296,22 +534,20 @@ def classify(argv):
             rank0_print(f"a new head for {K} classes: the file's is for {outputs} "
                         + ("hashtags" if "vocabulary" in told else "other classes"))
     if args.predict:
-        return data.print_predictions(model, config, args, device, names, choose_box)
+        pixels = data.read_pictures(args, config, central_box(args, config))
+        return data.print_predictions(args, probabilities(model, pixels, args, device), names)
     if args.eval_only:
-        return vit.report(args, evaluate(model, val, args, device, rank, world, names))
-    crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
-    augment = functools.partial(data.rand_augment, magnitude=args.randaugment)
-    train = data.Samples(train, config.image, config.channels, crop, args.seed,
-                         max_pixels=args.max_pixels, augment=augment if args.randaugment else None)
+        return vit.report(args, evaluate(model, val, args, device, names))
     mixing = bool(args.mixup or args.cutmix)
-    steps, micro, accumulate, peak = vit.derive(args, len(train.source), world, 1 + mixing)
+    steps, micro, accumulate, peak = vit.derive(args, len(train), world, 1 + mixing)
     if not vit.open_run(args, "classify", {
-            "what --data holds": train.source.source.fingerprint(),
-            "what --val holds": val and val.source.source.fingerprint(),
+            "what --data holds": train.source.fingerprint(),
+            "what --val holds": val and val.source.fingerprint(),
             "classes": f"{K} (CRC {data.crc(repr(names)):08x})",
             "averaged weights": "on" if args.ema else "off"}, model):
         return
-    examples = data.examples(val or data.unshuffled(train.source, args, config), device)
+    examples = data.examples(val or data.evaluation_samples(
+        train.source, config, rows=train.rows, targets_of=train.targets_of), device)
 
     # ---- optimizer and state
     groups = vit.decay_groups(model, args.weight_decay, NO_DECAY, args.layer_decay)
@@ -321,17 +557,16 @@ def classify(argv):
     ema = {name: p.detach().clone() for name, p in model.named_parameters()} if args.ema else {}
     state = {**vit.fresh_state(args, device), "best": -1.0}
     state = vit.restore(args, model, optimizer, state, ema)
-    data.cut_bad_list(args, state)
     log = vit.Log(args, device, state["step"], steps, 3 * vit.forward_flops(make, example))
-    positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
-    batches = data.load(train, positions, args.workers, device)
+    batches = data.training_batches(train, args, state["step"], steps, micro, device)
     about = {"config": {**asdict(config), "pool": args.pool, "crop": args.crop, "loss": args.loss},
              "stage": "classify", "classes": names}
 
     def draw_and_evaluate():
         with vit.averaged(model, ema):
-            data.draw_predictions(model, examples, args, device, names)
-            metrics = evaluate(model, val, args, device, rank, world, names) if val else {}
+            data.draw_predictions(args, examples, probabilities(
+                model, examples["images"], args, device), names)
+            metrics = evaluate(model, val, args, device, names) if val else {}
         if (score := metrics.get("map", metrics.get("top1", -1.0))) > state["best"]:
             state["best"] = score
             vit.export(args, model, {**about, "samples": state["step"] * args.batch}, ema,
@@ -350,12 +585,12 @@ def classify(argv):
             batch = log.wait(batches)
             bad += batch["bad"]
             position = batch["position"].to(device, non_blocking=True)      # [B]
-            right = batch["tags"].to(device, non_blocking=True)             # [B,k]
+            right = batch["targets"].to(device, non_blocking=True)             # [B,k]
             images = batch["images"].to(device, non_blocking=True)          # [B,H,W,C]
             images = data.flip(images, data.uniform(args.seed, position, "flip", 1))
             images, keep = data.normalise(images), None                     # [B,C,H,W]
             if args.erasing:
-                images = data.erase(images, position, args.seed, args.erasing)
+                images = erase(images, position, args.seed, args.erasing)
             wanted = targets(right, K, args.smoothing, args.loss)           # [B,K]
             if mixing:
                 numbers = data.uniform(args.seed, position[::2], "mix", 35)     # [B/2,35]
@@ -450,11 +685,10 @@ def features(argv):
     """The task `features`: OUT/features.npz."""
     args, config, told = parse_frozen_flags("features", argv)
     device, rank, world = vit.start(args)
-    source = data.open_data(*args.data, index_dir=args.index_dir,
-                            fallback=Path(args.out) / "index")
+    source = data.open_data(*args.data, index_dir=args.index_dir)
     encoder = load_encoder(args, config, told, device, args.pool)
     path = Path(args.out) / "features.npz"
-    samples = data.unshuffled(source, args, config, central_box(args, config))
+    samples = data.evaluation_samples(source, config, central_box(args, config))
     data.write_features(path, encoder, samples, args, device, rank, world,
                         about_features(args, config, source))
     table = data.read_features(path)
@@ -481,8 +715,7 @@ def open_features(args, config, told, task):
                 raise UserError(f"one features.npz each for --data and --val; found {len(specs)}")
             tables.append(data.read_features(specs[0]))
             continue
-        source = data.open_data(*specs, index_dir=args.index_dir,
-                                fallback=Path(args.out) / "index")
+        source = data.open_data(*specs, index_dir=args.index_dir)
         about = about_features(args, config, source)
         path = Path(args.features) / f"{data.crc(repr(about)):08x}.npz"
         if vit.on_rank_0(path.is_file):
@@ -490,7 +723,7 @@ def open_features(args, config, told, task):
         else:
             encoder = encoder or load_encoder(args, config, told, device, args.pool)
             vit.on_rank_0(lambda: path.parent.mkdir(parents=True, exist_ok=True))
-            samples = data.unshuffled(source, args, config, central_box(args, config))
+            samples = data.evaluation_samples(source, config, central_box(args, config))
             data.write_features(path, encoder, samples, args, device, rank, world, about)
         tables.append(data.read_features(path))
     encoders = [{key: value for key, value in table["about"].items() if key != "data"}
@@ -502,10 +735,8 @@ def open_features(args, config, told, task):
         raise UserError(f"the features are not of --init {args.init}; make them again by "
                         "`finetune.py features`, or leave --init out")
     classes = tables[0]["classes"].tolist()
-    if len(classes) < 2:
-        raise UserError(f"--data has {len(classes)} classes: there is nothing to tell apart; "
-                        "images have the class of their folder, or a label")
-    outputs = data.outputs_of([[name] for name in classes], tables[1]["classes"].tolist(), "--val")
+    check_several(classes, "--data")
+    outputs = outputs_of([[name] for name in classes], tables[1]["classes"].tolist(), "--val")
     numbers = np.array([outputs[name][0] for name in tables[1]["classes"].tolist()] + [-1])
     tables[1]["labels"] = numbers[tables[1]["labels"]]
     for flag, table in zip(("--data", "--val"), tables):
@@ -661,7 +892,7 @@ class Probe(nn.Module):
         """Set mean and scale of tokens [B,1+N,D] to what they are over a source: fixed from then
         on, since statistics of a batch would need all ranks' tokens in one place (ours)."""
         sums = torch.zeros(3, len(self.token_mean), dtype=torch.float64)
-        for images, batch in data.validate(samples, args, device, rank, world):
+        for images, batch in data.validate(samples, args, device):
             with vit.autocast(args, device):
                 x = encoder(images).float()                                 # [B,1+N,D]
             x = x[batch["weight"].to(device) > 0].flatten(0, 1).double()    # [n,D]
@@ -706,13 +937,13 @@ def right_answers(encoder, probe, samples, args, device, rank, world):
     ones."""
     sums = torch.zeros(1 + len(probe.heads) + len(probe.attentive), dtype=torch.float64)
     probe.eval()
-    for images, batch in data.validate(samples, args, device, rank, world):
+    for images, batch in data.validate(samples, args, device):
         with vit.autocast(args, device):
             x = encoder(images).float()                                     # [B,D] or [B,1+N,D]
         logits = [*probe(pooled(x, args.pool)),
                   *(probe.attend(x, i) for i in range(len(probe.attentive)))]
         found = torch.stack(logits).argmax(-1).cpu()                        # [heads,B]
-        right = (found[..., None] == batch["tags"]).any(-1) * batch["weight"]
+        right = (found[..., None] == batch["targets"]).any(-1) * batch["weight"]
         sums += torch.cat([batch["weight"].sum()[None], right.sum(1)]).double()
     probe.train()
     count, *right = vit.all_reduce_sum(sums).tolist()
@@ -722,20 +953,20 @@ def right_answers(encoder, probe, samples, args, device, rank, world):
 def open_probe_data(args, config):
     """(What of --data is trained on, what of it chooses the head, --val or None: data.Samples each,
     and the names of the classes)."""
-    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
-    source = data.open_data(*args.data, **places)
-    if len(source.classes) < 2:
-        raise UserError(f"--data has {len(source.classes)} classes: there is nothing to tell "
-                        "apart; images have the class of their folder, or a label")
+    source = data.open_data(*args.data, index_dir=args.index_dir)
     classes, box = [[name] for name in source.classes], central_box(args, config)
-    train, held = (data.labelled(source, classes, "--data", part=part)
-                   for part in ((0, 1 - args.held_back), (1 - args.held_back, 1)))
     crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
-    train = data.Samples(train, config.image, config.channels, crop, args.seed,
-                         max_pixels=args.max_pixels)
-    val = args.val and data.unshuffled(data.labelled(
-        data.open_data(*args.val, **places), classes, "--val"), args, config, box)
-    return train, data.unshuffled(held, args, config, box), val, source.classes
+    share = 1 - args.held_back
+    train = data.training_samples(source, args, config, crop, *labelled(
+        source, classes, "--data", part=(0, share)))
+    held = data.evaluation_samples(source, config, box, *labelled(
+        source, classes, "--data", part=(share, 1)))
+    val = None
+    if args.val:
+        val_source = data.open_data(*args.val, index_dir=args.index_dir)
+        val = data.evaluation_samples(val_source, config, box, *labelled(
+            val_source, classes, "--val"))
+    return train, held, val, source.classes
 
 
 def linear(argv):
@@ -754,10 +985,10 @@ def linear(argv):
     encoder = load_encoder(args, config, told, device, "none" if args.attentive else args.pool)
     probe = Probe(config.width, len(names), len(args.rates), args.seed,
                   config.heads if args.attentive else 0).to(device)
-    steps, micro, accumulate, peak = vit.derive(args, len(train.source), world)
+    steps, micro, accumulate, peak = vit.derive(args, len(train), world)
     if not vit.open_run(args, "linear", {
-            "what --data holds": train.source.source.fingerprint(),
-            "what --val holds": val and val.source.source.fingerprint(),
+            "what --data holds": train.source.fingerprint(),
+            "what --val holds": val and val.source.fingerprint(),
             "classes": f"{len(names)} (CRC {data.crc(repr(names)):08x})"}, probe):
         return
 
@@ -768,11 +999,9 @@ def linear(argv):
     state = vit.restore(args, probe, optimizer, {**vit.fresh_state(args, device), "half": False})
     if args.attentive and not state["step"]:
         probe.measure(encoder, held, args, device, rank, world)
-    data.cut_bad_list(args, state)
     log = vit.Log(args, device, state["step"], steps, vit.forward_flops(
         lambda: ViT(config, 0, pool), example))
-    positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
-    batches = data.load(train, positions, args.workers, device)
+    batches = data.training_batches(train, args, state["step"], steps, micro, device)
 
     def about():
         """What model.pt holds: the encoder with the head that is best on what was held back, a
@@ -798,7 +1027,7 @@ def linear(argv):
             batch = log.wait(batches)
             bad += batch["bad"]
             position = batch["position"].to(device, non_blocking=True)      # [B]
-            labels.append(batch["tags"][:, 0].to(device, non_blocking=True))    # [B]
+            labels.append(batch["targets"][:, 0].to(device, non_blocking=True))    # [B]
             images = batch["images"].to(device, non_blocking=True)          # [B,H,W,C]
             images = data.flip(images, data.uniform(args.seed, position, "flip", 1))
             with torch.no_grad(), vit.autocast(args, device):
@@ -836,12 +1065,12 @@ def linear(argv):
     content, best, shares = about()
     weight, bias = (content["model"][f"head.{part}"].to(device) for part in ("weight", "bias"))
     chosen = lambda images: F.linear(pooled(encoder(images).float(), args.pool), weight, bias)
-    metrics = evaluate(chosen, val, args, device, rank, world, names) if val else {}
+    metrics = evaluate(chosen, val, args, device, names) if val else {}
     metrics |= {"held_back": shares[best], "rate": args.rates[best]}
     if args.attentive:
         best = shares.index(max(shares[len(args.rates):]), len(args.rates)) - len(args.rates)
         attend = lambda images: probe.attend(encoder(images).float(), best)
-        found = evaluate(attend, val, args, device, rank, world, names) if val else {}
+        found = evaluate(attend, val, args, device, names) if val else {}
         metrics |= {f"attentive_{name}": found[name] for name in ("loss", "top1", "top5")
                     if val}
         metrics |= {"attentive_rate": args.rates[best]}
@@ -898,8 +1127,8 @@ def tune_prompts(encoder, train, val, K, args, seed, device):
     SGD with momentum 0.9, cosine, a tenth of the steps as warmup (VPT's); one process."""
     model = Prompted(encoder, K, args.prompts, seed).to(device)
     optimizer = torch.optim.SGD([model.prompts, *model.head.parameters()], lr=0, momentum=0.9)
-    batch = min(args.batch, len(train.source))
-    steps = max(1, args.epochs * len(train.source) // batch)
+    batch = min(args.batch, len(train))
+    steps = max(1, args.epochs * len(train) // batch)
     positions = data.training_positions(0, steps, batch, batch, 0, 1)
     for step, part in enumerate(data.load(train, positions, 0, device)):
         optimizer.param_groups[0]["lr"] = vit.learning_rate(step, steps, args.lr, 0.1 * steps)
@@ -911,7 +1140,7 @@ def tune_prompts(encoder, train, val, K, args, seed, device):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(2, dtype=torch.float64)
-    positions = data.validation_positions(len(val.source), args.micro_batch, 0, 1)
+    positions = data.validation_positions(len(val), args.micro_batch, 0, 1)
     for part in data.load(val, positions, args.workers, device):
         with torch.no_grad(), vit.autocast(args, device):
             found = model(data.normalise(part["images"].to(device))).argmax(1).cpu()    # [B]
@@ -966,11 +1195,11 @@ def lowshot(argv):
     args.parallel = "ddp"
     train, val, classes, device, rank, world = open_features(args, config, told, "lowshot")
     encoder = load_encoder(args, config, told, device, "cls")
-    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
-    sources = [data.open_data(*specs, **places) for specs in (args.data, args.val)]
-    numbers = [table["index"] for table in (train, val)]
-    tests = data.unshuffled(data.Chosen(sources[1], numbers[1], val["labels"]), args, config,
-                            central_box(args, config))
+    sources = [data.open_data(*specs, index_dir=args.index_dir) for specs in (args.data, args.val)]
+    targets_of = [functools.partial(class_targets, source=source, outputs=outputs_of(
+        [[name] for name in classes], source.classes, "--val")) for source in sources]
+    tests = data.evaluation_samples(sources[1], config, central_box(args, config), val["index"],
+                                    targets_of[1])
     counts = np.bincount(train["labels"], minlength=len(classes))
     for shots in args.shots:
         if (few := int((counts < shots).sum())):
@@ -986,9 +1215,8 @@ def lowshot(argv):
         weight, bias = fit_linear(torch.tensor(train["features"][chosen], device=device), labels,
                                   len(classes))
         by_linear = (F.linear(queries, weight, bias).argmax(1) == truth).float().mean().item()
-        samples = data.Samples(
-            data.Chosen(sources[0], numbers[0][chosen], train["labels"][chosen]), config.image,
-            config.channels, crop, split, max_pixels=args.max_pixels)
+        samples = data.Samples(sources[0], config.image, config.channels, crop, split,
+                               rows=train["index"][chosen], targets_of=targets_of[0])
         by_prompts = tune_prompts(encoder, samples, tests, len(classes), args, split, device)
         results.append((shots, by_prompts, by_linear))
         print(f"{shots} a class, split {split}: vpt {by_prompts:.4f}, linear {by_linear:.4f}",
@@ -1216,8 +1444,12 @@ def framed(ids, longest):
     return [START, *ids[:longest - 2], END]
 
 
-def encode_framed(text, encode, longest):
-    return framed(encode(text), longest)
+def caption_tokens(sample, encode, longest):
+    """The framed ids of a sample's caption. Raises ValueError where it has none."""
+    caption = sample.get("caption", "")
+    if not caption.strip():
+        raise ValueError("it has no caption")
+    return framed(encode(caption), longest)
 
 
 def padded(rows):
@@ -1565,7 +1797,7 @@ def evaluate_towers(model, val, args, device, rank, world, names, vectors, encod
     also by a single template, and OUT/classes.txt; with captions, retrieval."""
     vectors = {name: factor(model) * table.to(device) for name, table in vectors.items()}
     rows, kept, positions = {name: [] for name in vectors}, [], []
-    for images, batch in data.validate(val, args, device, rank, world):
+    for images, batch in data.validate(val, args, device):
         with vit.autocast(args, device):
             x = model.embed_images(images)                                  # [B,E]
             for name, table in vectors.items():
@@ -1574,13 +1806,13 @@ def evaluate_towers(model, val, args, device, rank, world, names, vectors, encod
         kept.append(x[seen.to(device)].cpu())
         positions += batch["position"][seen].tolist()
     metrics = {"count": int(vit.all_reduce_sum(torch.tensor(len(positions))))}
-    metrics["bad"] = len(val.source) - metrics["count"]
+    metrics["bad"] = len(val) - metrics["count"]
     for name in sorted(vectors, reverse=True):      # the last leaves its classes.txt
         parts = vit.gather_objects(rows[name])
-        found = vit.on_rank_0(lambda: summarise(sum(parts, []), len(val.source), args, names))
+        found = vit.on_rank_0(lambda: summarise(sum(parts, []), len(val), args, names))
         metrics = {**{name + key: found[key] for key in ("loss", "top1", "top5")}, **metrics}
     if data.has_captions(val.source):
-        captions = [val.source.caption(i) for i in positions]
+        captions = [val.sample(i).get("caption") for i in positions]
         told = [i for i, caption in enumerate(captions) if caption]
         parts = vit.all_gather_objects(([captions[i] for i in told], torch.cat(kept)[told].numpy()))
         captions = [caption for some, _ in parts for caption in some]
@@ -1697,32 +1929,28 @@ def open_text(args, name, told):
 
 def open_pairs(args, config, model, encode, device, rank, world):
     """--data as data.Samples of images, or of what --cache-features keeps of them, with the tokens
-    of their captions as "tags"; and what tells these data from others."""
-    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
-    source, features = data.open_data(*args.data, **places), None
-    mark = source.fingerprint()
+    of their captions as "targets"."""
+    source, features, rows = data.open_data(*args.data, index_dir=args.index_dir), None, None
     if not data.has_captions(source):
         raise UserError('--data has no captions: give shards with .txt or a "caption" in .json, '
                         "a manifest with captions, or the world")
-    choose_box = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
+    crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
     if args.cache_features:
         about = about_features(args, config, source)
         path = Path(args.cache_features) / f"{data.crc(repr(about)):08x}.npz"
         if not vit.on_rank_0(path.is_file):
             vit.on_rank_0(lambda: path.parent.mkdir(parents=True, exist_ok=True))
-            samples = data.unshuffled(source, args, config, data.WHOLE_WIDTH)
+            samples = data.evaluation_samples(source, config, data.WHOLE_WIDTH)
             data.write_features(path, model.trunk, samples, args, device, rank, world, about)
         table = data.read_features(path)
-        source = data.Chosen(source, table["index"], table["labels"])
-        features = table["features"]
-    encode = functools.partial(encode_framed, encode=encode, longest=model.text_config.longest)
-    return data.Samples(data.Captioned(source, encode), config.image, config.channels, choose_box,
-                        args.seed, max_pixels=args.max_pixels, features=features), mark
+        rows, features = table["index"], table["features"]
+    tokens = functools.partial(caption_tokens, encode=encode, longest=model.text_config.longest)
+    return data.Samples(source, config.image, config.channels, crop, args.seed, rows=rows,
+                        targets_of=tokens, features=features)
 
 
 def open_classes_and_val(args, config):
     """(--val as data.Samples or None, the classes to choose from [[name]], templates)."""
-    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
     templates = TEMPLATES
     if args.val and all(map(data.is_world, args.val)) and not args.classes:
         templates = [line.replace("{texture} {shape}", "{}") for line in data.TEMPLATES]
@@ -1733,16 +1961,17 @@ def open_classes_and_val(args, config):
                             "of a class goes")
     if args.texts:
         return None, [[text] for text in args.texts], ["{}"]
-    classes = data.read_classes(args.classes) if args.classes else []
+    classes = read_classes(args.classes) if args.classes else []
     if args.predict or not args.val:
         return None, classes, templates
-    val = data.open_data(*args.val, **places)
+    val = data.open_data(*args.val, index_dir=args.index_dir)
     classes = classes or [[name] for name in val.classes]
-    if not classes and not data.has_captions(val):
-        raise UserError("--val has neither classes nor captions: there is nothing to evaluate")
-    if classes:
-        val = data.labelled(val, classes, "--val")
-    return data.unshuffled(val, args, config, data.WHOLE_WIDTH), classes, templates
+    if len(classes) < 2:
+        classes = []
+        if not data.has_captions(val):
+            raise UserError("--val has neither classes nor captions: there is nothing to evaluate")
+    chosen = labelled(val, classes, "--val") if classes else ()
+    return data.evaluation_samples(val, config, data.WHOLE_WIDTH, *chosen), classes, templates
 
 
 def zeroshot(argv):
@@ -1784,16 +2013,17 @@ def zeroshot(argv):
         if args.predict:
             table = factor(model) * vectors["all"].to(device)               # [K,E]
             logits = lambda images: model.embed_images(images) @ table.T
-            return data.print_predictions(logits, config, args, device, names)
+            chances = probabilities(logits, data.read_pictures(args, config), args, device)
+            return data.print_predictions(args, chances, names)
         vectors = {name.replace("all", ""): table for name, table in vectors.items()}
         return vit.report(args, evaluate_towers(model, val, args, device, rank, world, names,
                                                 vectors, encode))
 
     # ---- data
-    train, mark = open_pairs(args, config, model, encode, device, rank, world)
-    steps, micro, accumulate, peak = vit.derive(args, len(train.source), world)
+    train = open_pairs(args, config, model, encode, device, rank, world)
+    steps, micro, accumulate, peak = vit.derive(args, len(train), world)
     if not vit.open_run(args, "zeroshot", {
-            "what --data holds": mark,
+            "what --data holds": train.source.fingerprint(),
             "tokenizer": "bytes" if content is None else f"{len(content):,} bytes (CRC "
             f"{data.crc(content.numpy().tobytes()):08x})"}, model):
         return
@@ -1802,10 +2032,8 @@ def zeroshot(argv):
     groups = vit.decay_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=BETAS, fused=True)
     state = vit.restore(args, model, optimizer, {**vit.fresh_state(args, device), "long_texts": 0})
-    data.cut_bad_list(args, state)
     log = vit.Log(args, device, state["step"], steps, flops)
-    positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
-    batches = data.load(train, positions, args.workers, device)
+    batches = data.training_batches(train, args, state["step"], steps, micro, device)
     about = {"config": {**asdict(config), "text": asdict(text)}, "stage": "zeroshot",
              **({} if content is None else {"tokenizer": content})}
     examples = val and classes and data.examples(val, device)
@@ -1814,8 +2042,9 @@ def zeroshot(argv):
         vectors = vectors_now()
         if examples:
             table = factor(model) * vectors[""].to(device)                  # [K,E]
-            data.draw_predictions(lambda images: model.embed_images(images) @ table.T, examples,
-                                  args, device, names)
+            logits = lambda images: model.embed_images(images) @ table.T
+            chances = probabilities(logits, examples["images"], args, device)
+            data.draw_predictions(args, examples, chances, names)
         return evaluate_towers(model, val, args, device, rank, world, names, vectors,
                                encode) if val else {}
 
@@ -1830,8 +2059,8 @@ def zeroshot(argv):
         for _ in range(accumulate):
             batch = log.wait(batches)
             bad += batch["bad"]
-            tokens = batch["tags"].to(device, non_blocking=True)            # [B,N]
-            long += int((batch["tags"] >= 0).sum(1).eq(text.longest).sum())
+            tokens = batch["targets"].to(device, non_blocking=True)            # [B,N]
+            long += int((batch["targets"] >= 0).sum(1).eq(text.longest).sum())
             images = batch["images"].to(device, non_blocking=True)          # [B,H,W,C] or [B,D]
             with vit.autocast(args, device):
                 if not args.cache_features:

@@ -185,18 +185,18 @@ class MAE(nn.Module):
 # ======================================================================================
 
 @torch.no_grad()
-def evaluate(model, val, args, device, rank, world):
+def evaluate(model, val, args, device):
     """Mean loss over a source, every image once, whatever the ranks: {"loss", "count", "bad"}.
 
     Central crops, and a mask that depends on the image's number alone."""
     sums = torch.zeros(2, dtype=torch.float64)
-    for images, batch in data.validate(val, args, device, rank, world):
+    for images, batch in data.validate(val, args, device):
         noise = data.uniform(args.seed, batch["position"].to(device), "val", model.config.patches)
         with vit.autocast(args, device):
             losses = model.losses(images, noise).cpu().double()             # [B]
         sums += torch.stack([(losses * batch["weight"]).sum(), batch["weight"].sum().double()])
     total, count = vit.all_reduce_sum(sums).tolist()
-    return {"loss": total / count, "count": int(count), "bad": len(val.source) - int(count)}
+    return {"loss": total / count, "count": int(count), "bad": len(val) - int(count)}
 
 
 @torch.no_grad()
@@ -235,11 +235,11 @@ def draw_reconstruction(model, pixels, positions, args, device, path):
 
 def predict(model, args, device):
     """--predict: reconstruct the user's pictures into OUT/reconstruction.png."""
-    rows = [data.read_picture(name, model.config, args.max_pixels) for name in args.predict]
+    pixels = data.read_pictures(args, model.config)
     path = Path(args.out) / "reconstruction.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_reconstruction(model, torch.stack(rows), torch.arange(len(rows)), args, device, path)
-    rank0_print(f"wrote {path}: {len(rows)} pictures, {100 * args.mask_ratio:.0f}% masked, predicted as "
+    draw_reconstruction(model, pixels, torch.arange(len(pixels)), args, device, path)
+    rank0_print(f"wrote {path}: {len(pixels)} pictures, {100 * args.mask_ratio:.0f}% masked, predicted as "
                 + ("pixels normalised by patch, shown with each true patch's mean and deviation"
                    if args.norm_pix else "plain pixels"))
 
@@ -273,39 +273,35 @@ def main(argv):
         return predict(model, args, device)
 
     # ---- data
-    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
-    val_data = data.open_data(*args.val, **places) if args.val else None
-    val = val_data and data.unshuffled(val_data, args, config)
+    val = data.evaluation_samples(data.open_data(*args.val, index_dir=args.index_dir),
+                                  config) if args.val else None
     if args.eval_only:
-        return vit.report(args, evaluate(model, val, args, device, rank, world))
-    train_data = data.open_data(*args.data, **places)
+        return vit.report(args, evaluate(model, val, args, device))
+    train_data = data.open_data(*args.data, index_dir=args.index_dir)
     if args.data == ["world"] and config.width > 192:
         rank0_print("NOTE: training on the built-in world, which is made for nano and tiny; see --data")
     if num_visible(config.patches, args.mask_ratio) == config.patches:
         rank0_print(f"NOTE: --mask-ratio {args.mask_ratio} hides none of {config.patches} patches: there "
                     "is nothing to learn")
-    train = data.Samples(train_data, config.image, config.channels, data.random_resized_crop,
-                         args.seed, max_pixels=args.max_pixels)
+    train = data.training_samples(train_data, args, config)
     steps, micro, accumulate, peak = vit.derive(args, len(train_data), world)
     if not vit.open_run(args, "mae", {"what --data holds": train_data.fingerprint(),
-                                      "what --val holds": val and val_data.fingerprint()}, model):
+                                      "what --val holds": val and val.source.fingerprint()}, model):
         return
-    examples = data.examples(val or data.unshuffled(train_data, args, config), device)
+    examples = data.examples(val or data.evaluation_samples(train_data, config), device)
 
     # ---- optimizer and state
     optimizer = torch.optim.AdamW(vit.decay_groups(model, args.weight_decay), lr=peak, betas=BETAS,
                                   fused=True)
     state = vit.restore(args, model, optimizer, vit.fresh_state(args, device))
-    data.cut_bad_list(args, state)
     log = vit.Log(args, device, state["step"], steps, 3 * vit.forward_flops(make, example))
-    positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
-    batches = data.load(train, positions, args.workers, device)
+    batches = data.training_batches(train, args, state["step"], steps, micro, device)
     describe = {"config": {**asdict(config), **own}, "stage": "mae"}
 
     def draw_and_evaluate():
         draw_reconstruction(model, examples["images"], examples["position"], args, device,
                             Path(args.out) / "reconstruction.png")
-        return evaluate(model, val, args, device, rank, world) if val else {}
+        return evaluate(model, val, args, device) if val else {}
 
     # ---- loop
     while state["step"] < steps:

@@ -22,6 +22,8 @@ starts from runs/wsp/model.pt.
 import functools
 import json
 import math
+import unicodedata
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -80,11 +82,66 @@ def parse_flags(argv):
 
 
 # ======================================================================================
-# Vocabulary and resampling
+# Hashtags: from what people write to a vocabulary
 # ======================================================================================
 
+def canonical(tag):
+    """The form in which hashtags are compared: Unicode NFKC, casefold, no # and no separators.
+
+    "#Beach_Life" and "beach-life" are one; accents, CJK and emoji stay, but not the marks that
+    choose how an emoji is drawn. "" where nothing is left."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", str(tag)).casefold())
+    # Letters, marks, numbers and symbols stay; punctuation, spaces and control characters do not.
+    return "".join(c for c in text if unicodedata.category(c)[0] in "LMNS"
+                   and c not in "\ufe0e\ufe0f")
+
+
+def read_synonyms(path):
+    """A file of lines "alias TAB canonical tag" as {alias: the tag at the end of its chain}.
+
+    Raises UserError for a line of another form, an alias of two meanings, and a cycle."""
+    meaning = {}
+    for number, line in data.read_lines(path, "--synonyms"):
+        if line.startswith("# "):
+            continue
+        words = [canonical(word) for word in line.split("\t")]
+        if len(words) != 2 or not all(words):
+            raise UserError(f"{path}, line {number}: not an alias, a TAB and a tag: {line!r}")
+        alias, tag = words
+        if alias != tag and meaning.setdefault(alias, tag) != tag:
+            raise UserError(f"{path}, line {number}: {alias} means {meaning[alias]} and {tag}")
+    ends = {}
+    for alias, tag in meaning.items():
+        chain = [alias]
+        while tag in meaning and tag not in chain:
+            chain.append(tag)
+            tag = meaning[tag]
+        if tag in chain:
+            raise UserError(f"{path}: a cycle: {' → '.join([*chain, tag])}")
+        ends[alias] = tag
+    return ends
+
+
+def count_tags(source, synonyms):
+    """On how many images each canonical tag is: a Counter, on rank 0; None on the others."""
+    numbers, counts, total = {}, Counter(), Counter()
+
+    def number_of(tag):
+        tag = canonical(tag)
+        return numbers.setdefault(synonyms.get(tag, tag), len(numbers)) if tag else -1
+
+    for c in data.my_part(len(source.chunks), "counting tags"):
+        found, images = np.unique(data.pairs(source, c, number_of)[1], return_counts=True)
+        counts.update(dict(zip(found.tolist(), images.tolist())))
+    # Rare tags may be many millions: no rank but the first needs them.
+    parts = vit.gather_objects({tag: counts[number] for tag, number in numbers.items()})
+    for part in parts or ():
+        total.update(part)
+    return parts and total
+
+
 def choose_vocabulary(counts, min_count, size):
-    """The most frequent tags [(tag, images)], those of many images first."""
+    """The most frequent tags, [(tag, images)], from the most frequent to the rarest one."""
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     kept = [(tag, count) for tag, count in ranked[:size] if count >= min_count]
     if not kept:
@@ -95,74 +152,127 @@ def choose_vocabulary(counts, min_count, size):
     return kept
 
 
-def repeats(counts, scale, most):
-    """How often, on average, an image is shown whose rarest tag is each of the tags: [K].
-
-    clip(sqrt(t / f), 1, most): the inverse square root of the hashtag's frequency (the lineage's;
-    the paper's own rule is not published). `counts` [K]: the images that have the tag, for f;
-    `scale`: t, in images."""
-    return np.clip(np.sqrt(scale / counts), 1, most)
+def tag_number(tag, vocabulary, synonyms):
+    """The number of a tag as somebody wrote it in a vocabulary {tag: number}; -1 if it has none."""
+    tag = canonical(tag)
+    return vocabulary.get(synonyms.get(tag, tag), -1)
 
 
-def solve_scale(counts, by_rarest, most):
-    """The scale with which an epoch shows 5/3 of the images (paper: 5B samples of 3B images).
+def tag_targets(sample, number_of):
+    """The numbers of a sample's tags, each once."""
+    return sorted({number_of(tag) for tag in sample.get("tags", ())} - {-1})
 
-    `counts` [K]: the images that have a tag; `by_rarest` [K]: those whose rarest tag it is."""
-    low, high = counts.min(), counts.max() * most ** 2
+
+# ======================================================================================
+# Resampling: images of rare tags are shown more often
+# ======================================================================================
+
+def repeats(frequency, t, max_repeat):
+    """r(tag) = clip(sqrt(t / f), 1, max_repeat): how often an epoch shows an image whose rarest tag
+    it is, on average; float64 [K].
+
+    The inverse square root of the tag's `frequency` f, here in images, is the lineage's; the
+    paper's own rule is not published."""
+    return np.clip(np.sqrt(t / frequency), 1, max_repeat)
+
+
+def solve_t(frequency, images, max_repeat):
+    """The t with which an epoch shows 5/3 of the images (paper: 5B samples of 3B images).
+
+    `frequency` [K]: how many images have each tag; `images` [K]: how many have it as their rarest.
+    The sum of r(tag) x images grows with t: bisection between a t that repeats nothing and one that
+    repeats everything max_repeat times."""
+    low, high = frequency.min(), frequency.max() * max_repeat ** 2
     for _ in range(100):
-        middle = math.sqrt(low * high)
-        if (repeats(counts, middle, most) * by_rarest).sum() < EPOCH_REPEAT * by_rarest.sum():
-            low = middle
+        t = math.sqrt(low * high)
+        if (repeats(frequency, t, max_repeat) * images).sum() < EPOCH_REPEAT * images.sum():
+            low = t
         else:
-            high = middle
+            high = t
     return high
 
 
-def open_tags(args, source, places):
-    """Count the tags of --data and resample it: (Tagged, what is known of the tags).
+def rarest_tags(rows, tags):
+    """Of data.pairs, each row once with its rarest tag, the last one: tags are numbered from the
+    most frequent to the rarest."""
+    last = np.diff(rows, append=-1) != 0
+    return rows[last], tags[last]
 
-    What was found is kept beside the indexes of shards, so that a resumed run need not count."""
-    synonyms = data.read_synonyms(args.synonyms) if args.synonyms else {}
+
+def times_shown(c, source, number_of, r):
+    """How often an epoch shows each sample of a chunk: int64 [n]; 0 without a known tag.
+
+    r [K] of the rarest tag. A fraction is rounded up with its own probability, by a hash of the
+    sample: in every epoch alike."""
+    rows, rarest = rarest_tags(*data.pairs(source, c, number_of))
+    first = int(source.chunks[:c].sum())
+    times = np.zeros(int(source.chunks[c]), np.int64)
+    times[rows] = r[rarest] + data.uniform(0, first + rows, "repeat", 1)[:, 0]
+    return times
+
+
+def resample(args, source, synonyms):
+    """The vocabulary of a source and what an epoch shows of it: a dict of arrays, see below.
+
+    Three passes over the tags, which ranks share: how many images have each; how many have it as
+    their rarest, which gives t; how often each chunk's images are shown with that t."""
+    counted = count_tags(source, synonyms)
+    kept = vit.on_rank_0(lambda: choose_vocabulary(counted, args.min_count, args.vocabulary_size))
+    vocabulary, K = [tag for tag, _ in kept], len(kept)
+    frequency = np.array([images for _, images in kept], np.float64)        # [K]
+    number_of = number_in(vocabulary, synonyms)
+
+    images = torch.zeros(K, dtype=torch.int64)
+    for c in data.my_part(len(source.chunks), "rarest tags"):
+        _, rarest = rarest_tags(*data.pairs(source, c, number_of))
+        images += torch.from_numpy(np.bincount(rarest, minlength=K))
+    images = vit.all_reduce_sum(images).numpy()                             # [K]
+
+    t = solve_t(frequency, images, args.max_repeat) if args.resample == "sqrt" else 0.0
+    r = repeats(frequency, t, args.max_repeat)
+    shown = torch.zeros(len(source.chunks), dtype=torch.int64)
+    mass = torch.zeros(2, K, dtype=torch.float64)       # sums over what is shown of 1/k and of 1
+    for c in data.my_part(len(source.chunks), "resampling"):
+        times = times_shown(c, source, number_of, r)
+        shown[c] = int(times.sum())
+        rows, tags = data.pairs(source, c, number_of)
+        k = np.bincount(rows, minlength=len(times))[rows]
+        for total, weights in zip(mass, (times[rows] / k, times[rows])):
+            total += torch.from_numpy(np.bincount(tags, weights, K))
+    shown, mass = vit.all_reduce_sum(shown).numpy(), vit.all_reduce_sum(mass)
+    baseline = entropy_baseline(*mass, int(shown.sum()))
+    return {"vocabulary": np.array(vocabulary), "frequency": frequency, "t": np.array(t), "r": r,
+            "shown": shown, "tagged": images.sum(), **baseline}
+
+
+def number_in(vocabulary, synonyms):
+    """tag_number for a vocabulary [tag]; it can be sent to workers."""
+    numbers = {tag: i for i, tag in enumerate(vocabulary)}
+    return functools.partial(tag_number, vocabulary=numbers, synonyms=synonyms)
+
+
+def open_tags(args, source):
+    """Count the tags of --data and resample it: (data.Rows, targets_of, what is known of the tags).
+
+    What was counted is kept in --index-dir or --out, so that a resumed run need not count again."""
+    synonyms = read_synonyms(args.synonyms) if args.synonyms else {}
     if not args.synonyms and all(map(data.is_world, args.data)):
-        synonyms = {data.canonical(alias): tag for alias, tag in data.SYNONYMS.items()}
-    key = data.crc(json.dumps([data.INDEX_VERSION, source.fingerprint(), synonyms, args.min_count,
-                               args.resample, args.vocabulary_size, args.max_repeat]))
-    cache = Path(places["index_dir"] or places["fallback"]) / f"tags-{key:08x}.npz"
-    found = data.kept_arrays(cache, lambda: count_and_resample(args, source, synonyms))
-    about = {**json.loads(found["about"].tobytes()), "synonyms": sorted(synonyms.items())}
-    tagged = data.Tagged(source, numbers_in(about["vocabulary"], synonyms), found["repeats"],
-                         found["sums"])
-    rank0_print(f"{len(about['vocabulary']):,} tags on {about['tagged']:,} of {len(source):,} images, the "
-                f"others are left out; an epoch shows {len(tagged):,}"
-                + (f" (t is {about['scale']:.4g} images)" if about["scale"] else "")
-                + f"; knowing nothing scores {about[args.loss]:.4f}")
-    return tagged, about
-
-
-def numbers_in(vocabulary, synonyms):
-    """The numbers of a tag as it was written, as data.Tagged takes it."""
-    number = {tag: i for i, tag in enumerate(vocabulary)}
-    return functools.partial(data.tag_numbers, number=number, synonyms=synonyms)
-
-
-def count_and_resample(args, source, synonyms):
-    """The work of open_tags: {"repeats" by tag, "sums" of the chunks, "about": the rest, as JSON}.
-
-    Three passes over the tags, which the ranks share: how many images have each; how many have it
-    as their rarest; what an epoch that shows them repeatedly consists of."""
-    counted = data.count_tags(source, synonyms)
-    pairs = vit.on_rank_0(
-        lambda: choose_vocabulary(counted, args.min_count, args.vocabulary_size))
-    vocabulary, counts = [tag for tag, _ in pairs], np.array([n for _, n in pairs], np.float64)
-    numbers = numbers_in(vocabulary, synonyms)
-    by_rarest, by_length = data.count_rarest(source, numbers, len(counts))
-    scale = solve_scale(counts, by_rarest, args.max_repeat) if args.resample == "sqrt" else 0.0
-    tagged = data.Tagged(source, numbers, repeats(counts, scale, args.max_repeat))
-    about = {"vocabulary": vocabulary, "counts": counts.astype(int).tolist(), "scale": scale,
-             **entropy_baseline(*data.count_shown(tagged, len(counts)), len(tagged)),
-             "tagged": int(by_rarest.sum()), "tags_an_image": by_length.astype(int).tolist()}
-    return {"repeats": tagged.repeats, "sums": tagged.chunks,
-            "about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
+        synonyms = {canonical(alias): tag for alias, tag in data.SYNONYMS.items()}
+    key = data.crc(repr([source.fingerprint(), sorted(synonyms.items()), args.min_count,
+                         args.resample, args.vocabulary_size, args.max_repeat]))
+    path = Path(args.index_dir or args.out) / f"tags-{key:08x}.npz"
+    found = data.kept_arrays(path, lambda: resample(args, source, synonyms))
+    tags = {"vocabulary": found["vocabulary"].tolist(), "synonyms": sorted(synonyms.items()),
+            "counts": found["frequency"].astype(int).tolist(),
+            **{loss: float(found[loss]) for loss in ("softmax", "bce")}}
+    number_of = number_in(tags["vocabulary"], synonyms)
+    times = functools.partial(times_shown, source=source, number_of=number_of, r=found["r"])
+    rows = data.Rows(source.chunks, times, found["shown"])
+    rank0_print(f"{len(tags['vocabulary']):,} tags on {found['tagged']:,} of {len(source):,} "
+                f"images, the others are left out; an epoch shows {len(rows):,}"
+                + (f" (t is {found['t']:.4g} images)" if found["t"] else "")
+                + f"; entropy of the tags {tags[args.loss]:.4f}")
+    return rows, functools.partial(tag_targets, number_of=number_of), tags
 
 
 def entropy_baseline(mass, images, count):
@@ -175,14 +285,11 @@ def entropy_baseline(mass, images, count):
             "bce": float((torch.special.entr(share) + torch.special.entr(1 - share)).mean())}
 
 
-def show_vocabulary(about):
-    """--vocabulary-only: the most frequent and the rarest tags, and how many an image has."""
-    pairs = [f"{tag} ({count:,})" for tag, count in zip(about["vocabulary"], about["counts"])]
+def show_vocabulary(tags):
+    """--vocabulary-only: the most frequent and the rarest tags."""
+    pairs = [f"{tag} ({count:,})" for tag, count in zip(tags["vocabulary"], tags["counts"])]
     rank0_print("most frequent: " + " ".join(pairs[:40]))
     rank0_print("rarest: " + " ".join(pairs[40:][-40:]))
-    for k, images in enumerate(about["tags_an_image"]):
-        if images:
-            rank0_print(f"{images:12,} images have {k if k < 64 else '64 or more'} known tags")
 
 
 # ======================================================================================
@@ -207,7 +314,7 @@ def tag_losses(logits, tags, kind="softmax"):
 # ======================================================================================
 
 @torch.no_grad()
-def evaluate(model, val, args, device, rank, world, about):
+def evaluate(model, val, args, device, about):
     """Loss and recall over a source, every image with a known tag once, whatever the ranks.
 
     Recall at k is the share of an image's tags that are among the k most probable, averaged over
@@ -215,8 +322,8 @@ def evaluate(model, val, args, device, rank, world, about):
     K, tops = len(about["vocabulary"]), (1, 5, 10)
     sums = torch.zeros(5, dtype=torch.float64)          # images, their losses, their recalls
     by_tag = torch.zeros(3, K, dtype=torch.float64)     # images with it, of those found, mass
-    for images, batch in data.validate(val, args, device, rank, world):
-        tags, weight = batch["tags"].to(device), batch["weight"].double()   # [B,k] [B]
+    for images, batch in data.validate(val, args, device):
+        tags, weight = batch["targets"].to(device), batch["weight"].double()   # [B,k] [B]
         with vit.autocast(args, device):
             logits = model(images)                                          # [B,K]
         losses = tag_losses(logits, tags, args.loss).cpu().double()         # [B]
@@ -230,12 +337,12 @@ def evaluate(model, val, args, device, rank, world, about):
         for row, value in zip(by_tag, (torch.ones_like(found), found, share[known].double())):
             row.index_add_(0, tags[known], value)
     (count, *sums), by_tag = vit.all_reduce_sum(sums).tolist(), vit.all_reduce_sum(by_tag)
-    if rank == 0:
+    if vit.get_rank() == 0:
         write_tags(Path(args.out) / "tags.txt", about, *by_tag[:2].tolist())
     metrics = {name: value / count for name, value in zip(
         ("loss", *(f"recall{k}" for k in tops)), sums)}
     return {**metrics, "entropy": entropy_baseline(by_tag[2], by_tag[0], count)[args.loss],
-            "count": int(count), "bad": len(val.source) - int(count)}
+            "count": int(count), "bad": len(val) - int(count)}
 
 
 def write_tags(path, about, images, found):
@@ -254,24 +361,40 @@ def write_tags(path, about, images, found):
 # ======================================================================================
 
 def open_all(args, config, told):
-    """The data with their tags: (--data as data.Tagged, --val as data.Samples, what is known of
-    the tags); None for what is not needed. A model that is only used brings its vocabulary."""
-    places, tagged = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}, None
+    """The data with their tags: (--data and --val as data.Samples, what is known of the tags); None
+    for what is not needed. A model that is only used brings its vocabulary."""
+    train = val = None
     if args.predict or args.eval_only:
         if told.get("stage") != "wsp":
             raise UserError(f"{args.init} has no vocabulary: --predict and --eval-only need a file "
                             "of this stage, as runs/wsp/model.pt")
         about, args.loss = told, told["config"]["loss"]
     else:
-        tagged, about = open_tags(args, data.open_data(*args.data, **places), places)
-    if not args.val or args.predict or args.vocabulary_only:
-        return tagged, None, about
-    val = data.Tagged(data.open_data(*args.val, **places),
-                      numbers_in(about["vocabulary"], dict(about["synonyms"])))
-    if not len(val):
-        raise UserError("no image of --val has a tag of the vocabulary, "
-                        f"{' '.join(about['vocabulary'][:8])} …")
-    return tagged, data.unshuffled(val, args, config), about
+        source = data.open_data(*args.data, index_dir=args.index_dir)
+        rows, targets_of, about = open_tags(args, source)
+        crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
+        train = data.training_samples(source, args, config, crop, rows, targets_of)
+    if args.val and not args.predict and not args.vocabulary_only:
+        source = data.open_data(*args.val, index_dir=args.index_dir)
+        number_of = number_in(about["vocabulary"], dict(about["synonyms"]))
+        once = functools.partial(times_shown, source=source, number_of=number_of,
+                                 r=np.ones(len(about["vocabulary"])))
+        rows = data.Rows(source.chunks, once)
+        if not len(rows):
+            raise UserError("no image of --val has a tag of the vocabulary, "
+                            f"{' '.join(about['vocabulary'][:8])} …")
+        val = data.evaluation_samples(source, config, rows=rows, targets_of=functools.partial(
+            tag_targets, number_of=number_of))
+    return train, val, about
+
+
+@torch.no_grad()
+def probabilities(model, pixels, args, device):
+    """The probability of each tag for pictures [B,H,W,C]: [B,K]. Every rank has to call it."""
+    with vit.autocast(args, device):
+        logits = torch.cat([model(data.normalise(part.to(device)))
+                            for part in pixels.split(args.micro_batch)]).float()
+    return logits.sigmoid() if args.loss == "bce" else logits.softmax(1)
 
 
 def main(argv):
@@ -283,7 +406,7 @@ def main(argv):
     device, rank, world = vit.start(args)
 
     # ---- data, and the vocabulary, which decides how many outputs the model has
-    tagged, val, about = open_all(args, config, told)
+    train, val, about = open_all(args, config, told)
     if args.vocabulary_only:
         return show_vocabulary(about)
 
@@ -297,35 +420,34 @@ def main(argv):
             rank0_print(f"NOTE: a new head for {len(about['vocabulary'])} tags: --init's vocabulary of "
                         f"{len(told['vocabulary'])} is another one")
     if args.predict:
-        return data.print_predictions(model, config, args, device, about["vocabulary"])
+        pixels = data.read_pictures(args, config)
+        return data.print_predictions(args, probabilities(model, pixels, args, device),
+                                      about["vocabulary"])
     if args.eval_only:
-        return vit.report(args, evaluate(model, val, args, device, rank, world, about))
-    crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
-    train = data.Samples(tagged, config.image, config.channels, crop, args.seed,
-                         max_pixels=args.max_pixels)
-    steps, micro, accumulate, peak = vit.derive(args, len(tagged), world)
+        return vit.report(args, evaluate(model, val, args, device, about))
+    steps, micro, accumulate, peak = vit.derive(args, len(train), world)
     words = data.crc(json.dumps([about["vocabulary"], about["synonyms"]]))
     if not vit.open_run(args, "wsp", {
-            "what --data holds": tagged.source.fingerprint(),
-            "what --val holds": val and val.source.source.fingerprint(),
+            "what --data holds": train.source.fingerprint(),
+            "what --val holds": val and val.source.fingerprint(),
             "vocabulary": f"{len(about['vocabulary'])} tags (CRC {words:08x})"}, model):
         return
-    examples = data.examples(val or data.unshuffled(tagged, args, config), device)
+    examples = data.examples(val or data.evaluation_samples(
+        train.source, config, rows=train.rows, targets_of=train.targets_of), device)
 
     # ---- optimizer and state
     groups = vit.decay_groups(model, args.weight_decay, NO_DECAY)
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=BETAS, fused=True)
     state = vit.restore(args, model, optimizer, vit.fresh_state(args, device))
-    data.cut_bad_list(args, state)
     log = vit.Log(args, device, state["step"], steps, 3 * vit.forward_flops(make, example))
-    positions = data.training_positions(state["step"], steps, args.batch, micro, rank, world)
-    batches = data.load(train, positions, args.workers, device)
+    batches = data.training_batches(train, args, state["step"], steps, micro, device)
     describe = {"config": {**asdict(config), "loss": args.loss}, "stage": "wsp",
                 **{key: about[key] for key in ("vocabulary", "counts", "synonyms")}}
 
     def draw_and_evaluate():
-        data.draw_predictions(model, examples, args, device, about["vocabulary"])
-        return evaluate(model, val, args, device, rank, world, about) if val else {}
+        chances = probabilities(model, examples["images"], args, device)
+        data.draw_predictions(args, examples, chances, about["vocabulary"])
+        return evaluate(model, val, args, device, about) if val else {}
 
     # ---- loop
     while state["step"] < steps:
@@ -339,7 +461,7 @@ def main(argv):
             batch = log.wait(batches)
             bad += batch["bad"]
             position = batch["position"].to(device, non_blocking=True)      # [B]
-            tags = batch["tags"].to(device, non_blocking=True)              # [B,k]
+            tags = batch["targets"].to(device, non_blocking=True)              # [B,k]
             images = batch["images"].to(device, non_blocking=True)          # [B,H,W,C]
             images = data.flip(images, data.uniform(args.seed, position, "flip", 1))
             images, keep = data.normalise(images), None                     # [B,C,H,W]
