@@ -555,14 +555,18 @@ def columns_of(samples):
             **pack_strings("tag_words", tag_words)}
 
 
-def sample_at(columns, i):
-    """What columns say of sample i: (name, word of the label or None, tags, caption or None)."""
-    label, ends = int(columns["labels"][i]), columns["tag_ends"]
+def sample_at(columns, i, numbers):
+    """(The name of sample i, what is known of it: a dict of "label", "tags", "caption").
+
+    `numbers` {word: label} are those of the source's classes."""
+    ends, label = columns["tag_ends"], int(columns["labels"][i])
     tags = columns["tags"][ends[i - 1] if i else 0:ends[i]].tolist()
-    return (string_at(columns, "names", i),
-            string_at(columns, "label_words", label) if label >= 0 else None,
-            [string_at(columns, "tag_words", tag) for tag in tags],
-            string_at(columns, "captions", i) or None)
+    found = {"tags": [string_at(columns, "tag_words", tag) for tag in tags]}
+    if label >= 0:
+        found["label"] = numbers[string_at(columns, "label_words", label)]
+    if caption := string_at(columns, "captions", i):
+        found["caption"] = caption
+    return string_at(columns, "names", i), found
 
 
 def words_of(columns, begin, end, what):
@@ -612,19 +616,13 @@ class Files:
         return len(self.columns["labels"])
 
     def __getitem__(self, i):
-        name, label, tags, caption = sample_at(self.columns, i)
+        name, found = sample_at(self.columns, i, self.numbers)
         path = os.path.join(self.root, name)
-        return known(image=path, where=path, label=self.numbers.get(label), tags=tags,
-                     caption=caption)
+        return {"image": path, "where": path, **found}
 
     def words(self, c, what):
         first = int(np.sum(self.chunks[:c]))
         return words_of(self.columns, first, first + int(self.chunks[c]), what)
-
-
-def known(**sample):
-    """A sample without the entries that are not known."""
-    return {name: value for name, value in sample.items() if value is not None}
 
 
 def list_folder(root):
@@ -642,11 +640,10 @@ def list_folder(root):
             continue
         entered.add(real)
         below[:] = sorted(name for name in below if not name.startswith("."))
-        inside = os.path.relpath(folder, root)
-        files = [name if inside == "." else f"{inside}/{name}" for name in files
-                 if not name.startswith(".")]
-        names += [name for name in files if name.lower().endswith(IMAGE_ENDINGS)]
-        tars += [os.path.join(root, name) for name in files if name.lower().endswith(".tar")]
+        paths = [os.path.join(folder, name) for name in files if not name.startswith(".")]
+        names += [os.path.relpath(path, root) for path in paths
+                  if path.lower().endswith(IMAGE_ENDINGS)]
+        tars += [path for path in paths if path.lower().endswith(".tar")]
     if not names and tars:
         return sorted(tars)
     if tars:
@@ -722,8 +719,8 @@ def list_manifest(path):
 
 INDEX_VERSION = 4
 # What is counted when a shard is indexed; the first two are damage
-LEFT_OUT = ("damaged places", "shards cut short", "other files", "links and devices",
-            "keys without an image", "repeated names", "unreadable records")
+LEFT_OUT = ("damaged places", "shards cut short", "other files", "keys without an image",
+            "unreadable records")
 # The parts of a sample, and the most bytes of each; what is larger is not read
 MOST = {"image": 1 << 30, "cls": 1 << 20, "txt": 1 << 20, "json": 1 << 20}
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
@@ -746,7 +743,7 @@ def tar_members(file, left_out):
                 if member.isreg() and not member.issparse():
                     yield member.name, member.offset_data, member.size
                 elif not member.isdir():
-                    left_out["links and devices"] += 1
+                    left_out["other files"] += 1
                 tar.members.clear()         # or a million of them stay in memory
         left_out["damaged places"] += any(os.pread(file.fileno(), 1 << 20, end))
     except (tarfile.TarError, ValueError, OverflowError, RecursionError):
@@ -780,7 +777,6 @@ def find_samples(file, left_out):
             left_out["other files"] += 1
             continue
         if part in last.get(longer, {part}):
-            left_out["repeated names"] += longer in last
             last[longer] = {"key": longer}
             samples.append(last[longer])
         last[longer][part] = offset, size
@@ -825,10 +821,16 @@ def index_tar(path, file):
 
 
 def write_arrays(path, arrays):
+    """Write an index, or what else is kept beside indexes. Raises UserError."""
     def write(aside):
         with open(aside, "wb") as file:     # given a name, numpy would append .npz to it
             np.savez(file, **arrays)
-    write_aside(Path(path), write)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_aside(Path(path), write)
+    except (OSError, UserError) as error:
+        raise UserError(f"{error}; indexes of shards are kept beside these, or in --index-dir: "
+                        "give a folder where you may write") from error
 
 
 def write_npz(path, arrays, files):
@@ -875,14 +877,8 @@ def kept_arrays(path, make):
     found = on_rank_0(lambda: read_arrays(path))
     if not found:
         found = make()
-
-        def keep():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_arrays(path, found)
-        on_rank_0(keep)
+        on_rank_0(lambda: write_arrays(path, found))
     return found
-
-
 
 
 def index_path(path, index_dir):
@@ -891,16 +887,6 @@ def index_path(path, index_dir):
         return f"{path}.index.npz"
     folder, name = os.path.split(os.path.abspath(path))
     return os.path.join(index_dir, f"{crc(os.fsencode(folder)):08x}-{name}.index.npz")
-
-
-def write_index(path, columns):
-    """Write an index or a catalogue. Raises UserError, which names --index-dir."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_arrays(path, columns)
-    except (OSError, UserError) as error:
-        raise UserError(f"{error}; indexes of shards are kept beside these, or in --index-dir: "
-                        "give a folder where you may write") from error
 
 
 def size_and_time(path):
@@ -919,7 +905,7 @@ def open_index(path, index_dir):
         columns = index_tar(path, file)
     if size_and_time(path) != found:
         raise UserError(f"{path} is still being written; start again when it is complete")
-    write_index(index, {**columns, "stamp": np.array([INDEX_VERSION, *found])})
+    write_arrays(index, {**columns, "stamp": np.array([INDEX_VERSION, *found])})
     return columns
 
 
@@ -964,11 +950,9 @@ class Shards:
         s = int(np.searchsorted(self.ends, i, side="right"))
         path, file, columns = self.open(s)
         row = int(i) - int(self.ends[s] - self.chunks[s])
-        name, label, tags, caption = sample_at(columns, row)
-        offset, size = columns["places"][row].tolist()
-        return known(image=functools.partial(read_part, file, offset, size),
-                     where=f"{path}: {name}", label=self.numbers.get(label), tags=tags,
-                     caption=caption)
+        name, found = sample_at(columns, row, self.numbers)
+        read_image = functools.partial(read_part, file, *columns["places"][row].tolist())
+        return {"image": read_image, "where": f"{path}: {name}", **found}
 
     def words(self, c, what):
         return words_of(self.open(c)[2], 0, int(self.chunks[c]), what)
@@ -1030,7 +1014,7 @@ def open_shards(paths, index_dir):
     if catalogue is None:
         catalogue = {**names, "stats": stats, "version": np.array(INDEX_VERSION),
                      **index_shards(paths, index_dir)}
-        on_rank_0(lambda: write_index(path, catalogue))
+        on_rank_0(lambda: write_arrays(path, catalogue))
     source, more = Shards(catalogue, index_dir), f" and {len(paths) - 1} more" if paths[1:] else ""
     if source.left_out.any():
         rank0_print(f"in {paths[0]}{more}: " + ", ".join(
@@ -1180,9 +1164,9 @@ class Rows:
     """The samples of a source that are used, some of them several times: rows[i] is a number in the
     source.
 
-    times(c) is how often each sample of chunk c is used, int64 [n]. Memory holds its sums only, and
-    what was used last, so that billions of samples can be repeated. Ranks share the work of summing:
-    call it on every rank, or give the `sums`."""
+    times(c) is how often each sample of chunk c is used, int64 [n]. Memory holds its sum for each
+    chunk, and what was used last: enough for billions of samples. Ranks share the summing, so call
+    it on every rank, or give the `sums`."""
 
     def __init__(self, source_chunks, times, sums=None):
         self.times, self.known = times, {}
@@ -1205,12 +1189,6 @@ class Rows:
             self.known[c] = np.cumsum(self.times(c)).astype(np.int32)
         place = i - (int(self.ends[c]) - int(self.chunks[c]))
         return int(self.starts[c]) + int(np.searchsorted(self.known[c], place, "right"))
-
-
-def has_captions(source):
-    """Whether any of 100 images, from all over a source, has a caption; as rank 0 finds them."""
-    spread = np.linspace(0, len(source) - 1, min(100, len(source))).astype(int).tolist()
-    return on_rank_0(lambda: any(source[i].get("caption", "").strip() for i in spread))
 
 
 def read_lines(path, flag):
@@ -1321,8 +1299,7 @@ class Samples(Dataset):
 
     In training the order is shuffled, and an image that cannot be read is replaced by one that
     depends on the position alone. In validation (shuffle=False) it has weight 0, as have positions
-    past the end, which fill up batches. `features` [n,D], a row per sample, replace the pixels where
-    they are given."""
+    past the end, which fill up batches. `features` [n,D], if given, replace the pixels."""
 
     def __init__(self, source, size, channels, choose_box, seed=0, shuffle=True, rows=None,
                  targets_of=None, augment=None, features=None):
@@ -1649,28 +1626,24 @@ def read_features(path):
 # ======================================================================================
 
 def info(args):
-    """What is there: samples, classes, tags, sizes and modes of up to 1,000, evenly spread."""
+    """Print what is there: samples, classes, and of up to 1,000 samples sizes, modes and tags."""
     source, sizes, modes, tags = open_data(*args.spec, index_dir=args.index_dir), [], Counter(), []
     looked = np.linspace(0, len(source) - 1, min(len(source), 1000)).astype(int).tolist()
     for sample in (source[i] for i in looked):
-        tags.append(sample.get("tags", []))
-        if isinstance(sample["image"], dict):
-            continue
+        tags += sample.get("tags", [])
         try:
             with open_image(sample["image"]) as image:
                 sizes.append(image.size)
                 modes[f"{image.format} {image.mode}"] += 1
-        except Exception:
-            modes["unreadable"] += 1
-    counted = Counter(tag for some in tags for tag in some).most_common()
-    width, height = np.percentile(sizes, (0, 50, 100), axis=0).astype(int).T.tolist() \
-        if sizes else (None, None)
+        except Exception:               # what decoders raise on damage has no common class
+            modes["drawn" if isinstance(sample["image"], dict) else "unreadable"] += 1
+    quantiles = np.percentile(sizes or [(0, 0)], (0, 50, 100), axis=0).astype(int).tolist()
+    tag_counts = Counter(tags).most_common()
     print(json.dumps({
         "samples": len(source), "classes": len(source.classes), "names": source.classes[:12],
-        "looked_at": len(looked), "modes": modes, "least_median_most_width": width,
-        "least_median_most_height": height, "tags_per_image": round(sum(map(len, tags))
-                                                                    / len(tags), 3),
-        "different_tags": len(counted), "head": counted[:8], "tail": counted[8:][-4:]}))
+        "looked_at": len(looked), "modes": modes,
+        **dict(zip(("smallest", "median", "largest"), quantiles)), "tags_per_image": round(len(tags) / len(looked), 3),
+        "different_tags": len(tag_counts), "head": tag_counts[:8], "tail": tag_counts[8:][-4:]}))
 
 
 def verify(args):

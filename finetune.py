@@ -212,7 +212,7 @@ def enhanced(kind):
     return lambda image, level, sign: kind(image).enhance(max(0.1, 1 + sign * 0.9 * level))
 
 
-# Functions of an image, a level from 0 to 1 and a sign: timm's "increasing" set, as MAE's finetuning
+# Functions of an image, a level from 0 to 1 and a sign: timm's "increasing" set (MAE's finetuning)
 OPERATIONS = {
     "autocontrast": lambda image, level, sign: ImageOps.autocontrast(image),
     "equalize": lambda image, level, sign: ImageOps.equalize(image),
@@ -1444,6 +1444,12 @@ def framed(ids, longest):
     return [START, *ids[:longest - 2], END]
 
 
+def has_captions(source):
+    """Whether any of 100 images, from all over a source, has a caption; as rank 0 finds them."""
+    spread = np.linspace(0, len(source) - 1, min(100, len(source))).astype(int).tolist()
+    return vit.on_rank_0(lambda: any(source[i].get("caption", "").strip() for i in spread))
+
+
 def caption_tokens(sample, encode, longest):
     """The framed ids of a sample's caption. Raises ValueError where it has none."""
     caption = sample.get("caption", "")
@@ -1811,7 +1817,7 @@ def evaluate_towers(model, val, args, device, rank, world, names, vectors, encod
         parts = vit.gather_objects(rows[name])
         found = vit.on_rank_0(lambda: summarise(sum(parts, []), len(val), args, names))
         metrics = {**{name + key: found[key] for key in ("loss", "top1", "top5")}, **metrics}
-    if data.has_captions(val.source):
+    if has_captions(val.source):
         captions = [val.sample(i).get("caption") for i in positions]
         told = [i for i, caption in enumerate(captions) if caption]
         parts = vit.all_gather_objects(([captions[i] for i in told], torch.cat(kept)[told].numpy()))
@@ -1931,7 +1937,7 @@ def open_pairs(args, config, model, encode, device, rank, world):
     """--data as data.Samples of images, or of what --cache-features keeps of them, with the tokens
     of their captions as "targets"."""
     source, features, rows = data.open_data(*args.data, index_dir=args.index_dir), None, None
-    if not data.has_captions(source):
+    if not has_captions(source):
         raise UserError('--data has no captions: give shards with .txt or a "caption" in .json, '
                         "a manifest with captions, or the world")
     crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
@@ -1968,7 +1974,7 @@ def open_classes_and_val(args, config):
     classes = classes or [[name] for name in val.classes]
     if len(classes) < 2:
         classes = []
-        if not data.has_captions(val):
+        if not has_captions(val):
             raise UserError("--val has neither classes nor captions: there is nothing to evaluate")
     chosen = labelled(val, classes, "--val") if classes else ()
     return data.evaluation_samples(val, config, data.WHOLE_WIDTH, *chosen), classes, templates
