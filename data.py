@@ -640,10 +640,10 @@ def list_folder(root):
             continue
         entered.add(real)
         below[:] = sorted(name for name in below if not name.startswith("."))
-        paths = [os.path.join(folder, name) for name in files if not name.startswith(".")]
-        names += [os.path.relpath(path, root) for path in paths
-                  if path.lower().endswith(IMAGE_ENDINGS)]
-        tars += [path for path in paths if path.lower().endswith(".tar")]
+        inside = "" if folder == root else os.path.relpath(folder, root) + "/"
+        files = [inside + name for name in files if not name.startswith(".")]
+        names += [name for name in files if name.lower().endswith(IMAGE_ENDINGS)]
+        tars += [os.path.join(root, name) for name in files if name.lower().endswith(".tar")]
     if not names and tars:
         return sorted(tars)
     if tars:
@@ -695,21 +695,24 @@ def read_record(record):
 def list_manifest(path):
     """The images of a .jsonl or .csv: the arguments of Files. Raises UserError."""
     def samples():
-        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            table = csv.DictReader(file) if path.lower().endswith(".csv") else None
-            if table and "image" not in (table.fieldnames or ()):
-                raise UserError(f"{path} has no column named image; its first line has: "
-                                f"{', '.join(table.fieldnames or ())[:200]}")
-            for number, record in enumerate(table or filter(str.strip, file), 1):
-                try:
-                    record = record if table else json.loads(record)
-                    image = word_of(record["image"])
+        read = 0
+        try:
+            with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+                records = map(json.loads, filter(str.strip, file))
+                if path.lower().endswith(".csv"):
+                    records = csv.DictReader(file)
+                    if "image" not in (records.fieldnames or ()):
+                        raise UserError(f"{path} has no column named image; its first line has: "
+                                        f"{', '.join(records.fieldnames or ())[:200]}")
+                for record in records:
+                    image = word_of(record.get("image"))
                     if image is None:
                         raise ValueError("it has no image")
                     yield image, *read_record(record)
-                except RECORD_ERRORS as error:
-                    raise UserError(f"{path}, record {number}, cannot be read: "
-                                    f"{type(error).__name__}: {error}") from error
+                    read += 1
+        except RECORD_ERRORS as error:
+            raise UserError(f"{path}, record {read + 1}, cannot be read: {type(error).__name__}: "
+                            f"{error}") from error
     return os.path.dirname(path), columns_of(samples())
 
 
@@ -863,11 +866,11 @@ def map_npz(path, name):
         return np.memmap(path, dtype, "r", file.tell(), shape) if shape[0] else np.empty(shape)
 
 
-def read_arrays(path, names=None):
+def read_arrays(path):
     """Arrays of an .npz of ours, {name: array}; {} where it is missing or damaged."""
     try:
         with np.load(path) as file:
-            return {name: file[name] for name in names or file.files}
+            return {name: file[name] for name in file.files}
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return {}
 
@@ -974,24 +977,23 @@ def sizes_and_times(paths):
 def index_shards(paths, index_dir):
     """Index those shards that have no index yet, each rank its part: the "counts", "marks",
     "classes" and "left_out" of a catalogue."""
-    counts, marks = np.zeros((2, len(paths)), np.int64)
-    left_out, classes, problem = np.zeros(len(LEFT_OUT), np.int64), set(), None
+    counts, marks = torch.zeros(2, len(paths), dtype=torch.int64)
+    left_out, classes, problem = torch.zeros(len(LEFT_OUT), dtype=torch.int64), set(), None
     try:
         for s in my_part(len(paths), "indexing"):
             columns = open_index(paths[s], index_dir)
             counts[s] = len(columns["labels"])
             marks[s] = crc(*(columns[name] for name in columns if name != "stamp"))
-            left_out += columns["left_out"]
+            left_out += torch.from_numpy(columns["left_out"])
             classes.update(all_strings(columns, "label_words"))
     except (UserError, OSError) as error:
         problem = str(error)
     # The first message between ranks: whoever has less to index waits here.
-    parts = all_gather_objects((problem, counts, marks, left_out, classes))
-    for problem, *_ in parts:
-        if problem:
-            raise UserError(problem)
-    _, counts, marks, left_out, classes = zip(*parts)
-    return {"counts": sum(counts), "marks": sum(marks), "left_out": sum(left_out),
+    problems, classes = zip(*all_gather_objects((problem, classes)))
+    if any(problems):
+        raise UserError(next(filter(None, problems)))
+    sums = {"counts": counts, "marks": marks, "left_out": left_out}
+    return {**{name: all_reduce_sum(part).numpy() for name, part in sums.items()},
             **pack_strings("classes", sorted(set().union(*classes)))}
 
 

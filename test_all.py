@@ -917,6 +917,8 @@ def test_manifests_are_read_as_python_reads_them_and_end_with_a_line_at_a_bad_re
     assert data.Samples(source, (8, 8), 3, data.centre_crop).__getitems__([0])["weight"] == 1
     path.write_text("file;label\ncat.jpg;3\n")
     refused("has no column named image; its first line has: file;label", data.open_data, path)
+    path.write_text("image\ncat.jpg\n" + "x" * 200_000 + "\n")     # more than csv takes
+    refused("cannot be read: Error: field larger", data.open_data, path)
     lines = path.with_suffix(".jsonl")
     for bad in ("not json", '{"label": 2}', '["list"]', '{"image": ""}', '{"image": {}}',
                 '{"image": "x.jpg", "tags": [{"name": "cat"}]}', '{"image": "x.jpg", "tags": 7}'):
