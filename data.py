@@ -986,8 +986,10 @@ def index_shards(paths, index_dir):
             marks[s] = crc(*(columns[name] for name in columns if name != "stamp"))
             left_out += torch.from_numpy(columns["left_out"])
             classes.update(all_strings(columns, "label_words"))
-    except (UserError, OSError) as error:
+    except UserError as error:
         problem = str(error)
+    except OSError as error:
+        problem = f"{paths[s]} cannot be read: {error}"
     # The first message between ranks: whoever has less to index waits here.
     problems, classes = zip(*all_gather_objects((problem, classes)))
     if any(problems):

@@ -122,6 +122,23 @@ def read_synonyms(path):
     return ends
 
 
+def tag_number(tag, vocabulary, synonyms):
+    """The number of a tag as somebody wrote it in a vocabulary {tag: number}; -1 if it has none."""
+    tag = canonical(tag)
+    return vocabulary.get(synonyms.get(tag, tag), -1)
+
+
+def number_in(vocabulary, synonyms):
+    """tag_number for a vocabulary [tag]; it can be sent to workers."""
+    numbers = {tag: i for i, tag in enumerate(vocabulary)}
+    return functools.partial(tag_number, vocabulary=numbers, synonyms=synonyms)
+
+
+def tag_targets(sample, number_of):
+    """The numbers of a sample's tags, each once."""
+    return sorted({number_of(tag) for tag in sample.get("tags", ())} - {-1})
+
+
 def count_tags(source, synonyms):
     """On how many images each canonical tag is: a Counter, on rank 0; None on the others."""
     numbers, counts, total = {}, Counter(), Counter()
@@ -152,40 +169,29 @@ def choose_vocabulary(counts, min_count, size):
     return kept
 
 
-def tag_number(tag, vocabulary, synonyms):
-    """The number of a tag as somebody wrote it in a vocabulary {tag: number}; -1 if it has none."""
-    tag = canonical(tag)
-    return vocabulary.get(synonyms.get(tag, tag), -1)
-
-
-def tag_targets(sample, number_of):
-    """The numbers of a sample's tags, each once."""
-    return sorted({number_of(tag) for tag in sample.get("tags", ())} - {-1})
-
-
 # ======================================================================================
 # Resampling: images of rare tags are shown more often
 # ======================================================================================
 
 def repeats(frequency, t, max_repeat):
-    """r(tag) = clip(sqrt(t / f), 1, max_repeat): how often an epoch shows an image whose rarest tag
-    it is, on average; float64 [K].
+    """r(tag) = clip(sqrt(t / f), 1, max_repeat): float64 [K].
 
-    The inverse square root of the tag's `frequency` f, here in images, is the lineage's; the
-    paper's own rule is not published."""
+    An epoch shows an image r(its rarest tag) times, on average. `frequency` [K] is f, the number of
+    images that have the tag. The inverse square root is the lineage's; the paper's own rule is not
+    published."""
     return np.clip(np.sqrt(t / frequency), 1, max_repeat)
 
 
-def solve_t(frequency, images, max_repeat):
-    """The t with which an epoch shows 5/3 of the images (paper: 5B samples of 3B images).
+def solve_t(frequency, by_rarest, max_repeat):
+    """The t for which an epoch shows 5/3 of the images (paper: 5B samples of 3B images).
 
-    `frequency` [K]: how many images have each tag; `images` [K]: how many have it as their rarest.
-    The sum of r(tag) x images grows with t: bisection between a t that repeats nothing and one that
-    repeats everything max_repeat times."""
+    `by_rarest` [K] is the number of images whose rarest tag is each tag, so an epoch shows the sum
+    of by_rarest x r(tag). This sum grows with t: bisection, from a t that repeats no image to one
+    that repeats all of them max_repeat times."""
     low, high = frequency.min(), frequency.max() * max_repeat ** 2
     for _ in range(100):
         t = math.sqrt(low * high)
-        if (repeats(frequency, t, max_repeat) * images).sum() < EPOCH_REPEAT * images.sum():
+        if (by_rarest * repeats(frequency, t, max_repeat)).sum() < EPOCH_REPEAT * by_rarest.sum():
             low = t
         else:
             high = t
@@ -193,17 +199,17 @@ def solve_t(frequency, images, max_repeat):
 
 
 def rarest_tags(rows, tags):
-    """Of data.pairs, each row once with its rarest tag, the last one: tags are numbered from the
-    most frequent to the rarest."""
+    """The rarest tag of each image, (rows, tags), from those of data.pairs: the last one of a row,
+    since tags are numbered from the most frequent to the rarest."""
     last = np.diff(rows, append=-1) != 0
     return rows[last], tags[last]
 
 
 def times_shown(c, source, number_of, r):
-    """How often an epoch shows each sample of a chunk: int64 [n]; 0 without a known tag.
+    """How often an epoch shows each image of chunk c: int64 [n]; 0 without a known tag.
 
-    r [K] of the rarest tag. A fraction is rounded up with its own probability, by a hash of the
-    sample: in every epoch alike."""
+    `r` [K] is repeats(). Its fraction is the probability of being shown once more, decided by a
+    hash of the image's number, in every epoch alike: a pure function, which needs no memory."""
     rows, rarest = rarest_tags(*data.pairs(source, c, number_of))
     first = int(source.chunks[:c].sum())
     times = np.zeros(int(source.chunks[c]), np.int64)
@@ -211,44 +217,48 @@ def times_shown(c, source, number_of, r):
     return times
 
 
-def resample(args, source, synonyms):
-    """The vocabulary of a source and what an epoch shows of it: a dict of arrays, see below.
+def entropy_baseline(mass, images, count):
+    """The loss, in nats, of the best constant answer to `count` images, of either --loss.
 
-    Three passes over the tags, which ranks share: how many images have each; how many have it as
-    their rarest, which gives t; how often each chunk's images are shown with that t."""
+    `mass` [K]: the sum of 1/k over the images that have a tag, whose entropy is softmax's; `images`
+    [K]: how many these are, each of which is a yes or no for bce."""
+    share = images / count
+    return {"softmax": float(torch.special.entr(mass / mass.sum()).sum()),
+            "bce": float((torch.special.entr(share) + torch.special.entr(1 - share)).mean())}
+
+
+def resample(args, source, synonyms):
+    """The vocabulary of a source and what an epoch shows of it, as a dict of arrays.
+
+    Three passes over the tags, which ranks share: on how many images each tag is; on how many it is
+    the rarest, which gives t; how often the images of each chunk are shown with that t."""
     counted = count_tags(source, synonyms)
     kept = vit.on_rank_0(lambda: choose_vocabulary(counted, args.min_count, args.vocabulary_size))
     vocabulary, K = [tag for tag, _ in kept], len(kept)
     frequency = np.array([images for _, images in kept], np.float64)        # [K]
     number_of = number_in(vocabulary, synonyms)
 
-    images = torch.zeros(K, dtype=torch.int64)
+    by_rarest = torch.zeros(K, dtype=torch.int64)
     for c in data.my_part(len(source.chunks), "rarest tags"):
         _, rarest = rarest_tags(*data.pairs(source, c, number_of))
-        images += torch.from_numpy(np.bincount(rarest, minlength=K))
-    images = vit.all_reduce_sum(images).numpy()                             # [K]
+        by_rarest += torch.from_numpy(np.bincount(rarest, minlength=K))
+    by_rarest = vit.all_reduce_sum(by_rarest).numpy()                       # [K]
+    t = solve_t(frequency, by_rarest, args.max_repeat) if args.resample == "sqrt" else 0.0
+    r = repeats(frequency, t, args.max_repeat)                              # [K]; 1 for t = 0
 
-    t = solve_t(frequency, images, args.max_repeat) if args.resample == "sqrt" else 0.0
-    r = repeats(frequency, t, args.max_repeat)
     shown = torch.zeros(len(source.chunks), dtype=torch.int64)
-    mass = torch.zeros(2, K, dtype=torch.float64)       # sums over what is shown of 1/k and of 1
+    mass, images = torch.zeros(2, K, dtype=torch.float64)
     for c in data.my_part(len(source.chunks), "resampling"):
-        times = times_shown(c, source, number_of, r)
+        times = times_shown(c, source, number_of, r)                        # [n]
         shown[c] = int(times.sum())
         rows, tags = data.pairs(source, c, number_of)
-        k = np.bincount(rows, minlength=len(times))[rows]
-        for total, weights in zip(mass, (times[rows] / k, times[rows])):
-            total += torch.from_numpy(np.bincount(tags, weights, K))
-    shown, mass = vit.all_reduce_sum(shown).numpy(), vit.all_reduce_sum(mass)
-    baseline = entropy_baseline(*mass, int(shown.sum()))
+        k = np.bincount(rows, minlength=len(times))     # known tags of each image, [n]
+        mass += torch.from_numpy(np.bincount(tags, (times / k.clip(1))[rows], K))
+        images += torch.from_numpy(np.bincount(tags, times[rows], K))
+    shown, mass, images = (vit.all_reduce_sum(part) for part in (shown, mass, images))
     return {"vocabulary": np.array(vocabulary), "frequency": frequency, "t": np.array(t), "r": r,
-            "shown": shown, "tagged": images.sum(), **baseline}
-
-
-def number_in(vocabulary, synonyms):
-    """tag_number for a vocabulary [tag]; it can be sent to workers."""
-    numbers = {tag: i for i, tag in enumerate(vocabulary)}
-    return functools.partial(tag_number, vocabulary=numbers, synonyms=synonyms)
+            "shown": shown.numpy(), "tagged": by_rarest.sum(),
+            **entropy_baseline(mass, images, int(shown.sum()))}
 
 
 def open_tags(args, source):
@@ -273,16 +283,6 @@ def open_tags(args, source):
                 + (f" (t is {found['t']:.4g} images)" if found["t"] else "")
                 + f"; entropy of the tags {tags[args.loss]:.4f}")
     return rows, functools.partial(tag_targets, number_of=number_of), tags
-
-
-def entropy_baseline(mass, images, count):
-    """The loss, in nats, of the best constant answer to `count` images, of either --loss.
-
-    `mass` [K]: the sum of 1/k over the images that have a tag, whose entropy is softmax's; `images`
-    [K]: how many these are, each of which is a yes or no for bce."""
-    share = images / count
-    return {"softmax": float(torch.special.entr(mass / mass.sum()).sum()),
-            "bce": float((torch.special.entr(share) + torch.special.entr(1 - share)).mean())}
 
 
 def show_vocabulary(tags):
