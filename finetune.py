@@ -258,14 +258,14 @@ def erase(images, position, seed, share):
     """Random erasing (arXiv 1708.04896): in a `share` of images [B,C,H,W] a rectangle of 2% to a
     third of the area, of an aspect from 0.3 to 3.3, becomes normal noise (timm's, MAE's)."""
     B, C, H, W = images.shape
-    uniforms = data.uniform(seed, position, "erase", 23)                          # [B,23]
-    area = H * W * (0.02 + (1 / 3 - 0.02) * uniforms[:, :10])                # [B,10]: ten tries
+    uniforms = data.uniform(seed, position, "erase", 23)                    # [B,23]
+    area = H * W * (0.02 + (1 / 3 - 0.02) * uniforms[:, :10])               # [B,10]: ten tries
     aspect = torch.exp(math.log(0.3) + (math.log(1 / 0.3) - math.log(0.3)) * uniforms[:, 10:20])
     h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()   # [B,10]
     fits = (h < H) & (w < W)
     first = fits.int().argmax(1, keepdim=True)                              # [B,1]
     h, w, fits = (value.gather(1, first) for value in (h, w, fits))
-    top = (uniforms[:, 20:21] * (H - h + 1)).floor()                         # [B,1]
+    top = (uniforms[:, 20:21] * (H - h + 1)).floor()                        # [B,1]
     left = (uniforms[:, 21:22] * (W - w + 1)).floor()
     y, x = (torch.arange(side, device=images.device) for side in (H, W))
     inside = (((y >= top) & (y < top + h))[:, :, None] & ((x >= left) & (x < left + w))[:, None]
@@ -334,7 +334,7 @@ def outputs_of(classes, names, where, class_map=None):
 
 
 def check_several(classes, where):
-    """Raise UserError where there are fewer than two classes."""
+    """Raises UserError for fewer than two classes."""
     if len(classes) < 2:
         raise UserError(f"{where} has {len(classes)} classes: there is nothing to tell apart; "
                         "images have the class of their folder, or a label")
@@ -353,8 +353,10 @@ def class_targets(sample, source, outputs):
 
 
 def times_labelled(c, source, outputs, part):
-    """Which samples of a chunk have a known class, 1 or 0: int64 [n]. Of these, a hash gives each
-    a number in 0 … 1: those from part[0] to below part[1]."""
+    """1 for each sample of a chunk that has a known class and is in `part`, else 0: int64 [n].
+
+    A hash gives each sample a number in 0 … 1; `part` (low, high) are those from low to below
+    high."""
     number_of = lambda name: 0 if name in outputs else -1
     rows, _ = data.pairs(source, c, number_of, "labels" if source.classes else "tags")
     chance = data.uniform(0, int(source.chunks[:c].sum()) + rows, "part", 1)[:, 0]
