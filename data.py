@@ -800,8 +800,8 @@ def index_tar(path, file):
     """The columns of a tar's index: those of columns_of, "places" [n,2] (offset, size) of images,
     and "left_out". Raises UserError for a compressed file."""
     if os.pread(file.fileno(), 6, 0).startswith(COMPRESSED):
-        raise UserError(f"{path} is compressed, so no sample can be read by itself: unpack it to a "
-                        "plain .tar (images do not compress anyway)")
+        raise UserError(f"{path} is compressed: unpack it to a plain .tar (no sample of it could be "
+                        "read by itself)")
     left_out = Counter()
     samples = find_samples(file, left_out)
 
@@ -961,19 +961,6 @@ class Shards:
         return words_of(self.open(c)[2], 0, int(self.chunks[c]), what)
 
 
-def sizes_and_times(paths):
-    """Size and time of change of every shard, int64 [n,2]. Raises UserError where one is gone."""
-    def look(some):
-        return [size_and_time(path) for path in some]
-
-    parts = [paths[at:at + 256] for at in range(0, len(paths), 256)]
-    try:
-        with ThreadPoolExecutor(32) as threads:     # over a network, each look is a round trip
-            return np.concatenate(list(threads.map(look, parts)))
-    except OSError as error:
-        raise UserError(f"no shard {error.filename}: {error.strerror}") from error
-
-
 def index_shards(paths, index_dir):
     """Index those shards that have no index yet, each rank its part: the "counts", "marks",
     "classes" and "left_out" of a catalogue."""
@@ -1009,7 +996,14 @@ def open_shards(paths, index_dir):
                         f"{crc(*names.values()):08x}.catalogue.npz")
 
     def look():
-        stats, kept = sizes_and_times(paths), read_arrays(path)
+        parts = [paths[at:at + 256] for at in range(0, len(paths), 256)]
+        try:
+            with ThreadPoolExecutor(32) as threads:     # over a network, each look is a round trip
+                stats = np.concatenate(list(threads.map(
+                    lambda part: [size_and_time(path) for path in part], parts)))
+        except OSError as error:
+            raise UserError(f"no shard {error.filename}: {error.strerror}") from error
+        kept = read_arrays(path)
         current = kept and kept["version"] == INDEX_VERSION and np.array_equal(
             kept["stats"], stats) and np.array_equal(kept["paths"], names["paths"])
         return stats, kept if current else None
@@ -1123,12 +1117,10 @@ def find_source(spec):
     if len(paths) == 1 and spec.lower().endswith((".jsonl", ".csv")):
         return list_manifest(paths[0])
     for path in paths:
-        if path.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
-            raise UserError(f"{path} is compressed, so no sample can be read by itself: unpack it "
-                            "to a plain .tar (images do not compress anyway)")
         if not path.lower().endswith(".tar"):
-            raise UserError(f"{path} is neither a folder nor a .tar; a .jsonl or .csv is given by "
-                            "its own name")
+            raise UserError(f"{path} is neither a folder nor a plain .tar: unpack a compressed one "
+                            "(no sample of it could be read by itself), and give a .jsonl or .csv "
+                            "by its own name")
     return paths
 
 
