@@ -45,6 +45,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -220,6 +221,237 @@ def class_losses(logits, targets, loss):
 
 
 # ======================================================================================
+# classify: augmentation of pixels
+# ======================================================================================
+
+def outside(image):
+    """The colour that comes in from outside: ImageNet's mean (as timm's)."""
+    return 116 if image.mode == "L" else tuple(round(255 * mean) for mean in data.IMAGENET_MEAN)
+
+
+def moved(image, *matrix):
+    """An image through an affine map (a, b, c, d, e, f)."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC,
+                           fillcolor=outside(image))
+
+
+def enhanced(kind):
+    """An operation that multiplies colour, contrast, brightness or sharpness by 0.1 to 1.9."""
+    return lambda image, level, sign: kind(image).enhance(max(0.1, 1 + sign * 0.9 * level))
+
+
+# Functions of an image, a level from 0 to 1 and a sign: timm's "increasing" set (MAE's finetuning)
+OPERATIONS = {
+    "autocontrast": lambda image, level, sign: ImageOps.autocontrast(image),
+    "equalize": lambda image, level, sign: ImageOps.equalize(image),
+    "invert": lambda image, level, sign: ImageOps.invert(image),
+    "rotate": lambda image, level, sign: image.rotate(
+        sign * 30 * level, Image.Resampling.BICUBIC, fillcolor=outside(image)),
+    "posterize": lambda image, level, sign: ImageOps.posterize(
+        image, max(1, 4 - int(4 * level))),
+    "solarize": lambda image, level, sign: ImageOps.solarize(image, 256 - int(256 * level)),
+    "solarize_add": lambda image, level, sign: image.point(
+        [min(255, i + int(110 * level)) if i < 128 else i for i in range(256)]
+        * len(image.getbands())),
+    "colour": enhanced(ImageEnhance.Color),
+    "contrast": enhanced(ImageEnhance.Contrast),
+    "brightness": enhanced(ImageEnhance.Brightness),
+    "sharpness": enhanced(ImageEnhance.Sharpness),
+    "shear_x": lambda image, level, sign: moved(image, 1, sign * 0.3 * level, 0, 0, 1, 0),
+    "shear_y": lambda image, level, sign: moved(image, 1, 0, 0, sign * 0.3 * level, 1, 0),
+    "translate_x": lambda image, level, sign: moved(
+        image, 1, 0, sign * 0.45 * level * image.width, 0, 1, 0),
+    "translate_y": lambda image, level, sign: moved(
+        image, 1, 0, 0, 0, 1, sign * 0.45 * level * image.height)}
+
+
+def rand_augment(pixels, seed, position, magnitude):
+    """RandAugment (arXiv 1909.13719) of pixels uint8 [H,W,1 or 3]: two of OPERATIONS, drawn with
+    replacement, each done with probability 0.5. A pure function of the position.
+
+    The level of each is N(magnitude, 0.5), clipped to 0 … 10, over 10; with a magnitude of 9 this
+    is timm's "rand-m9-mstd0.5-inc1", that of MAE's finetuning."""
+    image = Image.fromarray(pixels.squeeze())
+    uniforms = data.uniform(seed, np.array([position]), "randaugment", 10).reshape(2, 5)
+    for which, done, a, b, sign in uniforms.tolist():
+        if done < 0.5:
+            normal = math.sqrt(-2 * math.log(1 - a)) * math.cos(2 * math.pi * b)    # Box, Muller
+            level = min(max(magnitude + 0.5 * normal, 0), 10) / 10
+            operation = list(OPERATIONS.values())[int(which * len(OPERATIONS))]
+            image = operation(image, level, 1 if sign < 0.5 else -1)
+    return np.asarray(image).reshape(pixels.shape)
+
+
+def erase(images, position, seed, share):
+    """Random erasing (arXiv 1708.04896): in a `share` of images [B,C,H,W] a rectangle of 2% to a
+    third of the area, of an aspect from 0.3 to 3.3, becomes normal noise (timm's, MAE's)."""
+    B, C, H, W = images.shape
+    uniforms = data.uniform(seed, position, "erase", 23)                    # [B,23]
+    area = H * W * (0.02 + (1 / 3 - 0.02) * uniforms[:, :10])               # [B,10]: ten tries
+    aspect = torch.exp(math.log(0.3) + (math.log(1 / 0.3) - math.log(0.3)) * uniforms[:, 10:20])
+    h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()   # [B,10]
+    fits = (h < H) & (w < W)
+    first = fits.int().argmax(1, keepdim=True)                              # [B,1]
+    h, w, fits = (value.gather(1, first) for value in (h, w, fits))
+    top = (uniforms[:, 20:21] * (H - h + 1)).floor()                        # [B,1]
+    left = (uniforms[:, 21:22] * (W - w + 1)).floor()
+    y, x = (torch.arange(side, device=images.device) for side in (H, W))
+    inside = (((y >= top) & (y < top + h))[:, :, None] & ((x >= left) & (x < left + w))[:, None]
+              & (fits & (uniforms[:, 22:] < share))[..., None])              # [B,H,W]
+    noise = data.uniform(seed, position, "erased pixels", C * H * W) + 2.0 ** -25    # [B,C*H*W]
+    noise = math.sqrt(2) * torch.erfinv(2 * noise - 1)
+    return torch.where(inside[:, None], noise.reshape(images.shape), images)
+
+
+# ======================================================================================
+# classify: what the outputs of a model stand for
+# ======================================================================================
+
+def read_classes(path):
+    """The classes of --classes, a line each with names separated by commas: [[name]]. Lines may be
+    equal, as in CLIP's list of ImageNet's classes. Raises UserError."""
+    classes = []
+    for number, line in data.read_lines(path, "--classes"):
+        names = [name.strip() for name in line.split(",") if name.strip()]
+        if not names:
+            raise UserError(f"--classes {path}, line {number} has no name: {line!r}")
+        classes.append(names)
+    return classes
+
+
+def read_class_map(path, outputs):
+    """A file of lines "model's class TAB data's class" as {data's class: [output]}."""
+    found = {}
+    for number, line in data.read_lines(path, "--class-map"):
+        ours, *theirs = (word.strip() for word in line.split("\t"))
+        if len(theirs) != 1 or ours not in outputs:
+            raise UserError(f"--class-map {path}, line {number}: not one of the model's classes, a "
+                            f"TAB and one of the data's: {line!r}")
+        found.setdefault(theirs[0], []).extend(outputs[ours])
+    return found
+
+
+def outputs_of(classes, names, where, class_map=None):
+    """Which outputs of a model are right for each of the data's classes: {name: [output]}.
+
+    `classes` [[name]] are the model's, or K if its K outputs have no names; `names` are the data's,
+    from `where`. They are matched by name; whole numbers that are no name, by number; K unnamed
+    outputs and K classes, in order (ImageNet's). Raises UserError for classes of the data that the
+    model lacks, unless a `class_map` says what counts."""
+    if isinstance(classes, int):
+        if len(names) == classes:
+            rank0_print(f"the model does not name its {classes} outputs: taken as the {classes} "
+                        f"classes of {where}, in alphabetical order")
+            classes = [[name] for name in names]
+        else:
+            classes = [[str(i)] for i in range(classes)]
+    outputs = {name: [i] for i, some in enumerate(classes) for name in some}
+    lines = Counter(name for some in classes for name in {*some})
+    if twice := [name for name in names if lines[name] > 1]:
+        raise UserError(f"{twice[0]!r} is the name of {lines[twice[0]]} classes of the model, and a "
+                        f"class of {where}: it can be the name of one")
+    if not outputs.keys() & {*names}:
+        outputs |= {str(i): [i] for i in range(len(classes))}
+        if not class_map and outputs.keys() & {*names}:
+            rank0_print(f"{where} has numbers for classes: taken as the model's outputs, from 0 on")
+    if class_map:
+        outputs = read_class_map(class_map, outputs)
+    unknown = [name for name in names if name not in outputs]
+    if len(unknown) == len(names) or unknown and not class_map:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise UserError(f"{where} has {len(unknown)} classes that the model lacks: "
+                        f"{', '.join(unknown[:5])}{more}; the model has {len(classes)}: "
+                        f"{', '.join(some[0] for some in classes[:5])}, … (classify has "
+                        "--class-map)")
+    return outputs
+
+
+def check_several(classes, where):
+    """Raises UserError for fewer than two classes."""
+    if len(classes) < 2:
+        raise UserError(f"{where} has {len(classes)} classes: there is nothing to tell apart; "
+                        "images have the class of their folder, or a label")
+
+
+def names_of(sample, source):
+    """The classes of a sample: that of its folder or label; or several, where labels are lists."""
+    if not source.classes:
+        return sample.get("tags", [])
+    return [source.classes[sample["label"]]] if "label" in sample else []
+
+
+def class_targets(sample, source, outputs):
+    """The outputs that are right for a sample, each once."""
+    return sorted({i for name in names_of(sample, source) for i in outputs.get(name, ())})
+
+
+def times_labelled(c, source, outputs):
+    """1 for each sample of a chunk that has a known class, else 0: int64 [n]."""
+    number_of = lambda name: 0 if name in outputs else -1
+    rows, _ = data.pairs(source, c, number_of, "labels" if source.classes else "tags")
+    return np.bincount(rows, minlength=int(source.chunks[c]))
+
+
+def labelled(source, classes, where, class_map=None):
+    """(The data.Rows of a source whose class is known, targets_of(sample)), for data.Samples.
+
+    `classes` as of outputs_of. Raises UserError where no image has a class."""
+    if not isinstance(classes, int):
+        check_several(classes, where)
+    outputs = outputs_of(classes, source.classes or all_tags(source), where, class_map)
+    rows = data.Rows(source.chunks, functools.partial(
+        times_labelled, source=source, outputs=outputs))
+    if len(rows) < len(source):
+        rank0_print(f"{where}: {len(source) - len(rows):,} of {len(source):,} images have no "
+                    f"{'known ' if class_map else ''}class and are left out")
+    if not len(rows):
+        raise UserError(f"no image of {where} has a class: a folder each, or a label each")
+    return rows, functools.partial(class_targets, source=source, outputs=outputs)
+
+
+def all_tags(source):
+    """All tags of a source as they are written, sorted; all ranks have to call it."""
+    mine = {tag for c in data.my_part(len(source.chunks), "tags")
+            for tag in source.words(c, "tags")[0]}
+    return data.class_names_of(set().union(*vit.all_gather_objects(mine)))
+
+
+def open_classes(args, config, file_info):
+    """(--data as data.Samples or None, --val or None, the name of each output)."""
+    train, val = None, None
+    if args.predict or args.eval_only:
+        if "head.weight" not in file_info["shapes"]:
+            raise UserError(f"{args.init} has no head: --predict and --eval-only need a finetuned "
+                            "file, as runs/classify/model.pt")
+        K, args.loss = file_info["shapes"]["head.weight"][0], file_info.get("config", {}).get("loss", "ce")
+        classes = read_classes(args.classes) if args.classes else [
+            [name] for name in file_info.get("classes", ())] or K
+        if classes != K and len(classes) != K:
+            raise UserError(f"--classes {args.classes} has {len(classes)} lines, but {args.init} "
+                            f"has {K} outputs")
+    else:
+        source = data.open_data(*args.data, index_dir=args.index_dir)
+        classes = read_classes(args.classes) if args.classes else [
+            [name] for name in source.classes or all_tags(source)]
+        rows, targets_of = labelled(source, classes, "--data")
+        if args.loss == "ce" and not source.classes:
+            raise UserError("labels of --data are lists, of several classes: give --loss bce or "
+                            "softmax")
+        crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
+        augment = functools.partial(rand_augment, magnitude=args.randaugment)
+        train = data.training_samples(source, args, config, crop, rows, targets_of,
+                                      augment if args.randaugment else None)
+    if args.val and not args.predict:
+        source = data.open_data(*args.val, index_dir=args.index_dir)
+        val = data.evaluation_samples(source, config, central_box(args, config),
+                                      *labelled(source, classes, "--val", args.class_map))
+        if classes == len(source.classes):
+            classes = [[name] for name in source.classes]
+    return train, val, [str(i) for i in range(classes)] if isinstance(classes, int) else [
+        some[0] for some in classes]
+
+
+# ======================================================================================
 # classify: evaluation
 # ======================================================================================
 
@@ -245,7 +477,7 @@ def evaluate(model, val, args, device, names):
             logits = model(images)                                          # [B,K]
         mine += answers(logits, batch, args)
     parts = vit.gather_objects(mine)
-    return vit.on_rank_0(lambda: summarise(sum(parts, []), len(val.source), args, names))
+    return vit.on_rank_0(lambda: summarise(sum(parts, []), len(val), args, names))
 
 
 def answers(logits, batch, args):
@@ -313,6 +545,15 @@ def central_box(args, config):
         data.centre_crop, share=224 / 256 if max(config.image) <= 224 else 1.0)
 
 
+@torch.no_grad()
+def probabilities(model, pixels, args, device):
+    """The probability of each output for pictures [B,H,W,C]: [B,K]. Every rank has to call it."""
+    with vit.autocast(args, device):
+        logits = torch.cat([model(data.normalise(part.to(device)))
+                            for part in pixels.split(args.micro_batch)]).float()
+    return logits.sigmoid() if args.loss == "bce" else logits.softmax(1)
+
+
 def classify(argv):
     args, config, file_info = parse_classify_flags(argv)
 
@@ -330,8 +571,7 @@ def classify(argv):
     device = vit.start(args)
 
     # ---- data and classes
-    source, val, names = data.open_classes(args, file_info)
-    val = val and data.unshuffled(val, args, config, central_box(args, config))
+    train, val, names = open_classes(args, config, file_info)
 
     # ---- model: a checkpoint in --out, else --init, else random weights
     model, wrapped = vit.build(lambda: make_with(len(names)), args, device)
@@ -345,24 +585,23 @@ def classify(argv):
                         f"{file_info['shapes']['head.weight'][0]} "
                         + ("hashtags" if "vocabulary" in file_info else "other classes"))
     if args.predict:
-        return data.print_predictions(model, config, args, device, names, central_box(args, config))
+        pixels = data.read_pictures(args, config, central_box(args, config))    # [B,H,W,C]
+        return data.print_predictions(args, probabilities(model, pixels, args, device), names)
     if args.eval_only:
         return vit.report(args, evaluate(model, val, args, device, names))
-    crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
-    augment = functools.partial(data.rand_augment, magnitude=args.randaugment)
-    train = data.Samples(source, config.image, config.channels, crop, args.seed,
-                         augment=augment if args.randaugment else None)
     mixing = bool(args.mixup or args.cutmix)
-    schedule = vit.make_schedule(args, len(source), together=2 if mixing else 1)
+    schedule = vit.make_schedule(args, len(train), together=2 if mixing else 1)
     if not vit.open_run(args, "classify", {
-            "--data content": source.source.fingerprint(),
-            "--val content": val and val.source.source.fingerprint(), "classes": names}, model):
+            "--data content": train.source.fingerprint(),
+            "--val content": val and val.source.fingerprint(), "classes": names}, model):
         return
-    examples = data.examples(val or data.unshuffled(source, args, config), device)
+    examples = data.examples(val or data.evaluation_samples(
+        train.source, config, rows=train.rows, targets_of=train.targets_of), device)
 
     def draw_and_evaluate():
         with vit.ema_weights(model, run.ema):
-            data.draw_predictions(model, examples, args, device, names)
+            chances = probabilities(model, examples["images"], args, device)    # [B,K]
+            data.draw_predictions(args, examples, chances, names)
             metrics = evaluate(model, val, args, device, names) if val else {}
         score = metrics.get("map", metrics.get("top1", -1.0))
         if score > run.state["best"]:
@@ -386,7 +625,7 @@ def classify(argv):
             images = data.flip(images, data.uniform(args.seed, position, "flip", 1))
             images, scales = data.normalise(images), None                   # [B,C,H,W]
             if args.erasing:
-                images = data.erase(images, position, args.seed, args.erasing)
+                images = erase(images, position, args.seed, args.erasing)
             targets = soft_targets(batch["targets"], len(names), args.smoothing, args.loss)  # [B,K]
             if mixing:
                 uniforms = data.uniform(args.seed, position[::2], "mix", 35)    # [B/2,35]
@@ -521,7 +760,7 @@ def open_features(place, load, source, args, config, choose_box, device):
     if vit.on_rank_0(folder.exists):
         rank0_print(f"features of {len(source):,} images are kept in {folder}")
     else:
-        samples = data.unshuffled(source, args, config, choose_box)
+        samples = data.evaluation_samples(source, config, choose_box)
         write_features(folder, load(), samples, config.width, args, device)
     table = {name: np.load(folder / f"{name}.npy") for name in ("labels", "index")}
     rows = np.load(folder / "features.npy", mmap_mode="r")
@@ -532,15 +771,14 @@ def features(argv):
     """The task `features`: OUT/features.npz, for other programs."""
     args, config, file_info = parse_frozen_flags("features", argv)
     device = vit.start(args)
-    source = data.open_data(*args.data, index_dir=args.index_dir,
-                            fallback=Path(args.out) / "index")
+    source = data.open_data(*args.data, index_dir=args.index_dir)
     load = lambda: load_encoder(args, config, file_info, device, args.pool)
     table = open_features(args.features, load, source, args, config, central_box(args, config),
                           device)
     count = len(table["index"])
 
     def write():
-        names = [source.about(i)["where"].encode("utf-8", "replace") for i in table["index"]]
+        names = [source[i]["where"].encode("utf-8", "replace") for i in table["index"]]
         Path(args.out).mkdir(parents=True, exist_ok=True)
         data.write_arrays(Path(args.out) / "features.npz", {
             **table, "names": np.array(names), "classes": np.array(source.classes, str)})
@@ -550,22 +788,19 @@ def features(argv):
 
 
 def open_tables(args, config, file_info, device):
-    """The features of --data and --val, of images that have a class: two dicts as open_features
-    returns, with their "source" and with "labels" that count the classes of --data, and the names
-    of these classes. Those of --val are compared by name. Raises UserError."""
-    sources = [data.open_data(*specs, index_dir=args.index_dir, fallback=Path(args.out) / "index")
-               for specs in (args.data, args.val)]
-    classes, theirs = (source.classes for source in sources)
-    if len(classes) < 2:
-        raise UserError(f"--data has {len(classes)} classes: there is nothing to tell apart; "
-                        "images have the class of their folder, or a label")
-    outputs = data.outputs_of([[name] for name in classes], theirs, "--val")
+    """The features of --data and --val, of images that have a class: two dicts as of open_features,
+    with their "source", its "targets_of", and "labels" that are numbers of the classes of --data;
+    and the names of these classes. Classes of --val are matched by name. Raises UserError."""
+    sources = [data.open_data(*specs, index_dir=args.index_dir) for specs in (args.data, args.val)]
+    classes, tables = sources[0].classes, []
+    check_several(classes, "--data")
     load = functools.cache(lambda: load_encoder(args, config, file_info, device, args.pool))
-    tables = [open_features(args.features, load, source, args, config, central_box(args, config),
-                            device) for source in sources]
-    numbers = np.array([outputs[name][0] for name in theirs] + [-1])
-    tables[1]["labels"] = numbers[tables[1]["labels"]]
-    for flag, table, source in zip(("--data", "--val"), tables, sources):
+    for flag, source in zip(("--data", "--val"), sources):
+        outputs = outputs_of([[name] for name in classes], source.classes, flag)
+        table = open_features(args.features, load, source, args, config, central_box(args, config),
+                              device)
+        numbers = np.array([outputs[name][0] for name in source.classes] + [-1])
+        table["labels"] = numbers[table["labels"]]
         known = table["labels"] >= 0
         if not known.all():
             rank0_print(f"{flag}: {(~known).sum():,} of {len(known):,} images have no class and "
@@ -573,7 +808,8 @@ def open_tables(args, config, file_info, device):
             table.update({name: values[known] for name, values in table.items()})
         if not len(table["labels"]):
             raise UserError(f"no image of {flag} has a class: a folder each, or a label each")
-        table["source"] = source
+        targets_of = functools.partial(class_targets, source=source, outputs=outputs)
+        tables.append({**table, "source": source, "targets_of": targets_of})
     return *tables, classes
 
 
@@ -754,8 +990,8 @@ def tune_prompts(encoder, train, val, K, args, seed, device):
     SGD with momentum 0.9, cosine, a tenth of the steps as warmup (VPT's); one process."""
     model = Prompted(encoder, K, args.prompts, seed).to(device)
     optimizer = torch.optim.SGD([model.prompts, *model.head.parameters()], lr=0, momentum=0.9)
-    batch = min(args.batch, len(train.source))
-    steps = max(1, args.epochs * len(train.source) // batch)
+    batch = min(args.batch, len(train))
+    steps = max(1, args.epochs * len(train) // batch)
     positions = data.training_positions(0, steps, batch, batch, 0, 1)
     for step, part in enumerate(data.load(train, positions, 0, device)):
         optimizer.param_groups[0]["lr"] = vit.learning_rate(step, steps, args.lr, 0.1 * steps)
@@ -767,7 +1003,7 @@ def tune_prompts(encoder, train, val, K, args, seed, device):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(2, dtype=torch.float64)
-    positions = data.validation_positions(len(val.source), args.micro_batch, 0, 1)
+    positions = data.validation_positions(len(val), args.micro_batch, 0, 1)
     for part in data.load(val, positions, args.workers, device):
         with torch.no_grad(), vit.autocast(args, device):
             found = model(data.normalise(part["images"].to(device))).argmax(1).cpu()    # [B]
@@ -802,8 +1038,8 @@ def lowshot(argv):
     device = vit.start(args)
     train, val, classes = open_tables(args, config, file_info, device)
     encoder = load_encoder(args, config, file_info, device, "cls")
-    tests = data.unshuffled(data.Chosen(val["source"], val["index"], val["labels"]), args, config,
-                            central_box(args, config))
+    tests = data.evaluation_samples(val["source"], config, central_box(args, config), val["index"],
+                                    val["targets_of"])
     counts = np.bincount(train["labels"], minlength=len(classes))
     for shots in args.shots:
         if (few := int((counts < shots).sum())):
@@ -818,9 +1054,8 @@ def lowshot(argv):
         head = fit_linear(torch.tensor(train["features"][rows], device=device),
                           torch.tensor(train["labels"][rows], device=device), len(classes), 1e-3)
         by_linear = (F.linear(queries, *head).argmax(1) == truth).float().mean().item()
-        samples = data.Samples(
-            data.Chosen(train["source"], train["index"][rows], train["labels"][rows]),
-            config.image, config.channels, crop, split)
+        samples = data.Samples(train["source"], config.image, config.channels, crop, split,
+                               rows=train["index"][rows], targets_of=train["targets_of"])
         by_prompts = tune_prompts(encoder, samples, tests, len(classes), args, split, device)
         results.append((shots, by_prompts, by_linear))
         print(f"{shots} a class, split {split}: vpt {by_prompts:.4f}, linear {by_linear:.4f}",
@@ -944,8 +1179,18 @@ def framed(ids, longest):
     return [START, *ids[:longest - 2], END]
 
 
-def encode_framed(text, encode, longest):
-    return framed(encode(text), longest)
+def has_captions(source):
+    """Whether any of 100 images, from all over a source, has a caption; as rank 0 finds them."""
+    spread = np.linspace(0, len(source) - 1, min(100, len(source))).astype(int).tolist()
+    return vit.on_rank_0(lambda: any(source[i].get("caption", "").strip() for i in spread))
+
+
+def caption_tokens(sample, encode, longest):
+    """The framed ids of a sample's caption. Raises ValueError where it has none."""
+    caption = sample.get("caption", "")
+    if not caption.strip():
+        raise ValueError("it has no caption")
+    return framed(encode(caption), longest)
 
 
 def padded(rows):
@@ -1276,12 +1521,12 @@ def evaluate_towers(model, val, args, device, names, weights, encode):
         vectors.append(x[seen.to(device)].cpu())
         positions += batch["position"][seen].tolist()
     count = int(vit.all_reduce_sum(torch.tensor(len(positions))))
-    metrics = {"count": count, "bad": len(val.source) - count}
+    metrics = {"count": count, "bad": len(val) - count}
     if weights is not None:
         parts = vit.gather_objects(rows)
-        metrics = vit.on_rank_0(lambda: summarise(sum(parts, []), len(val.source), args, names))
-    if data.has_captions(val.source):
-        captions = [val.source.caption(i) for i in positions]
+        metrics = vit.on_rank_0(lambda: summarise(sum(parts, []), len(val), args, names))
+    if has_captions(val.source):
+        captions = [val.sample(i).get("caption") for i in positions]
         known = [i for i, caption in enumerate(captions) if caption]
         parts = vit.all_gather_objects(
             ([captions[i] for i in known], torch.cat(vectors)[known].numpy()))
@@ -1403,46 +1648,27 @@ def open_text(args, name, file_info):
 
 
 def open_pairs(args, config, model, encode, device):
-    """--data as data.Samples of images, or of their features with --cache-features, and the tokens
-    of their captions; and a fingerprint of --data."""
-    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
-    source, features = data.open_data(*args.data, **places), None
-    fingerprint = source.fingerprint()
-    if not data.has_captions(source):
+    """--data as data.Samples of images, or of their features with --cache-features, with the tokens
+    of their captions as targets."""
+    source, features, rows = data.open_data(*args.data, index_dir=args.index_dir), None, None
+    if not has_captions(source):
         raise UserError('--data has no captions: give shards with .txt or a "caption" in .json, '
                         "a manifest with captions, or the world")
-    choose_box = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
+    crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
     if args.cache_features:
         table = open_features(args.cache_features, lambda: model.trunk, source, args, config,
                               data.WHOLE_WIDTH, device)
-        source = data.Chosen(source, table["index"], table["labels"])
-        features = table["features"]
-    encode = functools.partial(encode_framed, encode=encode, longest=model.text_config.longest)
-    return data.Samples(data.Captioned(source, encode), config.image, config.channels, choose_box,
-                        args.seed, features=features), fingerprint
-
-
-def read_class_names(path):
-    """The classes [[name]] of --classes, a line each, names separated by commas; lines may be
-    equal, as in CLIP's list of ImageNet's classes. Raises UserError."""
-    classes = []
-    for number, line in data.read_lines(path, "--classes"):
-        names = [name.strip() for name in line.split(",") if name.strip()]
-        if not names:
-            raise UserError(f"--classes {path}, line {number} has no name: {line!r}")
-        classes.append(names)
-    return classes
+        rows, features = table["index"], table["features"]
+    tokens = functools.partial(caption_tokens, encode=encode, longest=model.text_config.longest)
+    return data.Samples(source, config.image, config.channels, crop, args.seed, rows=rows,
+                        targets_of=tokens, features=features)
 
 
 def classes_of_val(classes, val):
-    """Classes [[name]] to label `val` by: `classes`, or val's own in sorted order where none of
-    their names is in `classes`, which then are in this order (ImageNet's n01440764, …)."""
-    lines = Counter(name for names in classes for name in set(names))
-    twice = [name for name in val.classes if lines[name] > 1]
-    if twice:
-        raise UserError(f"--classes has {twice[0]!r} in {lines[twice[0]]} lines, and --val has a "
-                        "class of this name: name it in one line")
-    if len(classes) != len(val.classes) or any(lines[name] for name in val.classes):
+    """Classes [[name]] to label `val` by: `classes`, or, if there are as many and none of them names
+    a class of `val`, val's own in sorted order (ImageNet's n01440764, …): line i is class i."""
+    named = {name for names in classes for name in names} & {*val.classes}
+    if named or len(classes) != len(val.classes):
         return classes
     rank0_print(f"--classes names --val's {len(classes)} classes in order: {val.classes[0]} is "
                 f"{classes[0][0]}, …, {val.classes[-1]} is {classes[-1][0]}")
@@ -1451,7 +1677,6 @@ def classes_of_val(classes, val):
 
 def open_classes_and_val(args, config):
     """(--val as data.Samples or None, the classes to choose from [[name]], templates)."""
-    places = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}
     templates = TEMPLATES
     if args.val and all(map(data.is_world, args.val)) and not args.classes:
         templates = [line.replace("{texture} {shape}", "{}") for line in data.TEMPLATES]
@@ -1462,16 +1687,17 @@ def open_classes_and_val(args, config):
                             "of a class goes")
     if args.texts:
         return None, [[text] for text in args.texts], ["{}"]
-    classes = read_class_names(args.classes) if args.classes else []
+    classes = read_classes(args.classes) if args.classes else []
     if args.predict or not args.val:
         return None, classes, templates
-    val = data.open_data(*args.val, **places)
+    val = data.open_data(*args.val, index_dir=args.index_dir)
     classes = classes or [[name] for name in val.classes]
-    if not classes and not data.has_captions(val):
-        raise UserError("--val has neither classes nor captions: there is nothing to evaluate")
-    if classes:
-        val = data.labelled(val, classes_of_val(classes, val), "--val")
-    return data.unshuffled(val, args, config, data.WHOLE_WIDTH), classes, templates
+    if len(classes) < 2:
+        classes = []
+        if not has_captions(val):
+            raise UserError("--val has neither classes nor captions: there is nothing to evaluate")
+    chosen = labelled(val, classes_of_val(classes, val), "--val") if classes else ()
+    return data.evaluation_samples(val, config, data.WHOLE_WIDTH, *chosen), classes, templates
 
 
 def zeroshot(argv):
@@ -1507,18 +1733,19 @@ def zeroshot(argv):
         return logit_scale(model) * vectors.to(device)
 
     if args.predict:
-        weights = class_weights()
-        return data.print_predictions(lambda images: model.embed_images(images) @ weights.T, config,
-                                      args, device, names)
+        weights, pixels = class_weights(), data.read_pictures(args, config)
+        logits_of = lambda images: model.embed_images(images) @ weights.T
+        chances = probabilities(logits_of, pixels, args, device)            # [B,K]
+        return data.print_predictions(args, chances, names)
     if args.eval_only:
         return vit.report(args, evaluate_towers(model, val, args, device, names, class_weights(),
                                                 encode))
 
     # ---- data
-    train, fingerprint = open_pairs(args, config, model, encode, device)
-    schedule = vit.make_schedule(args, len(train.source))
+    train = open_pairs(args, config, model, encode, device)
+    schedule = vit.make_schedule(args, len(train))
     tokenizer_crc = data.crc(b"" if tokenizer is None else tokenizer.numpy().tobytes())
-    if not vit.open_run(args, "zeroshot", {"--data content": fingerprint,
+    if not vit.open_run(args, "zeroshot", {"--data content": train.source.fingerprint(),
                                            "tokenizer": f"CRC {tokenizer_crc:08x}"}, model):
         return
     examples = val and classes and data.examples(val, device)
@@ -1526,8 +1753,9 @@ def zeroshot(argv):
     def draw_and_evaluate():
         weights = class_weights()
         if examples:
-            data.draw_predictions(lambda images: model.embed_images(images) @ weights.T, examples,
-                                  args, device, names)
+            logits_of = lambda images: model.embed_images(images) @ weights.T
+            chances = probabilities(logits_of, examples["images"], args, device)    # [B,K]
+            data.draw_predictions(args, examples, chances, names)
         return evaluate_towers(model, val, args, device, names, weights, encode) if val else {}
 
     # ---- loop: the loss compares all vectors of the batch, whose graphs do not fit into memory.

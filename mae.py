@@ -216,7 +216,7 @@ def evaluate(model, val, args, device):
             losses = model(images, noise).cpu().double()                    # [B]
         sums += torch.stack([(losses * batch["weight"]).sum(), batch["weight"].sum().double()])
     total, count = vit.all_reduce_sum(sums).tolist()
-    return {"loss": total / count, "count": int(count), "bad": len(val.source) - int(count)}
+    return {"loss": total / count, "count": int(count), "bad": len(val) - int(count)}
 
 
 @torch.no_grad()
@@ -261,7 +261,7 @@ def draw_reconstruction(model, pixels, positions, args, device, path):
 
 def predict(model, args, device):
     """--predict: reconstruct the user's pictures in OUT/reconstruction.png."""
-    pixels = torch.stack([data.read_picture(name, model.config) for name in args.predict])
+    pixels = data.read_pictures(args, model.config)                         # [B,H,W,C]
     path = Path(args.out) / "reconstruction.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_reconstruction(model, pixels, torch.arange(len(pixels)), args, device, path)
@@ -297,12 +297,12 @@ def main(argv):
         return predict(model, args, device)
 
     # ---- data
-    val_source = data.open_data(*args.val, index_dir=args.index_dir) if args.val else None
-    val = val_source and data.unshuffled(val_source, args, config)
+    val = args.val and data.evaluation_samples(
+        data.open_data(*args.val, index_dir=args.index_dir), config)
     if args.eval_only:
         return vit.report(args, evaluate(model, val, args, device))
     source = data.open_data(*args.data, index_dir=args.index_dir)
-    train = data.Samples(source, config.image, config.channels, data.random_resized_crop, args.seed)
+    train = data.training_samples(source, args, config)
     if args.data == ["world"] and config.width > 192:
         rank0_print("NOTE: training on the built-in world, which is made for nano and tiny; see "
                     "--data")
@@ -311,9 +311,9 @@ def main(argv):
                     "is nothing to learn")
     schedule = vit.make_schedule(args, len(source))
     if not vit.open_run(args, "mae", {"--data content": source.fingerprint(),
-                                      "--val content": val and val_source.fingerprint()}, model):
+                                      "--val content": val and val.source.fingerprint()}, model):
         return
-    examples = data.examples(val or data.unshuffled(source, args, config), device)
+    examples = data.examples(val or data.evaluation_samples(source, config), device)
 
     def draw_and_evaluate():
         draw_reconstruction(model, examples["images"], examples["position"], args, device,

@@ -762,9 +762,12 @@ def damaged():
     for path in list(sorted(photos().glob("*/*.jpg")))[:12]:
         shutil.copy(path, root)
     good = next(root.glob("*.jpg")).read_bytes()
+    Image.new("L", (8, 8)).save(root / "bomb.bmp")
+    small = (root / "bomb.bmp").read_bytes()            # now it claims to be 65,535 pixels wide
+    (root / "bomb.bmp").write_bytes(small[:18] + b"\xff\xff\0\0" * 2 + small[26:])
     for name, content in (("empty.jpg", b""), ("cut.jpg", good[:len(good) // 3]),
                           ("text.png", b"<html>404</html>"), ("zero.webp", bytes(500)),
-                          ("head.gif", b"GIF89a"), ("noise.jpg", good[:100] + bytes(900))):
+                          ("noise.jpg", good[:100] + bytes(900))):
         (root / name).write_bytes(content)
     return root
 
@@ -776,11 +779,8 @@ def test_bad_images_are_replaced_counted_and_listed():
     assert torch.equal(batch["images"], again["images"]) and batch["weight"].all()
     assert (batch["images"].flatten(1).float().std(1) > 0).all()
     names = {Path(where).name for _, where, _ in batch["bad"]}
-    assert names == {"empty.jpg", "cut.jpg", "text.png", "zero.webp", "head.gif", "noise.jpg"}
-    lowered = data.Samples(data.open_data(photos()), (32, 32), 3, data.centre_crop, shuffle=False,
-                           max_pixels=100 * 120)
-    result = lowered.__getitems__(range(20))
-    assert 0 < result["weight"].sum() < 20 and "more than --max-pixels" in result["bad"][0][2]
+    assert names == {"empty.jpg", "cut.jpg", "text.png", "zero.webp", "bomb.bmp", "noise.jpg"}
+    assert any("could be decompression bomb" in why for _, _, why in batch["bad"])
 
 
 def test_bad_images_do_not_end_a_run_and_validation_counts_them():
@@ -792,10 +792,6 @@ def test_bad_images_do_not_end_a_run_and_validation_counts_them():
     assert len(losses) == 10 and metrics["count"] == 12 and metrics["bad"] == 6
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [r["bad_samples"] for r in records if "loss" in r][-1] == len(listed) > 30
-    out, flags = folder() / "run", ("--data", root, "--max-bad", "1")
-    train(out, *flags, "--save-every", 0, "--keep", 99)
-    again = resumed(out, flags)[3] / "bad_samples.txt"      # listed once, though met twice
-    assert sorted(again.read_text().splitlines()) == sorted(listed)
     refused("of 24 images are bad, more than --max-bad 0.01; see", train, folder() / "run",
             "--data", root)
     nothing = folder()
@@ -813,12 +809,11 @@ def test_folder_is_sorted_and_labelled_by_its_first_level():
     (photos() / "again").unlink()
     assert source.classes == ["cat", "dog"] and len(source) == 20
     assert not data.is_world("worldcup") and data.is_world("world:7")
-    assert [source.open(i)["label"] for i in range(20)] == [0] * 10 + [1] * 10
-    assert source[3]["image"].size == (120, 97) and Path(source[3]["where"]).name == "07.jpg"
-    assert [Path(source.open(i)["where"]).name for i in range(3)] == ["01.jpg", "03.jpg", "05.jpg"]
+    assert [source[i]["label"] for i in range(20)] == [0] * 10 + [1] * 10
+    assert [Path(source[i]["where"]).name for i in range(3)] == ["01.jpg", "03.jpg", "05.jpg"]
     both = data.open_data(photos(), "world:5")
-    assert len(both) == 25 and both.open(24)["where"] == "world train 4"
-    assert both.classes[both.open(0)["label"]] == "cat"
+    assert len(both) == 25 and both[24]["where"] == "world train 4"
+    assert both.classes[both[0]["label"]] == "cat"
     refused("no image below", data.open_data, folder())
     refused("no data at", data.open_data, "nowhere")
     refused("after the colon comes a number", data.open_data, "world:many")
@@ -841,10 +836,10 @@ def make_tar(path, names, **fields):
     source = data.open_data(photos())
     with tarfile.open(path, "w") as tar:
         for i in names:
-            where = Path(source.about(i)["where"])
-            record = {"label": where.parent.name, "tags": [f"#{where.parent.name}", "#pet"],
+            image = Path(source[i]["image"])
+            record = {"label": image.parent.name, "tags": [f"#{image.parent.name}", "#pet"],
                       "caption": f"picture {i}"}
-            add(tar, f"{i:03}.jpg", where.read_bytes(), **fields)
+            add(tar, f"{i:03}.jpg", image.read_bytes(), **fields)
             add(tar, f"{i:03}.json", json.dumps(record).encode(), **fields)
     return path
 
@@ -858,7 +853,7 @@ def sharded():
     make_tar(root / "one/x.tar", range(20))
     for k, part in enumerate((range(5), range(5, 17), range(17, 20))):
         make_tar(root / f"three/x-{k:02}.tar", part)
-    paths = [source.about(i)["where"] for i in range(20)]
+    paths = [source[i]["image"] for i in range(20)]
     with open(root / "all.jsonl", "w") as lines, open(root / "all.csv", "w") as table:
         table.write("caption,image,label,tags\n")
         for i, path in enumerate(paths):
@@ -877,10 +872,16 @@ def test_shards_and_manifests_hold_the_same_as_a_folder():
         source = data.open_data(spec)
         assert len(source) == 20 and source.classes == ["cat", "dog"], name
         for i in (0, 4, 5, 16, 19):
-            sample, same = source[i], plain[i]
-            assert np.array_equal(np.asarray(sample["image"]), np.asarray(same["image"]))
-            assert sample["label"] == same["label"] and sample["caption"] == f"picture {i}", name
-            assert sample["tags"] == [f"#{source.classes[sample['label']]}", "#pet"]
+            assert np.array_equal(read(source[i]["image"]), read(plain[i]["image"])), (name, i)
+            assert source[i]["label"] == plain[i]["label"], (name, i)
+            assert source[i]["caption"] == f"picture {i}"
+            assert source[i]["tags"] == [f"#{source.classes[source[i]['label']]}", "#pet"]
+        for what, expected in (("labels", source.classes), ("tags", ["#cat", "#dog", "#pet"])):
+            words, codes, ends = source.words(len(source.chunks) - 1, what)
+            own = [words[code] for code in codes[ends[-2]:]]        # of the last sample
+            assert own == (["dog"] if what == "labels" else ["#dog", "#pet"])
+            assert sorted({word for c in range(len(source.chunks))
+                           for word in source.words(c, what)[0]}) == expected
 
 
 def test_shards_train_as_a_folder_does():
@@ -909,48 +910,49 @@ def test_labels_of_shards():
         add(tar, "4.png", b"png")
         add(tar, "4.txt", "a caption, über all".encode())
     source = data.open_data(path)       # whole numbers are their own labels
-    assert [source.about(i).get("label") for i in range(5)] == [7, 10, 2, None, 3]
+    assert [source[i].get("label") for i in range(5)] == [7, 10, 2, None, 3]
     assert len(source.classes) == 11 and source.classes[7] == "7"
-    assert source.about(4)["tags"] == ["#a", "#b"] and source.caption(4) == "a caption, über all"
-    assert source.caption(3) is None
+    assert source[4]["tags"] == ["#a", "#b"] and source[4]["caption"] == "a caption, über all"
+    assert "caption" not in source[3]
     both = data.open_data(path, sharded()["one"])
-    assert both.classes[both.about(5)["label"]] == "cat" and both.classes[both.about(1)["label"]] \
-        == "10"
+    assert both.classes[both[5]["label"]] == "cat" and both.classes[both[1]["label"]] == "10"
 
 
 def test_labels_and_tags_as_people_write_them():
     path = folder() / "x.jsonl"
     labels = [3, "10", 2.0, None, "", math.nan, 1.0]
-    tags = [["#a", None, ""], "#a, #b, ", " ", None, '["#c"]', 7, ["\ud83d"]]
+    tags = [["#a", None, ""], "#a, #b, ", " ", None, '["#c"]', math.nan, ["\ud83d"]]
     path.write_text("".join(json.dumps({"image": "x.jpg", "label": label, "tags": tag}) + "\n"
                             for label, tag in zip(labels, tags)))
     source = data.open_data(path)
-    assert [source.about(i).get("label") for i in range(7)] == [3, 10, 2, None, None, None, 1]
-    assert [source.about(i)["tags"] for i in range(7)] == [
+    assert [source[i].get("label") for i in range(7)] == [3, 10, 2, None, None, None, 1]
+    assert [source[i]["tags"] for i in range(7)] == [
         ["#a"], ["#a", "#b"], [], [], ["#c"], [], ["?"]]
     before = source.fingerprint()
     path.write_text(path.read_text().replace(": 3", ": 4"))     # as long as before
-    os.utime(path, (1, 1))
     assert data.open_data(path).fingerprint() != before
     assert len(data.class_names_of({"20231105", "7"})) == 2     # no twenty million classes
-    os.environ.update(RANK="1", WORLD_SIZE="2")                 # of somebody's shell
-    try:
-        make_tar(path.parent / "y.tar", range(4))
-        assert len(data.open_data(path.parent / "y.tar", path)) == 11
-    finally:
-        del os.environ["RANK"], os.environ["WORLD_SIZE"]
 
 
-def test_csv_is_read_as_pythons_csv_reads_it():
+def test_manifests_are_read_as_python_reads_them_and_end_with_a_line_at_a_bad_record():
     path = folder() / "x.csv"
-    rows = ['5" pipe', "plain", '"quoted, ""twice""\nover lines"', "x" * 200_000, "last"]
-    path.write_bytes(b"\xef\xbb\xbf\r\ncaption,image\r\n" + "\r\n".join(
+    rows = ['5" pipe', "plain", '"quoted, ""twice""\nover lines"', "", "last"]
+    path.write_bytes(b"\xef\xbb\xbfcaption,image\r\n" + "\r\n".join(
         f"{text},cat.jpg" for text in rows).encode())
-    source = data.open_data(path)           # a field of 200,000 characters is too long for csv
-    assert [source.caption(i) for i in range(len(source))] == [
-        rows[0], rows[1], 'quoted, "twice"\nover lines', rows[4]]
+    shutil.copy(photos() / "cat/01.jpg", path.parent / "cat.jpg")   # paths are beside the manifest
+    source = data.open_data(path)
+    assert [source[i].get("caption") for i in range(5)] == [
+        rows[0], rows[1], 'quoted, "twice"\nover lines', None, "last"]
+    assert data.Samples(source, (8, 8), 3, data.centre_crop).__getitems__([0])["weight"] == 1
     path.write_text("file;label\ncat.jpg;3\n")
     refused("has no column named image; its first line has: file;label", data.open_data, path)
+    path.write_text("image\ncat.jpg\n" + "x" * 200_000 + "\n")     # more than csv takes
+    refused("cannot be read: Error: field larger", data.open_data, path)
+    lines = path.with_suffix(".jsonl")
+    for bad in ("not json", '{"label": 2}', '["list"]', '{"image": ""}', '{"image": {}}',
+                '{"image": "x.jpg", "tags": [{"name": "cat"}]}', '{"image": "x.jpg", "tags": 7}'):
+        lines.write_text('{"image": "x.jpg"}\n\n' + bad)
+        refused(f"{lines}, record 2, cannot be read", data.open_data, lines)
 
 
 def test_folders_of_shards_and_of_both():
@@ -972,109 +974,97 @@ def good():
     return (photos() / "cat/01.jpg").read_bytes()
 
 
-def test_strange_members_of_a_tar_are_counted_and_nothing_is_extracted():
+def test_members_of_a_tar_are_grouped_as_in_webdataset_and_nothing_is_extracted():
     root = folder()
     path, photo = root / "x.tar", good()
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        add(tar, "a/1.jpg", photo)
-        add(tar, "/etc/absolute.jpg", photo)
-        add(tar, "../above.JPG", photo)
         add(tar, "a", type=tarfile.DIRTYPE)
+        for name in ("a/1.jpg", "../above.JPG", "x" * 300 + ".jpg", "caf\udce9.jpg", "日本.jpg"):
+            add(tar, name, photo)
         add(tar, "link.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd")
-        hard = tarfile.TarInfo("hard.jpg")
-        hard.type, hard.linkname, hard.size = tarfile.LNKTYPE, "a/1.jpg", 10240
-        tar.addfile(hard)                                   # a size, but no content
-        add(tar, "device.jpg", type=tarfile.CHRTYPE)
         add(tar, "pipe.jpg", type=tarfile.FIFOTYPE)
         add(tar, "alone.json", b"{}")                       # a key with no image
         add(tar, "b/1.jpg", photo)                          # another key: folders count
         add(tar, "b/1.json", b"{not json")
-        add(tar, "x" * 300 + ".jpg", photo)                 # a long name
-        add(tar, "caf\udce9.jpg", photo)                    # latin-1, not UTF-8
-        add(tar, "日本.jpg", photo)
         add(tar, "b/1.jpg", photo)                          # a name that repeats: another sample
-        add(tar, "._a.jpg", b"finder")
-        add(tar, "two.seg.png", photo)                      # belongs to the next
+        add(tar, "two.seg.png", photo)                      # another part of the next
         add(tar, "two.jpg", photo)
-        add(tar, "IMG.2020.01.jpg", photo)                  # names with dots
+        add(tar, "IMG.2020.01.jpg", photo)                  # dots, and nobody else has their key
         add(tar, "IMG.2020.02.jpg", photo)
+        add(tar, "IMG.2020.02.json", b'{"label": "two"}')
+        add(tar, "._a.jpg", b"finder")
         add(tar, "readme.md", b"hello")
-        add(tar, "seven.seg.png", photo)                    # the image of seven.json
-        add(tar, "seven.json", b'{"label": "seven"}')
-        add(tar, "IMG.2020.03.jpg", photo)
-        add(tar, "IMG.2020.03.json", b'{"label": "three"}')
-    source = data.open_data(path)
-    names = [source.about(i)["where"].removeprefix(f"{path}: ") for i in range(len(source))]
-    assert names == ["a/1", "etc/absolute", "../above", "b/1", "x" * 300, "caf\ufffd", "日本",
-                     "b/1", "two", "IMG.2020.01", "IMG.2020.02", "seven.seg", "IMG.2020.03"]
-    assert [source.about(i).get("label") for i in (8, 11, 12)] == [None, 0, 1]
-    assert all(source[i]["image"].size == (120, 91) for i in range(len(source)))
-    left_out = json.loads(data.read_arrays(f"{path}.index.npz")["left_out"].tobytes())
-    assert left_out == {"links and devices": 4, "keys without an image": 1, "other files": 3,
-                        "repeated names": 1, "unreadable records": 1}
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        source = data.open_data(path)
+    names = [source[i]["where"].removeprefix(f"{path}: ") for i in range(len(source))]
+    assert names == ["a/1", "../above", "x" * 300, "caf\udce9", "日本", "b/1", "b/1", "two",
+                     "IMG.2020.01", "IMG.2020.02"]
+    assert [source[i].get("label") for i in range(10)] == [None] * 9 + [0]
+    assert all(source[i]["image"]() == photo for i in range(10))
+    for count in ("5 other files", "1 keys without an image", "1 unreadable records"):
+        assert count in said.getvalue(), said.getvalue()
     assert {one.name for one in root.iterdir()} == {"x.tar", "x.tar.index.npz"} | {
         one.name for one in root.glob("*.catalogue.npz")}
 
 
-def test_damaged_tars_lose_what_is_damaged_and_say_so():
-    def opened(content):
-        path = folder() / "x.tar"
-        path.write_bytes(content)
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            source = data.open_data(path)
-        samples = data.Samples(source, (32, 32), 3, data.centre_crop, shuffle=False)
-        batch = samples.__getitems__(range(len(source)))
-        return int(batch["weight"].sum()), [why for _, _, why in batch["bad"]], said.getvalue()
+def opened(content):
+    """A shard of this content, read: ({name: (label, weight)}, why some are bad, what was said)."""
+    path = folder() / "x.tar"
+    path.write_bytes(content)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        source = data.open_data(path)
+    samples = data.Samples(source, (8, 8), 3, data.centre_crop, shuffle=False)
+    batch = samples.__getitems__(range(len(source)))
+    labels = [source.classes[label] if label >= 0 else None for label in batch["label"].tolist()]
+    names = [source[i]["where"][-3:] for i in range(len(source))]
+    return (dict(zip(names, zip(labels, batch["weight"].tolist()))),
+            [why for _, _, why in batch["bad"]], said.getvalue())
 
+
+def test_damaged_tars_lose_what_is_damaged_and_say_so():
     whole = Path(sharded()["one"]).read_bytes()
-    assert opened(whole) == (20, [], "")
     with tarfile.open(sharded()["one"]) as tar:
         members = tar.getmembers()
     at = members[20].offset                             # the eleventh image
-    count, bad, said = opened(whole[:at + 700])         # cut short inside it
-    assert count == 10 and bad == ["ValueError: the tar is cut short"]
+    assert len(opened(whole)[0]) == 20 and opened(whole)[1:] == ([], "")
+    found, bad, said = opened(whole[:at + 700])         # cut short inside it
+    assert len(found) == 11 and bad == ["ValueError: the tar is cut short"]
     assert "1 shards cut short" in said
-    assert opened(whole[:at])[0] == 10                  # cut between two: nobody can tell
-    for zeros in (512, members[21].offset - at, 49_664):    # a header, a member, nine samples
-        count, bad, said = opened(whole[:at] + bytes(zeros) + whole[at + zeros:])
-        assert 10 <= count <= 19 and "1 damaged places" in said, (zeros, count, said)
-    end = members[-8].offset
-    assert "1 damaged places" in opened(whole[:end] + bytes(len(whole) - end))[2]
-    count, bad, said = opened(whole + whole)            # cat a.tar a.tar > b.tar
-    assert count == 40 and "repeated names" in said and "damaged" not in said
-    count, bad, said = opened(whole[:at] + b"\x7f" * 512 + whole[at:])
-    assert count == 20 and "1 damaged places" in said
-    path = make_tar(folder() / "x.tar", range(20), pax_headers={"mtime": "1.5"})
-    long = path.read_bytes()                            # a header more for each
-    for at in range(20_480, 61_440, 4096 + 512):
-        count, bad, said = opened(long[:at] + bytes(4096) + long[at + 4096:])
-        assert count >= 18 and ("damaged" in said or bad), (at, count, said)
+    assert len(opened(whole[:at])[0]) == 10             # cut between two: nobody can tell
+    found, bad, said = opened(whole[:at] + bytes(512) + whole[at + 512:])   # its header is zeros
+    assert len(found) == 19 and "1 damaged places" in said
+    found, bad, said = opened(whole[:at] + b"\x7f" * 512 + whole[at:])
+    assert len(found) == 20 and "1 damaged places" in said
+    with contextlib.redirect_stdout(io.StringIO()) as said:     # cat a.tar a.tar > b.tar
+        path = folder() / "b.tar"
+        path.write_bytes(whole + whole)
+        assert len(data.open_data(path)) == 40
+    assert said.getvalue() == ""
     for content in (b"", bytes(10240), b"\x7f" * 5000):
         refused("no image in", opened, content)
     refused("is compressed", opened, gzip.compress(whole))
+    enormous = tarfile.TarInfo("2.jpg")
+    enormous.size = 8 << 30                             # it is neither there nor read
+    found, bad, said = opened(whole[:at] + enormous.tobuf())
+    assert len(found) == 10 and "1 other files" in said
 
 
-def test_enormous_members_are_not_read():
-    path = folder() / "x.tar"
-    with tarfile.open(path, "w") as tar:
-        add(tar, "1.jpg", good())
-    with open(path, "r+b") as file:                     # 8 GB of nothing
-        header = tarfile.TarInfo("2.jpg")
-        header.size = 8 << 30
-        with tarfile.open(path) as tar:
-            file.seek(tar.getmembers()[-1].offset_data + (len(good()) + 511) // 512 * 512)
-        file.write(header.tobuf())
-        after = file.tell() + header.size
-        file.truncate(after)
-        file.seek(after)
-        member = tarfile.TarInfo("3.jpg")
-        member.size = len(good())
-        file.write(member.tobuf() + good() + bytes(2048 - len(good()) % 512))
+def test_whatever_is_damaged_in_a_tar_nothing_hangs_crashes_or_gets_a_wrong_label():
+    plain, random_ = Path(sharded()["one"]).read_bytes(), random.Random(0)
+    long = make_tar(folder() / "x.tar", range(20), pax_headers={"mtime": "1.5"}).read_bytes()
+    right = {name: label for name, (label, _) in opened(plain)[0].items()}
     begun = time.monotonic()
-    samples = data.Samples(data.open_data(path), (32, 32), 3, data.centre_crop, shuffle=False)
-    batch = samples.__getitems__(range(3))
-    assert batch["weight"].tolist() == [1, 0, 1] and time.monotonic() - begun < 5
-    assert "8,589,934,592 bytes are more than an image may have" in batch["bad"][0][2]
+    for trial in range(60):
+        whole = (plain, long)[trial % 2]
+        at, size = 512 * random_.randrange(len(whole) // 512), 512 * random_.randrange(1, 12)
+        hole = (bytes(size), b"\x7f" * size, random_.randbytes(size), b"")[trial % 4]
+        try:
+            found, bad, said = opened(whole[:at] + hole + whole[at + size:])
+        except UserError as error:
+            assert "no image in" in str(error)
+            continue
+        assert all(label in (None, right.get(name)) for name, (label, _) in found.items()), trial
+    assert time.monotonic() - begun < 60
 
 
 def test_an_index_is_never_wrong():
@@ -1083,34 +1073,33 @@ def test_an_index_is_never_wrong():
     assert len(data.open_data(path)) == 5
     make_tar(path, range(9))                            # replaced: indexed again
     source = data.open_data(path)
-    assert len(source) == 9
     Path(f"{path}.index.npz").unlink()                  # deleted: made again when it is needed
-    assert source[8]["caption"] == "picture 8"
+    assert len(source) == 9 and source[8]["caption"] == "picture 8"
     Path(f"{path}.index.npz").write_bytes(b"PK torn")
     assert data.open_data(path)[8]["caption"] == "picture 8"
     next(root.glob("*.catalogue.npz")).write_bytes(b"")
-    assert len(data.open_data(path)) == 9
-    source, samples = data.open_data(path), None
+    source = data.open_data(path)
     make_tar(path, range(8))                            # replaced under a run
     samples = data.Samples(source, (32, 32), 3, data.random_resized_crop)
+    data.open_shard.cache_clear()
     for workers in (0, 1):
         batches = data.load(samples, [np.arange(4)], workers, torch.device("cpu"))
         refused("x.tar is not the file that was indexed", next, batches)
     source = data.open_data(path)
     path.unlink()
-    refused("was there at the start, but: No such file", source.open, 0)
-    usual, path = data.label_of, make_tar(root / "y.tar", range(5))
+    refused("was there at the start, but: No such file", lambda: source[0])
+    usual, path = data.find_samples, make_tar(root / "y.tar", range(5))
 
     def growing(*args):
         with open(path, "ab") as file:
             file.write(bytes(512))
         return usual(*args)
 
-    data.label_of = growing
+    data.find_samples = growing
     try:
         refused("y.tar is still being written", data.open_data, path)
     finally:
-        data.label_of = usual
+        data.find_samples = usual
     assert not list(root.glob("*.tmp")) and not Path(f"{path}.index.npz").exists()
 
 
@@ -1142,31 +1131,14 @@ def test_many_ranks_and_runs_index_at_once():
     refused("b.tar is compressed", on_ranks, 4, index_together, str(bad))   # said by every rank
 
 
-def test_indexes_go_where_one_may_write():
+def test_indexes_are_beside_the_shards_or_in_index_dir():
     root, aside = folder(), folder()
     path = make_tar(root / "x.tar", range(5))
     assert len(data.open_data(path, index_dir=aside / "deep")) == 5
     assert len(list((aside / "deep").iterdir())) == 2 and len(list(root.iterdir())) == 1
-    usual = tempfile.TemporaryFile
-
-    def read_only(dir):
-        if Path(dir) == root:
-            raise PermissionError(13, "Permission denied", str(dir))
-        return usual(dir=dir)
-
-    data.tempfile.TemporaryFile = read_only
-    try:
-        source = data.open_data(path, fallback=aside / "index")
-    finally:
-        data.tempfile.TemporaryFile = usual
-    assert source[4]["caption"] == "picture 4" and len(list(root.iterdir())) == 1
-    assert len(list((aside / "index").iterdir())) == 2
-    data.open_data(path)                                # what is beside the shards is used
-    data.tempfile.TemporaryFile = read_only
-    try:
-        assert data.open_data(path, fallback=aside / "unused").sources[0].place is None
-    finally:
-        data.tempfile.TemporaryFile = usual
+    (root / "file").write_text("not a folder")          # where not even root may write
+    refused("give a folder where you may write", functools.partial(
+        data.open_data, index_dir=root / "file"), path)
 
 
 def test_specs_of_shards():
@@ -1175,28 +1147,11 @@ def test_specs_of_shards():
     refused("no shard", data.open_data, f"{root}/x-{{00..03}}.tar")
     refused("no data at", data.open_data, f"{root}/nothing-*.tar")
     refused("no data at", data.open_data, f"{root}/nothing.tar")
-    refused("is compressed", data.open_data, f"{root}/x-{{0..1}}.tar.gz")
-    refused("is neither a folder nor", data.open_data, __file__)
+    refused("unpack a compressed one", data.open_data, f"{root}/x-{{0..1}}.tar.gz")
+    refused("is neither a folder nor a plain .tar", data.open_data, __file__)
     joined = data.open_data(sharded()["three"], photos(), "world:7")
     assert len(joined) == 47 and joined[20]["label"] == joined[0]["label"]
     assert joined.fingerprint() != data.open_data(sharded()["three"]).fingerprint()
-
-
-def test_manifests_with_unreadable_records():
-    path = folder() / "x.jsonl"
-    lines = ['{"image": "%s", "label": 1}' % (photos() / "cat/01.jpg"), "not json", '{"label": 2}',
-             '{"image": "missing.jpg"}', '["list"]', '{"image": 7}', '{"image": "cat.jpg"}']
-    path.write_text("\n".join(lines))
-    shutil.copy(photos() / "cat/01.jpg", path.parent / "cat.jpg")    # beside the manifest
-    samples = data.Samples(data.open_data(path), (32, 32), 3, data.centre_crop, shuffle=False)
-    batch = samples.__getitems__(range(len(samples.source)))
-    assert batch["weight"].tolist() == [1, 0, 0, 0, 0, 0, 1] and len(batch["bad"]) == 5
-    assert batch["bad"][0][1] == f"{path}: record 2"
-    table = folder() / "x.csv"
-    table.write_text('image,caption\ncat.jpg,"two\nlines, ""quoted"""\ncat.jpg,\n')
-    source = data.open_data(table)
-    assert len(source) == 2 and source.caption(0) == 'two\nlines, "quoted"'
-    assert source.caption(1) is None
 
 
 def command(*flags):
@@ -1214,9 +1169,8 @@ def test_pack_writes_shards_of_any_source_and_goes_on():
     assert code == 0 and told["samples"] == 20 and told["shards"] == 3 and told["left_out"] == 0
     source, before = data.open_data(out), data.open_data(sharded()["three"])
     for i in (0, 9, 19):
-        one, other = source[i], before[i]
-        assert np.array_equal(np.asarray(one["image"]), np.asarray(other["image"]))
-        assert all(one[key] == other[key] for key in ("label", "tags", "caption"))
+        assert source[i]["image"]() == before[i]["image"]()     # the same bytes
+        assert all(source[i][key] == before[i][key] for key in ("label", "tags", "caption"))
     first = {path.name: path.read_bytes() for path in out.glob("*.tar")}
     (out / "00001.tar").unlink()                        # as if it had been stopped
     assert command("pack", sharded()["three"], out, "--shard-size", 8)[0] == 0
@@ -1229,9 +1183,8 @@ def test_pack_writes_shards_of_any_source_and_goes_on():
     code, told, said = command("pack", damaged(), "world:3", small, "--resize", 48)
     assert told["samples"] == 15 and told["left_out"] == 6 and said.count("left out: ") == 6
     source = data.open_data(small)
-    assert [min(source[i]["image"].size) for i in (0, 5, 14)] == [48] * 3
-    assert source.open(0)["where"].endswith("000000000") and "star" in " ".join(
-        source.caption(i) for i in range(12, 15)) + "star"
+    assert [min(data.open_image(source[i]["image"]).size) for i in (0, 5, 14)] == [48] * 3
+    assert source[0]["where"].endswith("000000000") and "caption" in source[14]
 
 
 # ======================================================================================
@@ -1243,7 +1196,7 @@ def test_world_is_a_function_of_the_number():
     assert all(np.array_equal(data.draw(data.scene(i), 32, 32), first[i]) for i in (2, 0, 1))
     assert not np.array_equal(first[0], data.draw(data.scene(0, "val"), 32, 32))
     source = data.open_data("world-val:80")
-    assert sorted(source.open(i)["label"] for i in range(80)) == sorted([*range(40)] * 2)
+    assert sorted(source[i]["label"] for i in range(80)) == sorted([*range(40)] * 2)
 
 
 def test_world_is_fixed():
@@ -1925,10 +1878,8 @@ def test_data_commands_end_in_one_line_of_json():
     assert told["tags_per_image"] == 2 and told["head"][0] == ["#pet", 20]
     code, told, text = command("verify", damaged(), "--workers", 2)
     assert code == 1 and told["samples"] == 18 and told["bad"] == 6 and text.count("bad: ") == 6
-    code, told, _ = command("bench", photos(), "--image-size", 32, "--seconds", 1, "--workers",
-                            0, 1)
-    assert code == 0 and told["images_per_second"] > 0 and told["ratio"] > 0
-    assert told["by_workers"].keys() == {"0", "1"}
+    code, told, _ = command("bench", photos(), "--image-size", 32, "--seconds", 1, "--workers", 1)
+    assert code == 0 and told["images_per_second"] > 0
     place = folder() / "world.png"
     assert command("world", "--out", place)[0] == 0
     Image.open(place).load()
@@ -1953,9 +1904,9 @@ def test_evening_path_is_short():
     lines = lambda text: len(text.splitlines())
     part_1 = (HERE / "vit.py").read_text().split("# Part 1:")[1].split("# Part 2:")[0]
     first = (HERE / "finetune.py").read_text().split("# Frozen encoders")[0]
-    assert lines(first) < 550
+    assert lines(first) < 650
     assert sum(map(lines, (part_1, first, *((HERE / name).read_text() for name in (
-        "mae.py", "wsp.py"))))) < 1500
+        "mae.py", "wsp.py"))))) < 1850
 
 
 # ======================================================================================
@@ -1969,40 +1920,35 @@ def test_hashtags_have_one_canonical_form():
             ("#e\u0301te\u0301", "été"), ("#STRASSE", "strasse"), ("#straße", "strasse"),
             ("#夕日", "夕日"), ("#🌅", "🌅"), ("#❤️", "❤"), ("#c++", "c++"), ("#2023", "2023"),
             ("#हिन्दी", "हिन्दी"), ("\u200b#a\u0000b", "ab")):
-        assert data.canonical(written) == form, (written, data.canonical(written))
-        assert data.canonical(form) == form
+        assert wsp.canonical(written) == form, (written, wsp.canonical(written))
+        assert wsp.canonical(form) == form
 
 
 def test_hashtags_are_found_in_captions():
-    find = lambda caption: data.tags_of({"caption": caption})
+    find = lambda caption: data.read_record({"caption": caption})[1]
     assert find("At the sea #sunset #Beach_Life, #no-filter.#été!") == [
         "sunset", "Beach_Life", "no-filter", "été"]
     assert find("#🌅#夕日、＃海") == ["🌅", "夕日", "海"] and find("# nothing ## here") == []
-    assert data.tags_of({"tags": ["a"], "caption": "#b"}) == ["a"]
-    assert data.tags_of({"tags": "#a b,c", "caption": "#d"}) == ["#a", "b", "c"]
+    assert data.read_record({"tags": ["a"], "caption": "#b"})[1] == ["a"]
+    assert data.read_record({"tags": "#a b,c", "caption": "#d"})[1] == ["#a", "b", "c"]
     root = folder()
     with tarfile.open(root / "x.tar", "w") as tar:
         add(tar, "1.jpg", good())
         add(tar, "1.txt", "my #Cat".encode())
-        add(tar, "2.jpg", good())
-        add(tar, "2.json", b'{"label": "x", "tags": [{"name": "cat"}]}')
-    source = data.open_data(root / "x.tar")
-    assert source.about(0)["tags"] == ["Cat"] and source.about(1)["tags"] == []
-    assert source.classes == ["x"]          # the rest of such a record counts
-    assert source.sources[0].left_out == {"records whose tags are no words": 1}
+    assert data.open_data(root / "x.tar")[0]["tags"] == ["Cat"]
 
 
 def test_synonyms_are_followed_to_the_end():
     path = folder() / "words.tsv"
     path.write_text("#Kitty\tcat\nCAT\tfelis catus\n\n# a comment\nfelis_catus\tFelis Catus\n")
-    assert data.read_synonyms(path) == {"kitty": "feliscatus", "cat": "feliscatus"}
+    assert wsp.read_synonyms(path) == {"kitty": "feliscatus", "cat": "feliscatus"}
     for text, problem in (("a\tb\nb\tc\nc\ta\n", "a cycle: a → b → c → a"),
                           ("a\tb\na\tc\n", "line 2: a means b and c"),
                           ("a b\n", "line 1: not an alias, a TAB and a tag"),
                           ("##\tb\n", "line 1: not an alias"), (b"\xff\xfe", "UTF-8")):
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        refused(problem, data.read_synonyms, path)
-    refused("cannot be read", data.read_synonyms, folder() / "none")
+        refused(problem, wsp.read_synonyms, path)
+    refused("cannot be read", wsp.read_synonyms, folder() / "none")
 
 
 @functools.lru_cache
@@ -2020,16 +1966,16 @@ def tagged_photos():
 
 
 def counted(spec, out, min_count=2, extra=()):
-    """What open_tags finds on this rank: (how often each sample stands, what is known)."""
+    """What open_tags finds on this rank: (how often each sample is shown, what is known)."""
     args, _, _ = wsp.parse_flags(["--data", str(spec), "--min-count", str(min_count),
                                   "--out", str(out), *extra])
     vit.start(args)
-    source = data.open_data(*args.data, fallback=args.out)
-    tagged, about = wsp.open_tags(args, source, {"index_dir": None, "fallback": args.out})
-    again, _ = wsp.open_tags(args, source, {"index_dir": None, "fallback": args.out})
-    assert np.array_equal(tagged.chunks, again.chunks)      # from what was kept
-    stands = np.bincount([tagged.find(i) for i in range(len(tagged))], minlength=len(source))
-    return stands, about
+    source = data.open_data(*args.data)
+    rows, _, about = wsp.open_tags(args, source)
+    again, _, _ = wsp.open_tags(args, source)
+    assert np.array_equal(rows.chunks, again.chunks)        # from what was kept
+    shown = np.bincount([rows[i] for i in range(len(rows))], minlength=len(source))
+    return shown, about
 
 
 def test_images_of_rare_tags_are_shown_more_often():
@@ -2041,7 +1987,8 @@ def test_images_of_rare_tags_are_shown_more_often():
     (stands, about), _ = on_ranks(1, counted, path, folder())[0]
     counts = np.array([sum(frequencies[k:]) for k in range(6)])
     assert about["vocabulary"] == [f"t{k}" for k in range(6)] and about["counts"] == counts.tolist()
-    expected = np.clip(np.sqrt(about["scale"] / counts), 1, 10)
+    t = wsp.solve_t(counts, np.array(frequencies), 10)
+    expected = np.clip(np.sqrt(t / counts), 1, 10)
     assert close((expected * frequencies).sum() / 4000, 5 / 3, 1e-6) and expected[-1] > 5
     for k in range(6):
         shown = stands[rarest == k]
@@ -2060,11 +2007,13 @@ def test_images_of_rare_tags_are_shown_more_often():
 
 def test_an_image_has_each_of_its_tags_once():
     source = data.open_data(tagged_photos()[0])
-    tagged = data.Tagged(source, wsp.numbers_in(["cat", "dog", "nice", "rare"], {"dogs": "dog"}))
-    assert [tagged.open(i)["numbers"] for i in (0, 1, 5, 6)] == [[1, 2], [0], [0, 3],
-                                                                     [1, 2, 3]]
-    batch = data.Samples(tagged, (32, 32), 3, data.centre_crop, shuffle=False).__getitems__([0, 1])
-    assert batch["tags"].tolist() == [[1, 2], [0, -1]] and len(tagged) == 18
+    targets_of = functools.partial(wsp.tag_targets, number_of=wsp.number_in(
+        ["cat", "dog", "nice", "rare"], {"dogs": "dog"}))
+    assert [targets_of(source[i]) for i in (0, 1, 5, 6, 19)] == [
+        [1, 2], [0], [0, 3], [1, 2, 3], []]
+    batch = data.Samples(source, (32, 32), 3, data.centre_crop, shuffle=False,
+                         rows=np.array([0, 1]), targets_of=targets_of).__getitems__([0, 1, 2])
+    assert batch["targets"].tolist() == [[1, 2], [0, -1], [-1, -1]]
 
 
 def test_many_shards_are_counted_together():
@@ -2078,7 +2027,7 @@ def test_many_shards_are_counted_together():
             with tarfile.open(root / "2.tar", "w") as tar:
                 add(tar, "1.jpg", good())                   # no image of it has a tag
     (stands, about), _ = on_ranks(1, counted, root / "*.tar", folder(), 1)[0]
-    assert about["counts"] == [12, 2, 2, 2, 2] and about["tags_an_image"][:3] == [5, 4, 8]
+    assert about["counts"] == [12, 2, 2, 2, 2]
     assert np.array_equal(stands > 0, [0, 1, 1, 1] * 2 + [0] + [0, 1, 1, 1] * 2)
     for (other, theirs), _ in on_ranks(4, counted, root / "*.tar", folder(), 1):
         assert np.array_equal(other, stands) and theirs == about
@@ -2310,7 +2259,7 @@ def test_randaugment_does_what_its_levels_say():
     """Against Pillow and tables, at timm's magnitudes; two of fifteen, each half of the time."""
     image = Image.fromarray(data.draw(data.scene(1, "val"), 40, 60))
     do = lambda name, level, sign=1, image=image: np.asarray(
-        data.OPERATIONS[name](image, level, sign)).astype(int)
+        finetune.OPERATIONS[name](image, level, sign)).astype(int)
     plain = np.asarray(image).astype(int)
     for name in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y", "colour",
                  "contrast", "brightness", "sharpness", "solarize", "solarize_add"):
@@ -2335,29 +2284,29 @@ def test_randaugment_does_what_its_levels_say():
     assert (20 - y, x - 20) == (10, 17) and do(
         "rotate", 1.0, -1, Image.fromarray(grid))[30, 37, 0] > 100
     used, calls = Counter(), 3000
-    kept = dict(data.OPERATIONS)
+    kept = dict(finetune.OPERATIONS)
     try:
         for name in kept:
-            data.OPERATIONS[name] = lambda image, level, sign, name=name: (
+            finetune.OPERATIONS[name] = lambda image, level, sign, name=name: (
                 used.update([(name, sign, round(level, 1))]), image)[1]
         for position in range(calls):
-            data.rand_augment(np.zeros((4, 4, 3), np.uint8), 0, position, 9.0)
+            finetune.rand_augment(np.zeros((4, 4, 3), np.uint8), 0, position, 9.0)
     finally:
-        data.OPERATIONS.update(kept)
+        finetune.OPERATIONS.update(kept)
     names = Counter(name for name, _, _ in used.elements())
     assert len(names) == 15 and all(abs(n - calls / 15) < 5 * math.sqrt(calls / 15)
                                     for n in names.values())
     levels = [level for _, _, level in used.elements()]
     assert abs(sum(levels) / len(levels) - 0.9) < 0.01 and max(levels) == 1 and min(levels) < 0.8
     pixels = np.asarray(image)
-    assert (data.rand_augment(pixels, 0, 5, 9.0) == data.rand_augment(pixels, 0, 5, 9.0)).all()
+    assert (finetune.rand_augment(pixels, 0, 5, 9.0) == finetune.rand_augment(pixels, 0, 5, 9.0)).all()
     for position in range(200):                                 # grey too, and level 10
-        data.rand_augment(pixels[..., :1], 0, position, 10.0)
+        finetune.rand_augment(pixels[..., :1], 0, position, 10.0)
 
 
 def test_erasing_takes_a_rectangle_of_noise():
     images, positions = torch.full((400, 3, 32, 48), 7.0), torch.arange(400)
-    erased = data.erase(images, positions, 0, 0.25)
+    erased = finetune.erase(images, positions, 0, 0.25)
     gone = (erased != 7).any(1)                                             # [B,H,W]
     some = gone.flatten(1).any(1)
     assert abs(some.float().mean() - 0.25) < 0.07
@@ -2370,9 +2319,9 @@ def test_erasing_takes_a_rectangle_of_noise():
     assert 0.015 < min(areas) and max(areas) < 0.35 and abs(np.mean(areas) - 0.17) < 0.03
     noise = erased.permute(0, 2, 3, 1)[gone]
     assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
-    assert torch.equal(erased, data.erase(images, positions, 0, 0.25))
-    assert torch.equal(data.erase(images, positions, 0, 0.0), images)
-    assert torch.equal(erased[7:9], data.erase(images[7:9], positions[7:9], 0, 0.25))
+    assert torch.equal(erased, finetune.erase(images, positions, 0, 0.25))
+    assert torch.equal(finetune.erase(images, positions, 0, 0.0), images)
+    assert torch.equal(erased[7:9], finetune.erase(images[7:9], positions[7:9], 0, 0.25))
 
 
 def test_average_is_the_formula():
@@ -2553,7 +2502,8 @@ def test_released_files_are_evaluated_by_number_order_and_name():
     by_number, _, _ = evaluated("--init", path, "--val", numbered, "--crop", "squash")
     assert by_number["top1"] == first["top1"]
     picture = photos() / "cat" / "01.jpg"
-    pixels = data.read_picture(picture, Config.named("nano"), 10 ** 9, data.whole)
+    pixels, = data.read_pictures(argparse.Namespace(predict=[picture]), Config.named("nano"),
+                                 data.whole)
     whole = Image.open(picture).resize((64, 64), Image.Resampling.BICUBIC)
     assert np.abs(pixels.numpy().astype(int) - np.asarray(whole)).mean() < 3
 
@@ -2627,7 +2577,7 @@ def test_features_are_what_the_encoder_makes_of_whole_images():
     samples = data.Samples(source, (32, 32), 3, data.centre_crop, shuffle=False)
     batch = samples.__getitems__(range(20))
     images = data.normalise(batch["images"])
-    cls, mean = model(images), model.norm(model.tokens(images))[:, 1:].mean(1)
+    cls, mean = model(images), model.norm(vit.run_blocks(model.blocks, model.embed(images)))[:, 1:].mean(1)
     for world, more, expected in ((1, (), cls), (3, (), cls), (2, ("--parallel", "fsdp"), cls),
                                   (1, ("--pool", "mean"), mean)):
         _, out, _ = asked("features", *flags, *more, world=world)
@@ -2635,7 +2585,7 @@ def test_features_are_what_the_encoder_makes_of_whole_images():
             assert file["features"].dtype == np.float32
             assert close(file["features"], expected.detach(), 1e-4), (world, more)
             assert file["labels"].tolist() == batch["label"].tolist()
-            assert file["names"][3].decode() == source.about(3)["where"]
+            assert file["names"][3].decode() == source[3]["where"]
             assert file["classes"].tolist() == ["cat", "dog"] and len(file["names"]) == 20
 
 
@@ -2857,18 +2807,39 @@ def test_low_shot_is_the_same_on_any_ranks():
 # Claims, measured (--claims)
 # ======================================================================================
 
+def obvious_pipeline(path, uniforms, size):
+    """What one writes first: decode all of it, crop, resize, to float, normalise: [C,H,W]."""
+    with Image.open(path) as opened:
+        box = data.random_resized_crop(*opened.size, uniforms, size)
+        pixels = opened.convert("RGB").crop([round(side) for side in box])
+    pixels = pixels.resize(size[::-1], Image.Resampling.BICUBIC)
+    values = torch.from_numpy(np.asarray(pixels).transpose(2, 0, 1).copy()).float() / 255
+    return (values - torch.tensor(data.IMAGENET_MEAN).reshape(3, 1, 1)) \
+        / torch.tensor(data.IMAGENET_STD).reshape(3, 1, 1)
+
+
 def claim_decoding_is_faster_than_the_obvious_pipeline():
     """By less for small photographs and for finely detailed ones: see the README's range."""
+    torch.set_num_threads(1)
     for size, least in (((500, 333), 1.0), ((1024, 683), 1.4), ((3000, 2000), 3.0)):
-        root = folder()
+        root, ratios, seconds = folder(), [], 20
         for i in range(8):
             picture = Image.fromarray(data.draw(data.scene(i), size[1], size[0]))
             picture.save(root / f"{i}.jpg", quality=90)
-        run = subprocess.run([sys.executable, HERE / "data.py", "bench", root, "--seconds", "20"],
-                             capture_output=True, text=True, check=True)
-        told = json.loads(run.stdout.splitlines()[-1])
-        print(f"    {size}: {told}")
-        assert told["ratio"] > least, (size, told)
+        samples = data.Samples(data.open_data(root), (224, 224), 3, data.random_resized_crop)
+        begun, position = time.perf_counter(), 0
+        while time.perf_counter() < begun + seconds:
+            positions, times = np.arange(position, position + 32), [time.perf_counter()]
+            data.normalise(samples.__getitems__(positions)["images"])
+            times.append(time.perf_counter())
+            uniforms = data.uniform(0, positions, "crop", 22).tolist()
+            torch.stack([obvious_pipeline(samples.sample(i)["image"], row, (224, 224))
+                         for i, row in zip(samples.order(positions).tolist(), uniforms)])
+            times.append(time.perf_counter())
+            ratios.append((times[2] - times[1]) / (times[1] - times[0]))
+            position += 32
+        print(f"    {size}: {np.median(ratios):.2f} times as fast")
+        assert np.median(ratios) > least, (size, np.median(ratios))
 
 
 def claim_fifty_kills_change_no_bit():
@@ -3177,8 +3148,7 @@ def test_zero_shot_classes_are_means_over_names_and_templates():
     vectors = [F.normalize(sum(one(line.replace("{}", name)) for line in ("a {}.", "see {} {}")
                                for name in (word, f"a {word}")), dim=0)
                for word in data.class_names()]
-    samples = data.unshuffled(source, argparse.Namespace(max_pixels=1 << 20), model.config,
-                              data.WHOLE_WIDTH)
+    samples = data.evaluation_samples(source, model.config, data.WHOLE_WIDTH)
     batch = samples.__getitems__(range(50))
     images = model.embed_images(data.normalise(batch["images"]))
     logits = model.logit_scale.exp() * images @ torch.stack(vectors).T      # [n,K]
@@ -3186,7 +3156,7 @@ def test_zero_shot_classes_are_means_over_names_and_templates():
     right = logits.argsort(1, descending=True) == batch["label"][:, None]
     assert close(found["top1"], right[:, 0].float().mean())
     assert close(found["top5"], right[:, :5].any(1).float().mean())
-    captions = [source.caption(i) for i in range(50)]
+    captions = [source[i]["caption"] for i in range(50)]
     texts = sorted({*captions})
     table = images @ torch.stack([one(text) for text in texts]).T           # [n,m]
     for k in (1, 5, 10):

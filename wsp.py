@@ -25,6 +25,8 @@ are marked. The next stage is finetune.py, which starts from runs/wsp/model.pt.
 import functools
 import json
 import math
+import unicodedata
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -83,11 +85,83 @@ def parse_flags(argv):
 
 
 # ======================================================================================
-# Vocabulary and resampling
+# Hashtags: from what people write to a vocabulary
 # ======================================================================================
 
+def canonical(tag):
+    """The form in which hashtags are compared: Unicode NFKC, casefold, no # and no separators.
+
+    "#Beach_Life" and "beach-life" are one; accents, CJK and emoji stay, but not the marks that
+    choose how an emoji is drawn. "" where nothing is left."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", str(tag)).casefold())
+    # Letters, marks, numbers and symbols stay; punctuation, spaces and control characters do not.
+    return "".join(c for c in text if unicodedata.category(c)[0] in "LMNS"
+                   and c not in "\ufe0e\ufe0f")
+
+
+def read_synonyms(path):
+    """A file of lines "alias TAB canonical tag" as {alias: the tag at the end of its chain}.
+
+    Raises UserError for a line of another form, an alias of two meanings, and a cycle."""
+    meaning = {}
+    for number, line in data.read_lines(path, "--synonyms"):
+        if line.startswith("# "):
+            continue
+        words = [canonical(word) for word in line.split("\t")]
+        if len(words) != 2 or not all(words):
+            raise UserError(f"{path}, line {number}: not an alias, a TAB and a tag: {line!r}")
+        alias, tag = words
+        if alias != tag and meaning.setdefault(alias, tag) != tag:
+            raise UserError(f"{path}, line {number}: {alias} means {meaning[alias]} and {tag}")
+    ends = {}
+    for alias, tag in meaning.items():
+        chain = [alias]
+        while tag in meaning and tag not in chain:
+            chain.append(tag)
+            tag = meaning[tag]
+        if tag in chain:
+            raise UserError(f"{path}: a cycle: {' → '.join([*chain, tag])}")
+        ends[alias] = tag
+    return ends
+
+
+def tag_number(tag, vocabulary, synonyms):
+    """The number of a tag as somebody wrote it in a vocabulary {tag: number}; -1 if it has none."""
+    tag = canonical(tag)
+    return vocabulary.get(synonyms.get(tag, tag), -1)
+
+
+def number_in(vocabulary, synonyms):
+    """tag_number for a vocabulary [tag]; it can be sent to workers."""
+    numbers = {tag: i for i, tag in enumerate(vocabulary)}
+    return functools.partial(tag_number, vocabulary=numbers, synonyms=synonyms)
+
+
+def tag_targets(sample, number_of):
+    """The numbers of a sample's tags, each once."""
+    return sorted({number_of(tag) for tag in sample.get("tags", ())} - {-1})
+
+
+def count_tags(source, synonyms):
+    """On how many images each canonical tag is: a Counter, on rank 0; None on the others."""
+    numbers, counts, total = {}, Counter(), Counter()
+
+    def number_of(tag):
+        tag = canonical(tag)
+        return numbers.setdefault(synonyms.get(tag, tag), len(numbers)) if tag else -1
+
+    for c in data.my_part(len(source.chunks), "counting tags"):
+        found, images = np.unique(data.pairs(source, c, number_of)[1], return_counts=True)
+        counts.update(dict(zip(found.tolist(), images.tolist())))
+    # Rare tags may be many millions: no rank but the first needs them.
+    parts = vit.gather_objects({tag: counts[number] for tag, number in numbers.items()})
+    for part in parts or ():
+        total.update(part)
+    return parts and total
+
+
 def choose_vocabulary(counts, min_count, size):
-    """The most frequent tags [(tag, images)], those of many images first."""
+    """The most frequent tags, [(tag, images)], from the most frequent to the rarest one."""
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     kept = [(tag, count) for tag, count in ranked[:size] if count >= min_count]
     if not kept:
@@ -98,74 +172,52 @@ def choose_vocabulary(counts, min_count, size):
     return kept
 
 
-def repeats(counts, scale, most):
-    """How often, on average, an image is shown whose rarest tag is each of the tags: [K].
+# ======================================================================================
+# Resampling: images of rare tags are shown more often
+# ======================================================================================
 
-    clip(sqrt(t / f), 1, most): the inverse square root of the hashtag's frequency (the lineage's;
-    the paper's own rule is not published). `counts` [K]: the images that have the tag, for f;
-    `scale`: t, in images."""
-    return np.clip(np.sqrt(scale / counts), 1, most)
+def repeats(frequency, t, max_repeat):
+    """r(tag) = clip(sqrt(t / f), 1, max_repeat): float64 [K].
+
+    An epoch shows an image r(its rarest tag) times, on average. `frequency` [K] is f, the number of
+    images that have the tag. The inverse square root is the lineage's; the paper's own rule is not
+    published."""
+    return np.clip(np.sqrt(t / frequency), 1, max_repeat)
 
 
-def solve_scale(counts, by_rarest, most):
-    """The scale with which an epoch shows 5/3 of the images (paper: 5B samples of 3B images).
+def solve_t(frequency, by_rarest, max_repeat):
+    """The t for which an epoch shows 5/3 of the images (paper: 5B samples of 3B images).
 
-    `counts` [K]: the images that have a tag; `by_rarest` [K]: those whose rarest tag it is."""
-    low, high = counts.min(), counts.max() * most ** 2
+    `by_rarest` [K] is the number of images whose rarest tag is each tag, so an epoch shows the sum
+    of by_rarest x r(tag). This sum grows with t: bisection, from a t that repeats no image to one
+    that repeats all of them max_repeat times."""
+    low, high = frequency.min(), frequency.max() * max_repeat ** 2
     for _ in range(100):
-        middle = math.sqrt(low * high)
-        if (repeats(counts, middle, most) * by_rarest).sum() < EPOCH_REPEAT * by_rarest.sum():
-            low = middle
+        t = math.sqrt(low * high)
+        if (by_rarest * repeats(frequency, t, max_repeat)).sum() < EPOCH_REPEAT * by_rarest.sum():
+            low = t
         else:
-            high = middle
+            high = t
     return high
 
 
-def open_tags(args, source, places):
-    """Count the tags of --data and resample it: (Tagged, what is known of the tags).
-
-    What was found is kept beside the indexes of shards, so that a resumed run need not count."""
-    synonyms = data.read_synonyms(args.synonyms) if args.synonyms else {}
-    if not args.synonyms and all(map(data.is_world, args.data)):
-        synonyms = {data.canonical(alias): tag for alias, tag in data.SYNONYMS.items()}
-    key = data.crc(json.dumps([data.INDEX_VERSION, source.fingerprint(), synonyms, args.min_count,
-                               args.resample, args.vocabulary_size, args.max_repeat]))
-    cache = Path(places["index_dir"] or places["fallback"]) / f"tags-{key:08x}.npz"
-    found = data.kept_arrays(cache, lambda: count_and_resample(args, source, synonyms))
-    about = {**json.loads(found["about"].tobytes()), "synonyms": sorted(synonyms.items())}
-    tagged = data.Tagged(source, numbers_in(about["vocabulary"], synonyms), found["repeats"],
-                         found["sums"])
-    rank0_print(f"{len(about['vocabulary']):,} tags on {about['tagged']:,} of {len(source):,} images, the "
-                f"others are left out; an epoch shows {len(tagged):,}"
-                + (f" (t is {about['scale']:.4g} images)" if about["scale"] else "")
-                + f"; knowing nothing scores {about[args.loss]:.4f}")
-    return tagged, about
+def rarest_tags(rows, tags):
+    """The rarest tag of each image, (rows, tags), from those of data.pairs: the last one of a row,
+    since tags are numbered from the most frequent to the rarest."""
+    last = np.diff(rows, append=-1) != 0
+    return rows[last], tags[last]
 
 
-def numbers_in(vocabulary, synonyms):
-    """The numbers of a tag as it was written, as data.Tagged takes it."""
-    number = {tag: i for i, tag in enumerate(vocabulary)}
-    return functools.partial(data.tag_numbers, number=number, synonyms=synonyms)
+def times_shown(c, source, number_of, r):
+    """How often an epoch shows each image of chunk c: int64 [n]; 0 without a known tag.
 
-
-def count_and_resample(args, source, synonyms):
-    """The work of open_tags: {"repeats" by tag, "sums" of the chunks, "about": the rest, as JSON}.
-
-    Three passes over the tags, which the ranks share: how many images have each; how many have it
-    as their rarest; what an epoch that shows them repeatedly consists of."""
-    counted = data.count_tags(source, synonyms)
-    pairs = vit.on_rank_0(
-        lambda: choose_vocabulary(counted, args.min_count, args.vocabulary_size))
-    vocabulary, counts = [tag for tag, _ in pairs], np.array([n for _, n in pairs], np.float64)
-    numbers = numbers_in(vocabulary, synonyms)
-    by_rarest, by_length = data.count_rarest(source, numbers, len(counts))
-    scale = solve_scale(counts, by_rarest, args.max_repeat) if args.resample == "sqrt" else 0.0
-    tagged = data.Tagged(source, numbers, repeats(counts, scale, args.max_repeat))
-    about = {"vocabulary": vocabulary, "counts": counts.astype(int).tolist(), "scale": scale,
-             **constant_loss(*data.count_shown(tagged, len(counts)), len(tagged)),
-             "tagged": int(by_rarest.sum()), "tags_an_image": by_length.astype(int).tolist()}
-    return {"repeats": tagged.repeats, "sums": tagged.chunks,
-            "about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
+    `r` [K] is repeats(). Its fraction is the probability of being shown once more, decided by a
+    hash of the image's number, in every epoch alike: a pure function, which needs no memory."""
+    rows, rarest = rarest_tags(*data.pairs(source, c, number_of))
+    first = int(source.chunks[:c].sum())
+    times = np.zeros(int(source.chunks[c]), np.int64)
+    times[rows] = r[rarest] + data.uniform(0, first + rows, "repeat", 1)[:, 0]
+    return times
 
 
 def constant_loss(mass, images, count):
@@ -178,14 +230,69 @@ def constant_loss(mass, images, count):
             "bce": float((torch.special.entr(share) + torch.special.entr(1 - share)).mean())}
 
 
-def show_vocabulary(about):
-    """--vocabulary-only: the most frequent and the rarest tags, and how many an image has."""
-    pairs = [f"{tag} ({count:,})" for tag, count in zip(about["vocabulary"], about["counts"])]
+def resample(args, source, synonyms):
+    """The vocabulary of a source and what an epoch shows of it, as a dict of arrays.
+
+    Three passes over the tags, which ranks share: on how many images each tag is; on how many it is
+    the rarest, which gives t; how often the images of each chunk are shown with that t."""
+    counted = count_tags(source, synonyms)
+    kept = vit.on_rank_0(lambda: choose_vocabulary(counted, args.min_count, args.vocabulary_size))
+    vocabulary, K = [tag for tag, _ in kept], len(kept)
+    frequency = np.array([images for _, images in kept], np.float64)        # [K]
+    number_of = number_in(vocabulary, synonyms)
+
+    by_rarest = torch.zeros(K, dtype=torch.int64)
+    for c in data.my_part(len(source.chunks), "rarest tags"):
+        _, rarest = rarest_tags(*data.pairs(source, c, number_of))
+        by_rarest += torch.from_numpy(np.bincount(rarest, minlength=K))
+    by_rarest = vit.all_reduce_sum(by_rarest).numpy()                       # [K]
+    t = solve_t(frequency, by_rarest, args.max_repeat) if args.resample == "sqrt" else 0.0
+    r = repeats(frequency, t, args.max_repeat)                              # [K]; 1 for t = 0
+
+    shown = torch.zeros(len(source.chunks), dtype=torch.int64)
+    mass, images = torch.zeros(2, K, dtype=torch.float64)
+    for c in data.my_part(len(source.chunks), "resampling"):
+        times = times_shown(c, source, number_of, r)                        # [n]
+        shown[c] = int(times.sum())
+        rows, tags = data.pairs(source, c, number_of)
+        k = np.bincount(rows, minlength=len(times))     # known tags of each image, [n]
+        mass += torch.from_numpy(np.bincount(tags, (times / k.clip(1))[rows], K))
+        images += torch.from_numpy(np.bincount(tags, times[rows], K))
+    shown, mass, images = (vit.all_reduce_sum(part) for part in (shown, mass, images))
+    return {"vocabulary": np.array(vocabulary), "frequency": frequency, "t": np.array(t), "r": r,
+            "shown": shown.numpy(), "tagged": by_rarest.sum(),
+            **constant_loss(mass, images, int(shown.sum()))}
+
+
+def open_tags(args, source):
+    """Count the tags of --data and resample it: (data.Rows, targets_of, what is known of the tags).
+
+    What was counted is kept in --index-dir or --out, so that a resumed run need not count again."""
+    synonyms = read_synonyms(args.synonyms) if args.synonyms else {}
+    if not args.synonyms and all(map(data.is_world, args.data)):
+        synonyms = {canonical(alias): tag for alias, tag in data.SYNONYMS.items()}
+    key = data.crc(repr([source.fingerprint(), sorted(synonyms.items()), args.min_count,
+                         args.resample, args.vocabulary_size, args.max_repeat]))
+    path = Path(args.index_dir or args.out) / f"tags-{key:08x}.npz"
+    found = data.kept_arrays(path, lambda: resample(args, source, synonyms))
+    tags = {"vocabulary": found["vocabulary"].tolist(), "synonyms": sorted(synonyms.items()),
+            "counts": found["frequency"].astype(int).tolist(),
+            **{loss: float(found[loss]) for loss in ("softmax", "bce")}}
+    number_of = number_in(tags["vocabulary"], synonyms)
+    times = functools.partial(times_shown, source=source, number_of=number_of, r=found["r"])
+    rows = data.Rows(source.chunks, times, found["shown"])
+    rank0_print(f"{len(tags['vocabulary']):,} tags on {found['tagged']:,} of {len(source):,} "
+                f"images, the others are left out; an epoch shows {len(rows):,}"
+                + (f" (t is {found['t']:.4g} images)" if found["t"] else "")
+                + f"; entropy of the tags {tags[args.loss]:.4f}")
+    return rows, functools.partial(tag_targets, number_of=number_of), tags
+
+
+def show_vocabulary(tags):
+    """--vocabulary-only: the most frequent and the rarest tags."""
+    pairs = [f"{tag} ({count:,})" for tag, count in zip(tags["vocabulary"], tags["counts"])]
     rank0_print("most frequent: " + " ".join(pairs[:40]))
     rank0_print("rarest: " + " ".join(pairs[40:][-40:]))
-    for k, images in enumerate(about["tags_an_image"]):
-        if images:
-            rank0_print(f"{images:12,} images have {k if k < 64 else '64 or more'} known tags")
 
 
 # ======================================================================================
@@ -242,7 +349,7 @@ def evaluate(model, val, args, device, tags):
     metrics = {name: value / count for name, value in zip(
         ("loss", *(f"recall{n}" for n in tops)), sums)}
     return {**metrics, "entropy": constant_loss(by_tag[2], by_tag[0], count)[args.loss],
-            "count": int(count), "bad": len(val.source) - int(count)}
+            "count": int(count), "bad": len(val) - int(count)}
 
 
 def write_tags(path, tags, images, found):
@@ -260,25 +367,41 @@ def write_tags(path, tags, images, found):
 # Main
 # ======================================================================================
 
-def open_all(args, config, told):
-    """The data with their tags: (--data as data.Tagged, --val as data.Samples, what is known of
-    the tags); None for what is not needed. A model that is only used brings its vocabulary."""
-    places, tagged = {"index_dir": args.index_dir, "fallback": Path(args.out) / "index"}, None
+def open_all(args, config, file_info):
+    """The data with their tags: (--data and --val as data.Samples, what is known of the tags); None
+    for what is not needed. A model that is only used brings its vocabulary."""
+    train = val = None
     if args.predict or args.eval_only:
-        if told.get("stage") != "wsp":
+        if file_info.get("stage") != "wsp":
             raise UserError(f"{args.init} has no vocabulary: --predict and --eval-only need a file "
                             "of this stage, as runs/wsp/model.pt")
-        about, args.loss = told, told["config"]["loss"]
+        tags, args.loss = file_info, file_info["config"]["loss"]
     else:
-        tagged, about = open_tags(args, data.open_data(*args.data, **places), places)
-    if not args.val or args.predict or args.vocabulary_only:
-        return tagged, None, about
-    val = data.Tagged(data.open_data(*args.val, **places),
-                      numbers_in(about["vocabulary"], dict(about["synonyms"])))
-    if not len(val):
-        raise UserError("no image of --val has a tag of the vocabulary, "
-                        f"{' '.join(about['vocabulary'][:8])} …")
-    return tagged, data.unshuffled(val, args, config), about
+        source = data.open_data(*args.data, index_dir=args.index_dir)
+        rows, targets_of, tags = open_tags(args, source)
+        crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
+        train = data.training_samples(source, args, config, crop, rows, targets_of)
+    if args.val and not args.predict and not args.vocabulary_only:
+        source = data.open_data(*args.val, index_dir=args.index_dir)
+        number_of = number_in(tags["vocabulary"], dict(tags["synonyms"]))
+        once = functools.partial(times_shown, source=source, number_of=number_of,
+                                 r=np.ones(len(tags["vocabulary"])))
+        rows = data.Rows(source.chunks, once)
+        if not len(rows):
+            raise UserError("no image of --val has a tag of the vocabulary, "
+                            f"{' '.join(tags['vocabulary'][:8])} …")
+        val = data.evaluation_samples(source, config, rows=rows, targets_of=functools.partial(
+            tag_targets, number_of=number_of))
+    return train, val, tags
+
+
+@torch.no_grad()
+def probabilities(model, pixels, args, device):
+    """The probability of each tag for pictures [B,H,W,C]: [B,K]. Every rank has to call it."""
+    with vit.autocast(args, device):
+        logits = torch.cat([model(data.normalise(part.to(device)))
+                            for part in pixels.split(args.micro_batch)]).float()
+    return logits.sigmoid() if args.loss == "bce" else logits.softmax(1)
 
 
 def main(argv):
@@ -290,7 +413,7 @@ def main(argv):
     device = vit.start(args)
 
     # ---- data, and the vocabulary, which decides how many outputs the model has
-    resampled, val, tags = open_all(args, config, file_info)
+    train, val, tags = open_all(args, config, file_info)
     if args.vocabulary_only:
         return show_vocabulary(tags)
 
@@ -306,22 +429,23 @@ def main(argv):
             rank0_print(f"NOTE: a new head for {len(tags['vocabulary'])} tags: --init has another "
                         f"vocabulary, of {len(file_info['vocabulary'])}")
     if args.predict:
-        return data.print_predictions(model, config, args, device, tags["vocabulary"])
+        chances = probabilities(model, data.read_pictures(args, config), args, device)  # [B,K]
+        return data.print_predictions(args, chances, tags["vocabulary"])
     if args.eval_only:
         return vit.report(args, evaluate(model, val, args, device, tags))
-    crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
-    train = data.Samples(resampled, config.image, config.channels, crop, args.seed)
-    schedule = vit.make_schedule(args, len(resampled))
+    schedule = vit.make_schedule(args, len(train))
     words = data.crc(json.dumps([tags["vocabulary"], tags["synonyms"]]))
     if not vit.open_run(args, "wsp", {
-            "--data content": resampled.source.fingerprint(),
-            "--val content": val and val.source.source.fingerprint(),
+            "--data content": train.source.fingerprint(),
+            "--val content": val and val.source.fingerprint(),
             "vocabulary": f"{len(tags['vocabulary'])} tags (CRC {words:08x})"}, model):
         return
-    examples = data.examples(val or data.unshuffled(resampled, args, config), device)
+    examples = data.examples(val or data.evaluation_samples(
+        train.source, config, rows=train.rows, targets_of=train.targets_of), device)
 
     def draw_and_evaluate():
-        data.draw_predictions(model, examples, args, device, tags["vocabulary"])
+        chances = probabilities(model, examples["images"], args, device)    # [B,K]
+        data.draw_predictions(args, examples, chances, tags["vocabulary"])
         return evaluate(model, val, args, device, tags) if val else {}
 
     # ---- loop
