@@ -146,12 +146,12 @@ class Order:
         """The samples at int64 `positions` [n]: int64 [n]."""
         epochs, places = np.divmod(positions, self.total)
         samples = np.empty_like(places)
-        for constant in np.unique(epochs).tolist():
-            chunks, ends, begins = self.epoch(number)
+        for epoch in np.unique(epochs).tolist():
+            chunks, ends, begins = self.epoch(epoch)
             windows = np.searchsorted(begins, places, "right") - 1
-            for w in np.unique(windows[epochs == number]).tolist():
-                rows = np.flatnonzero((epochs == number) & (windows == w))
-                key = splitmix64(splitmix64(np.array([number])) + self.key + w)
+            for w in np.unique(windows[epochs == epoch]).tolist():
+                rows = np.flatnonzero((epochs == epoch) & (windows == w))
+                key = splitmix64(splitmix64(np.array([epoch])) + self.key + w)
                 size = int(begins[w + 1] - begins[w])
                 places_now = begins[w] + permute(places[rows] - begins[w], size, key)
                 which = np.searchsorted(ends, places_now, "right")
