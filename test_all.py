@@ -792,7 +792,7 @@ def test_bad_images_do_not_end_a_run_and_validation_counts_them():
     assert len(losses) == 10 and metrics["count"] == 12 and metrics["bad"] == 6
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [r["bad_samples"] for r in records if "loss" in r][-1] == len(listed) > 30
-    refused("of 24 images are bad, more than --max-bad 0.01; see", train, folder() / "run",
+    refused("bad images among 24 are more than --max-bad 0.01; see", train, folder() / "run",
             "--data", root)
     nothing = folder()
     (nothing / "1.jpg").write_bytes(b"nothing")
