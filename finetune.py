@@ -643,7 +643,7 @@ def knn(argv):
 # Linear probe: logistic regression
 # ======================================================================================
 
-PENALTIES = 1e-1, 1e-2, 1e-3, 1e-4, 1e-5    # ours
+PENALTIES = 1e-2, 1e-3, 1e-4, 1e-5, 1e-6    # ours
 
 
 def fit_linear(features, labels, K, penalty, total=lambda tensor: tensor):
