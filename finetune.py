@@ -717,17 +717,17 @@ def write_features(folder, encoder, samples, width, args, device):
 
     Rank 0 writes what all ranks compute; memory is bounded. Images that cannot be read are listed
     in OUT/bad_val_samples.txt; as many rows at the end of features.npy are not used."""
-    rank, total, n = vit.get_rank(), len(samples.source), 0
-    labels, index = np.zeros(total, np.int64), np.zeros(total, np.int64)
+    rank, count, n = vit.get_rank(), len(samples), 0
+    labels, index = np.zeros(count, np.int64), np.zeros(count, np.int64)
     aside = Path(f"{folder}.{os.getpid()}.tmp")
 
     def begin():
         aside.mkdir(parents=True)
-        size, free = 4 * total * width, shutil.disk_usage(aside).free
+        size, free = 4 * count * width, shutil.disk_usage(aside).free
         if size > free:         # else a full disk would end the process without a word
-            raise UserError(f"features of {total:,} images take {size / 1e9:.3g} GB, but there are "
+            raise UserError(f"features of {count:,} images take {size / 1e9:.3g} GB, but there are "
                             f"{free / 1e9:.3g} GB left in {folder.parent}")
-        np.lib.format.open_memmap(aside / "features.npy", "w+", np.float32, (total, width))
+        np.lib.format.open_memmap(aside / "features.npy", "w+", np.float32, (count, width))
 
     vit.on_rank_0(begin)
     table = np.load(aside / "features.npy", mmap_mode="r+") if rank == 0 else None
@@ -864,19 +864,20 @@ def knn(argv):
 # Linear probe: logistic regression
 # ======================================================================================
 
-PENALTIES = 1e-1, 1e-2, 1e-3, 1e-4, 1e-5    # ours
+PENALTIES = 1e-2, 1e-3, 1e-4, 1e-5, 1e-6    # ours
 
 
-def fit_linear(features, labels, K, penalty, total=lambda tensor: tensor):
+def fit_linear(features, labels, K, penalty, sum_over_ranks=lambda tensor: tensor):
     """Logistic regression on features [n,D]: the head, weight [K,D] and bias [K], with the least
     mean cross-entropy plus penalty / 2 times the squared length of the weight that features of mean
     0 and variance 1 would have; the standardisation is folded into the head that is returned.
 
-    L-BFGS, whole batches. Ranks may have rows of their own, any number, where `total` adds a tensor
-    up over the ranks: all get the same sums, so that all take the same steps."""
-    count = total(torch.tensor(float(len(features)), device=features.device))
-    mean = total(features.sum(0)) / count                                   # [D]
-    scale = (total((features - mean).square().sum(0)) / count + 1e-6).rsqrt()   # [D]
+    L-BFGS on whole batches. With vit.all_reduce_sum the rows of all ranks count, any number on
+    each: ranks get the same sums, so they take the same steps."""
+    count = sum_over_ranks(torch.tensor(float(len(features)), device=features.device))
+    mean = sum_over_ranks(features.sum(0)) / count                          # [D]
+    variance = sum_over_ranks((features - mean).square().sum(0)) / count    # [D]
+    scale = (variance + 1e-6).rsqrt()
     features = (features - mean) * scale                                    # [n,D]
     weight = torch.zeros(K, features.shape[1], device=features.device, requires_grad=True)
     bias = torch.zeros(K, device=features.device, requires_grad=True)
@@ -887,9 +888,10 @@ def fit_linear(features, labels, K, penalty, total=lambda tensor: tensor):
         value = F.cross_entropy(F.linear(features, weight, bias), labels, reduction="sum") / count
         value.backward()
         for parameter in (weight, bias):
-            total(parameter.grad)
+            sum_over_ranks(parameter.grad)
         weight.grad.add_(weight.detach(), alpha=penalty)
-        return total(value.detach()) + penalty / 2 * weight.detach().square().sum()
+        length = weight.detach().square().sum()
+        return sum_over_ranks(value.detach()) + penalty / 2 * length
 
     optimizer.step(loss)
     weight = weight.detach() * scale
@@ -917,16 +919,17 @@ def linear(argv):
     args, config, file_info = parse_frozen_flags("linear", argv)
     device = vit.start(args)
     train, val, classes = open_tables(args, config, file_info, device)
-    K, total = len(classes), vit.all_reduce_sum
-    chance = data.uniform(0, train["index"], "held back", 1)[:, 0]
-    rest, held = np.split(np.argsort(chance, kind="stable"), [len(chance) - len(chance) // 10])
+    K, count = len(classes), len(train["labels"])
+    order = data.uniform(0, train["index"], "held back", 1)[:, 0].argsort(kind="stable")
+    rest, held = np.split(order, [count - count // 10])
     if not len(held):
-        raise UserError(f"linear holds back a tenth of --data, but it has {len(rest)} images")
+        raise UserError(f"linear holds back a tenth of --data, but it has {count} images")
     rest, held = (take_rows(train, rows, device) for rows in (rest, held))
-    shares = [accuracy(fit_linear(*rest, K, penalty, total), *held) for penalty in PENALTIES]
+    shares = [accuracy(fit_linear(*rest, K, penalty, vit.all_reduce_sum), *held)
+              for penalty in PENALTIES]
     penalty = PENALTIES[shares.index(max(shares))]
     everything = [torch.cat(parts) for parts in zip(rest, held)]
-    weight, bias = fit_linear(*everything, K, penalty, total)
+    weight, bias = fit_linear(*everything, K, penalty, vit.all_reduce_sum)
     top1 = accuracy((weight, bias), *take_rows(val, np.arange(len(val["labels"])), device))
 
     encoder = load_encoder(args, config, file_info, device, args.pool)
@@ -939,7 +942,7 @@ def linear(argv):
         vit.write_aside(Path(args.out) / "model.pt", lambda aside: torch.save(content, aside))
     vit.on_rank_0(write)
     vit.report(args, {"top1": top1, "held_back": max(shares), "penalty": penalty,
-                      "count": len(val["labels"]), "train": len(chance)})
+                      "count": len(val["labels"]), "train": count})
 
 
 # ======================================================================================
