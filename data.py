@@ -1302,8 +1302,9 @@ class Samples(Dataset):
         self.source, self.size, self.channels, self.choose_box = source, size, channels, choose_box
         self.seed, self.rows, self.targets_of = seed, rows, targets_of
         self.augment, self.features = augment, features
-        self.count = len(source if rows is None else rows)
-        chunks = getattr(source if rows is None else rows, "chunks", even_chunks(self.count))
+        used = source if rows is None else rows
+        self.count = len(used)
+        chunks = even_chunks(len(used)) if isinstance(rows, np.ndarray) else used.chunks
         self.order = Order(chunks, seed) if shuffle else None
 
     def __len__(self):
