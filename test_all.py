@@ -850,9 +850,10 @@ def test_shards_and_manifests_hold_the_same_as_a_folder():
     for what, own in (("labels", ["dog"]), ("tags", ["#dog", "#pet"])):     # of the last sample
         words, codes, ends = data.open_data(sharded()["three"]).words(2, what)
         assert [words[code] for code in codes[ends[-2]:]] == own
-        whole = source.sources[0]
-        words, codes, ends = data.words_of(whole.columns, 18, 20, what)     # of a chunk that is later
-        assert [words[code] for code in codes] == 2 * own and ends.tolist() == [len(own), 2 * len(own)]
+        columns = source.sources[0].columns
+        words, codes, ends = data.words_of(columns, 18, 20, what)           # of a later chunk
+        assert [words[code] for code in codes] == 2 * own
+        assert ends.tolist() == [len(own), 2 * len(own)]
 
 
 def test_shards_train_as_a_folder_does():
@@ -2266,7 +2267,8 @@ def test_randaugment_does_what_its_levels_say():
     levels = [level for _, _, level in used.elements()]
     assert abs(sum(levels) / len(levels) - 0.9) < 0.01 and max(levels) == 1 and min(levels) < 0.8
     pixels = np.asarray(image)
-    assert (finetune.rand_augment(pixels, 0, 5, 9.0) == finetune.rand_augment(pixels, 0, 5, 9.0)).all()
+    once, again = (finetune.rand_augment(pixels, 0, 5, 9.0) for _ in range(2))
+    assert (once == again).all()
     for position in range(200):                                 # grey too, and level 10
         finetune.rand_augment(pixels[..., :1], 0, position, 10.0)
 
