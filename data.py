@@ -803,8 +803,8 @@ def index_tar(path, file):
     """The columns of a tar's index: those of columns_of, "places" [n,2] (offset, size) of images,
     and "left_out". Raises UserError for a compressed file."""
     if os.pread(file.fileno(), 6, 0).startswith(COMPRESSED):
-        raise UserError(f"{path} is compressed: unpack it to a plain .tar (no sample of it could be "
-                        "read by itself)")
+        raise UserError(f"{path} is compressed: unpack it to a plain .tar (no sample of it could "
+                        "be read by itself)")
     left_out = Counter()
     samples = find_samples(file, left_out)
 
@@ -1283,8 +1283,9 @@ class Samples(Dataset):
         self.source, self.size, self.channels, self.choose_box = source, size, channels, choose_box
         self.seed, self.rows, self.targets_of = seed, rows, targets_of
         self.augment, self.features = augment, features
-        self.count = len(source if rows is None else rows)
-        chunks = getattr(source if rows is None else rows, "chunks", even_chunks(self.count))
+        used = source if rows is None else rows
+        self.count = len(used)
+        chunks = even_chunks(len(used)) if isinstance(rows, np.ndarray) else used.chunks
         self.order = Order(chunks, seed) if shuffle else None
 
     def __len__(self):
@@ -1527,7 +1528,8 @@ def info(args):
     print(json.dumps({
         "samples": len(source), "classes": len(source.classes), "names": source.classes[:12],
         "looked_at": len(looked), "modes": modes,
-        **dict(zip(("smallest", "median", "largest"), quantiles)), "tags_per_image": round(len(tags) / len(looked), 3),
+        **dict(zip(("smallest", "median", "largest"), quantiles)),
+        "tags_per_image": round(len(tags) / len(looked), 3),
         "different_tags": len(tag_counts), "head": tag_counts[:8], "tail": tag_counts[8:][-4:]}))
 
 

@@ -1002,7 +1002,7 @@ def tune_prompts(encoder, train, val, K, args, seed, device):
         images = data.flip(images, data.uniform(seed, part["position"].to(device), "flip", 1))
         with vit.autocast(args, device):
             logits = model(data.normalise(images))                          # [B,K]
-        F.cross_entropy(logits.float(), part["tags"][:, 0].to(device)).backward()
+        F.cross_entropy(logits.float(), part["targets"][:, 0].to(device)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(2, dtype=torch.float64)
@@ -1010,7 +1010,7 @@ def tune_prompts(encoder, train, val, K, args, seed, device):
     for part in data.load(val, positions, args.workers, device):
         with torch.no_grad(), vit.autocast(args, device):
             found = model(data.normalise(part["images"].to(device))).argmax(1).cpu()    # [B]
-        right = (found == part["tags"][:, 0]) * part["weight"]
+        right = (found == part["targets"][:, 0]) * part["weight"]
         sums += torch.stack([right.sum(), part["weight"].sum()]).double()
     return float(sums[0] / sums[1])
 
