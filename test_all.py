@@ -897,7 +897,7 @@ def test_shards_train_as_a_folder_does():
     out = folder() / "run"
     train(out, *flags, "--save-every", 0, "--keep", 99)
     again, saved, said, _ = resumed(out, flags, at=4)           # inside the third epoch
-    assert again == losses and equal(saved, weights) and "going on from" in said
+    assert again == losses and equal(saved, weights) and "resuming from" in said
 
 
 def test_labels_of_shards():
