@@ -593,7 +593,8 @@ def classify(argv):
     schedule = vit.make_schedule(args, len(train), together=2 if mixing else 1)
     if not vit.open_run(args, "classify", {
             "--data content": train.source.fingerprint(),
-            "--val content": val and val.source.fingerprint(), "classes": names}, model):
+            "--val content": val and val.source.fingerprint(), "classes": names,
+            "ema": bool(args.ema)}, model):
         return
     examples = data.examples(val or data.evaluation_samples(
         train.source, config, rows=train.rows, targets_of=train.targets_of), device)

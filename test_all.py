@@ -2062,15 +2062,14 @@ def test_tag_loss_is_the_formula():
 
 
 def test_drop_path_keeps_the_mean_and_grows_with_depth():
-    numbers = data.uniform(0, torch.arange(20000), "drop path", 8).reshape(-1, 4, 2)
-    keep = vit.drop_path(numbers, 0.3)
-    assert (keep[:, 0] == 1).all() and ((keep.mean(0) - 1).abs() < 0.02).all()
-    assert close((keep == 0).float().mean((0, 2)), [0, 0.1, 0.2, 0.3], 0.03)
+    scales = vit.drop_path_scales(data.uniform(0, torch.arange(20000), "drop path", 8), 0.3)
+    assert (scales[:, 0] == 1).all() and ((scales.mean(0) - 1).abs() < 0.02).all()
+    assert close((scales == 0).float().mean((0, 2)), [0, 0.1, 0.2, 0.3], 0.03)
     model, images = ViT(SMALL), torch.randn(2, 3, 32, 32)
     assert close(model(images, torch.ones(2, 2, 2)).detach(), model(images).detach())
-    keep = torch.tensor([[[1.0, 1], [0, 0]], [[1, 1], [2, 2]]])     # the first skips the last block
-    x = model.tokens(images, keep)
-    short = vit.run_blocks(model.blocks[:1], model.tokens(images, torch.zeros(2, 2, 2)))
+    scales = torch.tensor([[[1.0, 1], [0, 0]], [[1, 1], [2, 2]]])   # the first skips the last block
+    x = vit.run_blocks(model.blocks, model.embed(images), scales=scales)
+    short = vit.run_blocks(model.blocks[:1], model.embed(images))
     assert torch.equal(x[0], short[0]) and not close(x[1].detach(), short[1].detach(), 1e-3)
 
 
@@ -2165,14 +2164,14 @@ def test_mistakes_of_stage_2_get_one_line():
     tell("no image of --val has a tag of the vocabulary", *manifest, "--val", photos())
     tell("--patch-size 16, but --init", *manifest, "--init", stepwise() / "model.pt",
          "--patch-size", 16)
-    tell("--model tiny is 192 wide", *manifest, "--init", stepwise() / "model.pt", "--model",
+    tell("--model tiny, but --init", *manifest, "--init", stepwise() / "model.pt", "--model",
          "tiny")
     tell("has no vocabulary", "--init", stepwise() / "model.pt", "--predict", "x.jpg")
     tell("--predict nowhere.jpg cannot be read", "--init", tagging()[0] / "model.pt", "--predict",
          "nowhere.jpg")
-    tell("--drop-path 1.0 is not a number from 0 to below 1", *manifest, "--drop-path", 1)
+    tell("argument --drop-path: 1 is not a number from 0 to 0.999", *manifest, "--drop-path", 1)
     path, flags = tagged_photos()
-    refused("vocabulary 4 tags", resumed, tagging()[0],
+    refused("vocabulary 4 tags (CRC", resumed, tagging()[0],
             (*flags, *WSP, "--min-count", 1, "--vocabulary-size", 4, "--synonyms",
              folder_with(path.parent / "words.tsv", "dogs\thund\n"), "--allow-changed"), 1, 5, wsp)
 
@@ -2200,28 +2199,28 @@ def test_layer_decay_follows_the_formula():
                 first, *rest = names[p].split(".")
                 layer = int(rest[0]) + 1 if first == "blocks" else \
                     0 if first in ("patch_embed", "cls_token", "pos_embed") else L + 1
-                assert close(group["scale"], 0.65 ** (L + 1 - layer))
+                assert close(group["lr_scale"], 0.65 ** (L + 1 - layer))
                 free = p.dim() == 1 or first in ("cls_token", "pos_embed")
                 assert group["weight_decay"] == (0 if free else 0.05)
                 seen += 1
         assert seen == len(names) and len(groups) == 2 * (L + 2)
-        assert {group["scale"] for group in vit.decay_groups(model, 0.05)} == {1.0}
+        assert {group["lr_scale"] for group in vit.decay_groups(model, 0.05)} == {1.0}
 
 
 def test_targets_are_smoothed_and_shared():
     logits, classes = torch.randn(4, 6), torch.tensor([[0], [5], [2], [2]])
     for smoothing in (0.0, 0.1):
-        wanted = finetune.targets(classes, 6, smoothing, "ce")
-        assert close(finetune.losses(logits, wanted, "ce"), F.cross_entropy(
+        wanted = finetune.soft_targets(classes, 6, smoothing, "ce")
+        assert close(finetune.class_losses(logits, wanted, "ce"), F.cross_entropy(
             logits, classes[:, 0], label_smoothing=smoothing, reduction="none"), 1e-5)
     several = torch.tensor([[0, 3, -1], [5, -1, -1]])
-    shared = finetune.targets(several, 6, 0.0, "softmax")
+    shared = finetune.soft_targets(several, 6, 0.0, "softmax")
     assert shared.tolist() == [[0.5, 0, 0, 0.5, 0, 0], [0, 0, 0, 0, 0, 1]]
-    assert close(finetune.losses(logits[:2], shared, "softmax"),
+    assert close(finetune.class_losses(logits[:2], shared, "softmax"),
                  wsp.tag_losses(logits[:2], several), 1e-5)
-    each = finetune.targets(several, 6, 0.0, "bce")
+    each = finetune.soft_targets(several, 6, 0.0, "bce")
     assert each.tolist() == [[1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1]]
-    assert close(finetune.losses(logits[:2], each, "bce"),
+    assert close(finetune.class_losses(logits[:2], each, "bce"),
                  wsp.tag_losses(logits[:2], several, "bce"), 1e-5)
 
 
@@ -2341,12 +2340,12 @@ def test_average_is_the_formula():
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn_like(p))
-        vit.average(ema, model, 0.9, step)
+        vit.update_ema(ema, model, 0.9, step)
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * dict(model.named_parameters())[name]
     assert close(ema[name], expected.detach(), 1e-5)
     own = model.head.weight.clone()
-    with vit.averaged(model, ema):
+    with vit.ema_weights(model, ema):
         assert close(model.blocks[0].mlp.fc1.weight.detach(), expected.detach(), 1e-5)
     assert torch.equal(model.head.weight, own) and close(ema[name], expected.detach(), 1e-5)
 
@@ -2422,7 +2421,7 @@ def test_finetuning_leaves_what_others_rely_on():
     assert "(100.0% of parameters)" in said and "a new head" not in said
     _, _, said = train(folder() / "run", "--data", photos(), "--init", tagging()[0] / "model.pt",
                        "--val", photos(), stage=Task)
-    assert "a new head for 2 classes: the file's is for 4 hashtags" in said
+    assert "a new head for 2 classes: --init has one for 4 hashtags" in said
 
 
 def evaluated(*flags, world=1):
@@ -2478,10 +2477,9 @@ def test_images_with_several_classes_and_classes_of_others():
     words = folder_with(one.parent / "map.tsv", "cat\tdog\n")
     found, _, _ = evaluated("--init", model, "--val", one, "--class-map", words)
     assert found["count"] == one.read_text().count('"label": "dog"')
-    out = folder() / "run"
     for loss in ("bce", "softmax"):
-        train(out, "--data", several, "--val", several, "--loss", loss, "--resume", "none", "--ema",
-              0.9, stage=Task)
+        out = folder() / "run"
+        train(out, "--data", several, "--val", several, "--loss", loss, "--ema", 0.9, stage=Task)
         metrics = json.loads((out / "metrics.json").read_text())
         assert metrics["count"] == 11 and 0 < metrics["map"] <= 1
         assert torch.load(out / "model.pt", weights_only=True)["classes"] == ["bird", "cat", "dog"]
@@ -2539,15 +2537,15 @@ def test_mistakes_of_finetuning_get_one_line():
     tell("image side 4 is not divisible by patch 8; the nearest that are: 8", "--data", photos(),
          "--image-size", 4)
     tell("labels of --data are lists", "--data", thirteen()[1])
-    tell("--mixup 2.0 is not a number from 0 to 1", "--data", photos(), "--mixup", 2)
-    tell("3 images a rank cannot be taken 2 at a time", "--data", photos(), "--batch", 3,
+    tell("argument --mixup: 2 is not a number from 0 to 1", "--data", photos(), "--mixup", 2)
+    tell("--batch 3 cannot be divided among 1 ranks, 2 or more images at a time", "--data", photos(), "--batch", 3,
          "--mixup", 1)
     tell("no alpha channel", "--data", photos(), "--channels", 4, "--randaugment", 9)
     tell("has no head", "--init", stepwise() / "model.pt", "--eval-only", "--val", photos())
     empty = folder_with(folder() / "names.txt", "\n\n")
     tell("is empty", "--data", photos(), "--classes", empty)
     twice = folder_with(folder() / "names.txt", "cat\ndog\ncat\n")
-    tell("has 'cat' in 2 lines", "--data", photos(), "--classes", twice)
+    tell("'cat' is the name of 2 classes of the model", "--data", photos(), "--classes", twice)
     three = folder_with(folder() / "names.txt", "cat\ndog\ncow\n")
     refused("has 3 lines, but", evaluated, "--init", model, "--val", photos(), "--classes", three)
     wrong = folder_with(folder() / "map.tsv", "cow\tcat\n")
@@ -2556,7 +2554,7 @@ def test_mistakes_of_finetuning_get_one_line():
     refused("the first word is the task, one of: classify", finetune.main, ["clasify"])
     out = finetuned()[0]
     other = folder_with(folder() / "names.txt", "dog\ncat\n")
-    refused("classes 2", resumed, out, ("--data", photos(), "--val", photos(), *FINE, "--classes",
+    refused("classes ['cat', 'dog'] → ['dog', 'cat']", resumed, out, ("--data", photos(), "--val", photos(), *FINE, "--classes",
                                         other, "--allow-changed"), 1, 5, Task)
 
 

@@ -1078,7 +1078,7 @@ def open_run(args, stage, data_info, model):
         changed = [name for name in settings if before.get(name) != settings[name]]
         changes = ", ".join(f"{name} {before.get(name)} → {settings[name]}" for name in changed)
         # A checkpoint fits one model, and its step counts batches: these cannot change.
-        fixed = [name for name in changed if name in ("stage", "--batch", "weights")]
+        fixed = {*changed} & {"stage", "--batch", "weights", "vocabulary", "classes", "ema"}
         if (finished or begun) and changed and (fixed or not args.allow_changed):
             raise UserError(f"{out} holds a run with other flags or data: {changes}; choose "
                             f"another --out (or move {out} away)"
