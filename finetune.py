@@ -348,8 +348,8 @@ def outputs_of(classes, names, where, class_map=None):
     outputs = {name: [i] for i, some in enumerate(classes) for name in some}
     lines = Counter(name for some in classes for name in {*some})
     if twice := [name for name in names if lines[name] > 1]:
-        raise UserError(f"{twice[0]!r} is the name of {lines[twice[0]]} classes of the model, and a "
-                        f"class of {where}: it can be the name of one")
+        raise UserError(f"{twice[0]!r}, a class of {where}, is the name of {lines[twice[0]]} classes "
+                        "of the model: it can be the name of one")
     if not outputs.keys() & {*names}:
         outputs |= {str(i): [i] for i in range(len(classes))}
         if not class_map and outputs.keys() & {*names}:
@@ -423,7 +423,8 @@ def open_classes(args, config, file_info):
         if "head.weight" not in file_info["shapes"]:
             raise UserError(f"{args.init} has no head: --predict and --eval-only need a finetuned "
                             "file, as runs/classify/model.pt")
-        K, args.loss = file_info["shapes"]["head.weight"][0], file_info.get("config", {}).get("loss", "ce")
+        K = file_info["shapes"]["head.weight"][0]
+        args.loss = file_info.get("config", {}).get("loss", "ce")
         classes = read_classes(args.classes) if args.classes else [
             [name] for name in file_info.get("classes", ())] or K
         if classes != K and len(classes) != K:
@@ -554,27 +555,28 @@ def probabilities(model, pixels, args, device):
     return logits.sigmoid() if args.loss == "bce" else logits.softmax(1)
 
 
+def make_classifier(args, config, classes):
+    """The model that `classify` trains; with --freeze only its head and the norm before it."""
+    model = ViT(config, classes, args.pool, HEAD_STD[args.recipe])
+    for name, parameter in model.named_parameters() if args.freeze else ():
+        parameter.requires_grad_(name.startswith(("head.", "fc_norm.")))
+    return model
+
+
 def classify(argv):
     args, config, file_info = parse_classify_flags(argv)
-
-    def make_with(classes):
-        model = ViT(config, classes, args.pool, HEAD_STD[args.recipe])
-        for name, parameter in model.named_parameters() if args.freeze else ():
-            parameter.requires_grad_(name.startswith(("head.", "fc_norm.")))
-        return model
-
     towers = [(config.depth, config.width, 1 + config.num_patches)]
     flops = (vit.forward_flops if args.freeze else vit.training_flops)(towers)
     if args.plan:
         outputs = len(file_info.get("classes", range(1000)))
-        return vit.plan(args, lambda: make_with(outputs), towers, flops)
+        return vit.plan(args, lambda: make_classifier(args, config, outputs), towers, flops)
     device = vit.start(args)
 
     # ---- data and classes
     train, val, names = open_classes(args, config, file_info)
 
     # ---- model: a checkpoint in --out, else --init, else random weights
-    model, wrapped = vit.build(lambda: make_with(len(names)), args, device)
+    model, wrapped = vit.build(lambda: make_classifier(args, config, len(names)), args, device)
     if args.init:
         in_use = args.predict or args.eval_only
         same = in_use or file_info.get("classes") == names
@@ -1669,8 +1671,8 @@ def open_pairs(args, config, model, encode, device):
 
 
 def classes_of_val(classes, val):
-    """Classes [[name]] to label `val` by: `classes`, or, if there are as many and none of them names
-    a class of `val`, val's own in sorted order (ImageNet's n01440764, …): line i is class i."""
+    """Classes [[name]] to label `val` by: `classes`, or, if there are as many and none of them is
+    the name of a class of `val`, its own in sorted order (ImageNet's n01440764, …)."""
     named = {name for names in classes for name in names} & {*val.classes}
     if named or len(classes) != len(val.classes):
         return classes

@@ -197,6 +197,11 @@ def parse_flags(argv):
         raise UserError(f"--decoder-width {args.decoder_width} must be divisible by "
                         f"--decoder-heads {args.decoder_heads} and by 4")
     data.choose_val(args)
+    if args.data == ["world"] and config.width > 192:
+        rank0_print("NOTE: the built-in world is made for nano and tiny; see --data")
+    if num_visible(config.num_patches, args.mask_ratio) == config.num_patches:
+        rank0_print(f"NOTE: --mask-ratio {args.mask_ratio} masks none of {config.num_patches} "
+                    "patches: there is nothing to learn")
     return args, config, file_info
 
 
@@ -303,12 +308,6 @@ def main(argv):
         return vit.report(args, evaluate(model, val, args, device))
     source = data.open_data(*args.data, index_dir=args.index_dir)
     train = data.training_samples(source, args, config)
-    if args.data == ["world"] and config.width > 192:
-        rank0_print("NOTE: training on the built-in world, which is made for nano and tiny; see "
-                    "--data")
-    if visible == config.num_patches:
-        rank0_print(f"NOTE: --mask-ratio {args.mask_ratio} masks none of {visible} patches: there "
-                    "is nothing to learn")
     schedule = vit.make_schedule(args, len(source))
     if not vit.open_run(args, "mae", {"--data content": source.fingerprint(),
                                       "--val content": val and val.source.fingerprint()}, model):

@@ -285,7 +285,8 @@ def test_any_size_channels_and_mask_ratio():
             assert keep.shape[1] == max(1, int(config.num_patches * (1 - ratio)))
             if ratio == 0:
                 assert (keep == torch.arange(config.num_patches)).all()     # raster order
-            assert model.predict(images, noise=noise).shape == (2, config.num_patches, 64 * channels)
+            shape = model.predict(images, noise=noise).shape
+            assert shape == (2, config.num_patches, 64 * channels)
 
 
 def test_prediction_is_in_raster_order():
@@ -508,7 +509,8 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing():
     encoder, model, path = ViT(SMALL), MAE(SMALL, 48, 1, 4), folder() / "vit.pt"
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.save(encoder.state_dict(), path)
-    refused("missing: mask_token, decoder_embed.weight, decoder_embed.bias and 17 more", vit.load_weights, model, path)
+    refused("missing: mask_token, decoder_embed.weight, decoder_embed.bias and 17 more",
+            vit.load_weights, model, path)
     torch.save({f"other.{name}": value for name, value in before.items()}, path)
     refused("missing: cls_token", vit.load_weights, model, path)
     torch.save(MAE(Config(32, 2, 4, 8, 32), 48, 1, 4).state_dict(), path)
@@ -1380,7 +1382,8 @@ def test_init_takes_weights_and_nothing_else():
     assert losses[0] < undisturbed()[0][0]
     assert "loaded" not in on_ranks(2, mae.main, [*QUICK, "--out", str(folder() / "run"), "--init",
                                     str(first), "--steps", "1", "--val", "world-val:2"])[1][1]
-    refused("has nano (width 128, depth 6); leave --model out", train, out, "--init", first, "--model", "tiny")
+    refused("has nano (width 128, depth 6); leave --model out", train, out, "--init", first,
+            "--model", "tiny")
     refused("--patch-size 4", train, out, "--init", first, "--patch-size", "4")
     train(folder() / "run", "--init", first, "--image-size", "16", "40")    # resized positions
 
@@ -2538,8 +2541,8 @@ def test_mistakes_of_finetuning_get_one_line():
          "--image-size", 4)
     tell("labels of --data are lists", "--data", thirteen()[1])
     tell("argument --mixup: 2 is not a number from 0 to 1", "--data", photos(), "--mixup", 2)
-    tell("--batch 3 cannot be divided among 1 ranks, 2 or more images at a time", "--data", photos(), "--batch", 3,
-         "--mixup", 1)
+    tell("--batch 3 cannot be divided among 1 ranks, 2 or more images at a time", "--data",
+         photos(), "--batch", 3, "--mixup", 1)
     tell("no alpha channel", "--data", photos(), "--channels", 4, "--randaugment", 9)
     tell("has no head", "--init", stepwise() / "model.pt", "--eval-only", "--val", photos())
     empty = folder_with(folder() / "names.txt", "\n\n")
@@ -2554,8 +2557,8 @@ def test_mistakes_of_finetuning_get_one_line():
     refused("the first word is the task, one of: classify", finetune.main, ["clasify"])
     out = finetuned()[0]
     other = folder_with(folder() / "names.txt", "dog\ncat\n")
-    refused("classes ['cat', 'dog'] → ['dog', 'cat']", resumed, out, ("--data", photos(), "--val", photos(), *FINE, "--classes",
-                                        other, "--allow-changed"), 1, 5, Task)
+    flags = "--data", photos(), "--val", photos(), *FINE, "--classes", other, "--allow-changed"
+    refused("classes ['cat', 'dog'] → ['dog', 'cat']", resumed, out, flags, 1, 5, Task)
 
 
 # ======================================================================================
@@ -2584,7 +2587,8 @@ def test_features_are_what_the_encoder_makes_of_whole_images():
     samples = data.Samples(source, (32, 32), 3, data.centre_crop, shuffle=False)
     batch = samples.__getitems__(range(20))
     images = data.normalise(batch["images"])
-    cls, mean = model(images), model.norm(vit.run_blocks(model.blocks, model.embed(images)))[:, 1:].mean(1)
+    tokens = model.norm(vit.run_blocks(model.blocks, model.embed(images)))
+    cls, mean = model(images), tokens[:, 1:].mean(1)
     for world, more, expected in ((1, (), cls), (3, (), cls), (2, ("--parallel", "fsdp"), cls),
                                   (1, ("--pool", "mean"), mean)):
         _, out, _ = asked("features", *flags, *more, world=world)

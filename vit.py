@@ -1558,7 +1558,7 @@ def plan(args, make, towers, flops=None, gpu_memory=80e9, mfu=0.4):
                      "activations": micro * image, "total": total}
             rows.append({"parallel": mode, "checkpoint": recompute,
                          **{name: round(size / 1e9, 3) for name, size in sizes.items()},
-                         "largest": max(0, int((gpu_memory - states - copies - gradients) / image))})
+                         "largest": max(0, int((gpu_memory - total + micro * image) / image))})
     flops = flops or training_flops(towers)
     flops += forward_flops(towers) * args.activation_checkpoint
     seconds = args.batch * flops / (args.plan * mfu * PEAK_FLOPS["H100"])
@@ -1596,7 +1596,7 @@ def read_safetensors(path):
         start = file.tell()
     content = torch.from_file(str(path), shared=False, size=os.path.getsize(path),
                               dtype=torch.uint8)[start:]
-    # Cloned, since a tensor may begin at any byte. Offsets that do not fit its shape raise an error.
+    # Cloned, since a tensor may begin at any byte. Offsets that do not fit a shape raise an error.
     return {name: content[slice(*entry["data_offsets"])].clone()
             .view(SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"])
             for name, entry in header.items() if name != "__metadata__"}
