@@ -1381,7 +1381,7 @@ def validation_positions(count, micro_batch, rank, world_size):
         yield np.arange(at + rank * micro_batch, at + (rank + 1) * micro_batch)
 
 
-def prepare_worker(number=0):
+def prepare_worker(number):
     """In a worker: leave signals to the training process, use one thread, keep Pillow quiet."""
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
@@ -1622,8 +1622,10 @@ def pack(args):
     workers = min(count, args.workers or cpu_cores())
     work = functools.partial(write_shard, source=source, out=out, size=args.shard_size,
                              short=args.resize)
-    with ProcessPoolExecutor(workers, initializer=prepare_worker) as processes:
-        # In a few portions for each process, as the list of files is sent with each.
+    # Control-C ends processes at once, without a traceback from each.
+    with ProcessPoolExecutor(workers, initializer=signal.signal,
+                             initargs=(signal.SIGINT, signal.SIG_DFL)) as processes:
+        # In a few portions for each process, since the list of files is sent with each portion.
         shards = processes.map(work, range(count), chunksize=math.ceil(count / (8 * workers)))
         for bad in tqdm(shards, total=count, disable=not sys.stderr.isatty()):
             for where, why in bad:
