@@ -221,238 +221,6 @@ def class_losses(logits, targets, loss):
 
 
 # ======================================================================================
-# classify: augmentation of pixels
-# ======================================================================================
-
-def outside(image):
-    """The colour that comes in from outside: ImageNet's mean (as timm's)."""
-    return 116 if image.mode == "L" else tuple(round(255 * mean) for mean in data.IMAGENET_MEAN)
-
-
-def moved(image, *matrix):
-    """An image through an affine map (a, b, c, d, e, f)."""
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC,
-                           fillcolor=outside(image))
-
-
-def enhanced(kind):
-    """An operation that multiplies colour, contrast, brightness or sharpness by 0.1 to 1.9."""
-    return lambda image, level, sign: kind(image).enhance(max(0.1, 1 + sign * 0.9 * level))
-
-
-# Functions of an image, a level from 0 to 1 and a sign: timm's "increasing" set (MAE's finetuning)
-OPERATIONS = {
-    "autocontrast": lambda image, level, sign: ImageOps.autocontrast(image),
-    "equalize": lambda image, level, sign: ImageOps.equalize(image),
-    "invert": lambda image, level, sign: ImageOps.invert(image),
-    "rotate": lambda image, level, sign: image.rotate(
-        sign * 30 * level, Image.Resampling.BICUBIC, fillcolor=outside(image)),
-    "posterize": lambda image, level, sign: ImageOps.posterize(
-        image, max(1, 4 - int(4 * level))),
-    "solarize": lambda image, level, sign: ImageOps.solarize(image, 256 - int(256 * level)),
-    "solarize_add": lambda image, level, sign: image.point(
-        [min(255, i + int(110 * level)) if i < 128 else i for i in range(256)]
-        * len(image.getbands())),
-    "colour": enhanced(ImageEnhance.Color),
-    "contrast": enhanced(ImageEnhance.Contrast),
-    "brightness": enhanced(ImageEnhance.Brightness),
-    "sharpness": enhanced(ImageEnhance.Sharpness),
-    "shear_x": lambda image, level, sign: moved(image, 1, sign * 0.3 * level, 0, 0, 1, 0),
-    "shear_y": lambda image, level, sign: moved(image, 1, 0, 0, sign * 0.3 * level, 1, 0),
-    "translate_x": lambda image, level, sign: moved(
-        image, 1, 0, sign * 0.45 * level * image.width, 0, 1, 0),
-    "translate_y": lambda image, level, sign: moved(
-        image, 1, 0, 0, 0, 1, sign * 0.45 * level * image.height)}
-
-
-def rand_augment(pixels, seed, position, magnitude):
-    """RandAugment (arXiv 1909.13719) of pixels uint8 [H,W,1 or 3]: two of OPERATIONS, drawn with
-    replacement, each done with probability 0.5. A pure function of the position.
-
-    The level of each is N(magnitude, 0.5), clipped to 0 … 10, over 10; with a magnitude of 9 this
-    is timm's "rand-m9-mstd0.5-inc1", that of MAE's finetuning."""
-    image = Image.fromarray(pixels.squeeze())
-    uniforms = data.uniform(seed, np.array([position]), "randaugment", 10).reshape(2, 5)
-    for which, done, a, b, sign in uniforms.tolist():
-        if done < 0.5:
-            normal = math.sqrt(-2 * math.log(1 - a)) * math.cos(2 * math.pi * b)    # Box, Muller
-            level = min(max(magnitude + 0.5 * normal, 0), 10) / 10
-            operation = list(OPERATIONS.values())[int(which * len(OPERATIONS))]
-            image = operation(image, level, 1 if sign < 0.5 else -1)
-    return np.asarray(image).reshape(pixels.shape)
-
-
-def erase(images, position, seed, share):
-    """Random erasing (arXiv 1708.04896): in a `share` of images [B,C,H,W] a rectangle of 2% to a
-    third of the area, of an aspect from 0.3 to 3.3, becomes normal noise (timm's, MAE's)."""
-    B, C, H, W = images.shape
-    uniforms = data.uniform(seed, position, "erase", 23)                    # [B,23]
-    area = H * W * (0.02 + (1 / 3 - 0.02) * uniforms[:, :10])               # [B,10]: ten tries
-    aspect = torch.exp(math.log(0.3) + (math.log(1 / 0.3) - math.log(0.3)) * uniforms[:, 10:20])
-    h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()   # [B,10]
-    fits = (h < H) & (w < W)
-    first = fits.int().argmax(1, keepdim=True)                              # [B,1]
-    h, w, fits = (value.gather(1, first) for value in (h, w, fits))
-    top = (uniforms[:, 20:21] * (H - h + 1)).floor()                        # [B,1]
-    left = (uniforms[:, 21:22] * (W - w + 1)).floor()
-    y, x = (torch.arange(side, device=images.device) for side in (H, W))
-    inside = (((y >= top) & (y < top + h))[:, :, None] & ((x >= left) & (x < left + w))[:, None]
-              & (fits & (uniforms[:, 22:] < share))[..., None])              # [B,H,W]
-    noise = data.uniform(seed, position, "erased pixels", C * H * W) + 2.0 ** -25    # [B,C*H*W]
-    noise = math.sqrt(2) * torch.erfinv(2 * noise - 1)
-    return torch.where(inside[:, None], noise.reshape(images.shape), images)
-
-
-# ======================================================================================
-# classify: what the outputs of a model stand for
-# ======================================================================================
-
-def read_classes(path):
-    """The classes of --classes, a line each with names separated by commas: [[name]]. Lines may be
-    equal, as in CLIP's list of ImageNet's classes. Raises UserError."""
-    classes = []
-    for number, line in data.read_lines(path, "--classes"):
-        names = [name.strip() for name in line.split(",") if name.strip()]
-        if not names:
-            raise UserError(f"--classes {path}, line {number} has no name: {line!r}")
-        classes.append(names)
-    return classes
-
-
-def read_class_map(path, outputs):
-    """A file of lines "model's class TAB data's class" as {data's class: [output]}."""
-    found = {}
-    for number, line in data.read_lines(path, "--class-map"):
-        ours, *theirs = (word.strip() for word in line.split("\t"))
-        if len(theirs) != 1 or ours not in outputs:
-            raise UserError(f"--class-map {path}, line {number}: not one of the model's classes, a "
-                            f"TAB and one of the data's: {line!r}")
-        found.setdefault(theirs[0], []).extend(outputs[ours])
-    return found
-
-
-def outputs_of(classes, names, where, class_map=None):
-    """Which outputs of a model are right for each of the data's classes: {name: [output]}.
-
-    `classes` [[name]] are the model's, or K if its K outputs have no names; `names` are the data's,
-    from `where`. They are matched by name; whole numbers that are no name, by number; K unnamed
-    outputs and K classes, in order (ImageNet's). Raises UserError for classes of the data that the
-    model lacks, unless a `class_map` says what counts."""
-    if isinstance(classes, int):
-        if len(names) == classes:
-            rank0_print(f"the model does not name its {classes} outputs: taken as the {classes} "
-                        f"classes of {where}, in alphabetical order")
-            classes = [[name] for name in names]
-        else:
-            classes = [[str(i)] for i in range(classes)]
-    outputs = {name: [i] for i, some in enumerate(classes) for name in some}
-    lines = Counter(name for some in classes for name in {*some})
-    if twice := [name for name in names if lines[name] > 1]:
-        raise UserError(f"{twice[0]!r}, a class of {where}, is the name of {lines[twice[0]]} classes "
-                        "of the model: it can be the name of one")
-    if not outputs.keys() & {*names}:
-        outputs |= {str(i): [i] for i in range(len(classes))}
-        if not class_map and outputs.keys() & {*names}:
-            rank0_print(f"{where} has numbers for classes: taken as the model's outputs, from 0 on")
-    if class_map:
-        outputs = read_class_map(class_map, outputs)
-    unknown = [name for name in names if name not in outputs]
-    if len(unknown) == len(names) or unknown and not class_map:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise UserError(f"{where} has {len(unknown)} classes that the model lacks: "
-                        f"{', '.join(unknown[:5])}{more}; the model has {len(classes)}: "
-                        f"{', '.join(some[0] for some in classes[:5])}, … (classify has "
-                        "--class-map)")
-    return outputs
-
-
-def check_several(classes, where):
-    """Raises UserError for fewer than two classes."""
-    if len(classes) < 2:
-        raise UserError(f"{where} has {len(classes)} classes: there is nothing to tell apart; "
-                        "images have the class of their folder, or a label")
-
-
-def names_of(sample, source):
-    """The classes of a sample: that of its folder or label; or several, where labels are lists."""
-    if not source.classes:
-        return sample.get("tags", [])
-    return [source.classes[sample["label"]]] if "label" in sample else []
-
-
-def class_targets(sample, source, outputs):
-    """The outputs that are right for a sample, each once."""
-    return sorted({i for name in names_of(sample, source) for i in outputs.get(name, ())})
-
-
-def times_labelled(c, source, outputs):
-    """1 for each sample of a chunk that has a known class, else 0: int64 [n]."""
-    number_of = lambda name: 0 if name in outputs else -1
-    rows, _ = data.pairs(source, c, number_of, "labels" if source.classes else "tags")
-    return np.bincount(rows, minlength=int(source.chunks[c]))
-
-
-def labelled(source, classes, where, class_map=None):
-    """(The data.Rows of a source whose class is known, targets_of(sample)), for data.Samples.
-
-    `classes` as of outputs_of. Raises UserError where no image has a class."""
-    if not isinstance(classes, int):
-        check_several(classes, where)
-    outputs = outputs_of(classes, source.classes or all_tags(source), where, class_map)
-    rows = data.Rows(source.chunks, functools.partial(
-        times_labelled, source=source, outputs=outputs))
-    if len(rows) < len(source):
-        rank0_print(f"{where}: {len(source) - len(rows):,} of {len(source):,} images have no "
-                    f"{'known ' if class_map else ''}class and are left out")
-    if not len(rows):
-        raise UserError(f"no image of {where} has a class: a folder each, or a label each")
-    return rows, functools.partial(class_targets, source=source, outputs=outputs)
-
-
-def all_tags(source):
-    """All tags of a source as they are written, sorted; all ranks have to call it."""
-    mine = {tag for c in data.my_part(len(source.chunks), "tags")
-            for tag in source.words(c, "tags")[0]}
-    return data.class_names_of(set().union(*vit.all_gather_objects(mine)))
-
-
-def open_classes(args, config, file_info):
-    """(--data as data.Samples or None, --val or None, the name of each output)."""
-    train, val = None, None
-    if args.predict or args.eval_only:
-        if "head.weight" not in file_info["shapes"]:
-            raise UserError(f"{args.init} has no head: --predict and --eval-only need a finetuned "
-                            "file, as runs/classify/model.pt")
-        K = file_info["shapes"]["head.weight"][0]
-        args.loss = file_info.get("config", {}).get("loss", "ce")
-        classes = read_classes(args.classes) if args.classes else [
-            [name] for name in file_info.get("classes", ())] or K
-        if classes != K and len(classes) != K:
-            raise UserError(f"--classes {args.classes} has {len(classes)} lines, but {args.init} "
-                            f"has {K} outputs")
-    else:
-        source = data.open_data(*args.data, index_dir=args.index_dir)
-        classes = read_classes(args.classes) if args.classes else [
-            [name] for name in source.classes or all_tags(source)]
-        rows, targets_of = labelled(source, classes, "--data")
-        if args.loss == "ce" and not source.classes:
-            raise UserError("labels of --data are lists, of several classes: give --loss bce or "
-                            "softmax")
-        crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
-        augment = functools.partial(rand_augment, magnitude=args.randaugment)
-        train = data.training_samples(source, args, config, crop, rows, targets_of,
-                                      augment if args.randaugment else None)
-    if args.val and not args.predict:
-        source = data.open_data(*args.val, index_dir=args.index_dir)
-        val = data.evaluation_samples(source, config, central_box(args, config),
-                                      *labelled(source, classes, "--val", args.class_map))
-        if classes == len(source.classes):
-            classes = [[name] for name in source.classes]
-    return train, val, [str(i) for i in range(classes)] if isinstance(classes, int) else [
-        some[0] for some in classes]
-
-
-# ======================================================================================
 # classify: evaluation
 # ======================================================================================
 
@@ -640,6 +408,238 @@ def classify(argv):
                 logits = wrapped(images, scales)                            # [B,K]
             run.backward(class_losses(logits, targets, args.loss).mean())
         run.update()
+
+
+# ======================================================================================
+# Details of classify: RandAugment and random erasing
+# ======================================================================================
+
+def outside(image):
+    """The colour that comes in from outside: ImageNet's mean (as timm's)."""
+    return 116 if image.mode == "L" else tuple(round(255 * mean) for mean in data.IMAGENET_MEAN)
+
+
+def moved(image, *matrix):
+    """An image through an affine map (a, b, c, d, e, f)."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC,
+                           fillcolor=outside(image))
+
+
+def enhanced(kind):
+    """An operation that multiplies colour, contrast, brightness or sharpness by 0.1 to 1.9."""
+    return lambda image, level, sign: kind(image).enhance(max(0.1, 1 + sign * 0.9 * level))
+
+
+# Functions of an image, a level from 0 to 1 and a sign: timm's "increasing" set (MAE's finetuning)
+OPERATIONS = {
+    "autocontrast": lambda image, level, sign: ImageOps.autocontrast(image),
+    "equalize": lambda image, level, sign: ImageOps.equalize(image),
+    "invert": lambda image, level, sign: ImageOps.invert(image),
+    "rotate": lambda image, level, sign: image.rotate(
+        sign * 30 * level, Image.Resampling.BICUBIC, fillcolor=outside(image)),
+    "posterize": lambda image, level, sign: ImageOps.posterize(
+        image, max(1, 4 - int(4 * level))),
+    "solarize": lambda image, level, sign: ImageOps.solarize(image, 256 - int(256 * level)),
+    "solarize_add": lambda image, level, sign: image.point(
+        [min(255, i + int(110 * level)) if i < 128 else i for i in range(256)]
+        * len(image.getbands())),
+    "colour": enhanced(ImageEnhance.Color),
+    "contrast": enhanced(ImageEnhance.Contrast),
+    "brightness": enhanced(ImageEnhance.Brightness),
+    "sharpness": enhanced(ImageEnhance.Sharpness),
+    "shear_x": lambda image, level, sign: moved(image, 1, sign * 0.3 * level, 0, 0, 1, 0),
+    "shear_y": lambda image, level, sign: moved(image, 1, 0, 0, sign * 0.3 * level, 1, 0),
+    "translate_x": lambda image, level, sign: moved(
+        image, 1, 0, sign * 0.45 * level * image.width, 0, 1, 0),
+    "translate_y": lambda image, level, sign: moved(
+        image, 1, 0, 0, 0, 1, sign * 0.45 * level * image.height)}
+
+
+def rand_augment(pixels, seed, position, magnitude):
+    """RandAugment (arXiv 1909.13719) of pixels uint8 [H,W,1 or 3]: two of OPERATIONS, drawn with
+    replacement, each done with probability 0.5. A pure function of the position.
+
+    The level of each is N(magnitude, 0.5), clipped to 0 … 10, over 10; with a magnitude of 9 this
+    is timm's "rand-m9-mstd0.5-inc1", that of MAE's finetuning."""
+    image = Image.fromarray(pixels.squeeze())
+    uniforms = data.uniform(seed, np.array([position]), "randaugment", 10).reshape(2, 5)
+    for which, done, a, b, sign in uniforms.tolist():
+        if done < 0.5:
+            normal = math.sqrt(-2 * math.log(1 - a)) * math.cos(2 * math.pi * b)    # Box, Muller
+            level = min(max(magnitude + 0.5 * normal, 0), 10) / 10
+            operation = list(OPERATIONS.values())[int(which * len(OPERATIONS))]
+            image = operation(image, level, 1 if sign < 0.5 else -1)
+    return np.asarray(image).reshape(pixels.shape)
+
+
+def erase(images, position, seed, share):
+    """Random erasing (arXiv 1708.04896): in a `share` of images [B,C,H,W] a rectangle of 2% to a
+    third of the area, of an aspect from 0.3 to 3.3, becomes normal noise (timm's, MAE's)."""
+    B, C, H, W = images.shape
+    uniforms = data.uniform(seed, position, "erase", 23)                    # [B,23]
+    area = H * W * (0.02 + (1 / 3 - 0.02) * uniforms[:, :10])               # [B,10]: ten tries
+    aspect = torch.exp(math.log(0.3) + (math.log(1 / 0.3) - math.log(0.3)) * uniforms[:, 10:20])
+    h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()   # [B,10]
+    fits = (h < H) & (w < W)
+    first = fits.int().argmax(1, keepdim=True)                              # [B,1]
+    h, w, fits = (value.gather(1, first) for value in (h, w, fits))
+    top = (uniforms[:, 20:21] * (H - h + 1)).floor()                        # [B,1]
+    left = (uniforms[:, 21:22] * (W - w + 1)).floor()
+    y, x = (torch.arange(side, device=images.device) for side in (H, W))
+    inside = (((y >= top) & (y < top + h))[:, :, None] & ((x >= left) & (x < left + w))[:, None]
+              & (fits & (uniforms[:, 22:] < share))[..., None])              # [B,H,W]
+    noise = data.uniform(seed, position, "erased pixels", C * H * W) + 2.0 ** -25    # [B,C*H*W]
+    noise = math.sqrt(2) * torch.erfinv(2 * noise - 1)
+    return torch.where(inside[:, None], noise.reshape(images.shape), images)
+
+
+# ======================================================================================
+# Details of classify: the classes of the data and the outputs of a model
+# ======================================================================================
+
+def read_classes(path):
+    """The classes of --classes, a line each with names separated by commas: [[name]]. Lines may be
+    equal, as in CLIP's list of ImageNet's classes. Raises UserError."""
+    classes = []
+    for number, line in data.read_lines(path, "--classes"):
+        names = [name.strip() for name in line.split(",") if name.strip()]
+        if not names:
+            raise UserError(f"--classes {path}, line {number} has no name: {line!r}")
+        classes.append(names)
+    return classes
+
+
+def read_class_map(path, outputs):
+    """A file of lines "model's class TAB data's class" as {data's class: [output]}."""
+    found = {}
+    for number, line in data.read_lines(path, "--class-map"):
+        ours, *theirs = (word.strip() for word in line.split("\t"))
+        if len(theirs) != 1 or ours not in outputs:
+            raise UserError(f"--class-map {path}, line {number}: not one of the model's classes, a "
+                            f"TAB and one of the data's: {line!r}")
+        found.setdefault(theirs[0], []).extend(outputs[ours])
+    return found
+
+
+def outputs_of(classes, names, where, class_map=None):
+    """Which outputs of a model are right for each of the data's classes: {name: [output]}.
+
+    `classes` [[name]] are the model's, or K if its K outputs have no names; `names` are the data's,
+    from `where`. They are matched by name; whole numbers that are no name, by number; K unnamed
+    outputs and K classes, in order (ImageNet's). Raises UserError for classes of the data that the
+    model lacks, unless a `class_map` says what counts."""
+    if isinstance(classes, int):
+        if len(names) == classes:
+            rank0_print(f"the model does not name its {classes} outputs: taken as the {classes} "
+                        f"classes of {where}, in alphabetical order")
+            classes = [[name] for name in names]
+        else:
+            classes = [[str(i)] for i in range(classes)]
+    outputs = {name: [i] for i, some in enumerate(classes) for name in some}
+    lines = Counter(name for some in classes for name in {*some})
+    if twice := [name for name in names if lines[name] > 1]:
+        raise UserError(f"{twice[0]!r}, a class of {where}, is the name of {lines[twice[0]]} classes "
+                        "of the model: it can be the name of one")
+    if not outputs.keys() & {*names}:
+        outputs |= {str(i): [i] for i in range(len(classes))}
+        if not class_map and outputs.keys() & {*names}:
+            rank0_print(f"{where} has numbers for classes: taken as the model's outputs, from 0 on")
+    if class_map:
+        outputs = read_class_map(class_map, outputs)
+    unknown = [name for name in names if name not in outputs]
+    if len(unknown) == len(names) or unknown and not class_map:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise UserError(f"{where} has {len(unknown)} classes that the model lacks: "
+                        f"{', '.join(unknown[:5])}{more}; the model has {len(classes)}: "
+                        f"{', '.join(some[0] for some in classes[:5])}, … (classify has "
+                        "--class-map)")
+    return outputs
+
+
+def check_several(classes, where):
+    """Raises UserError for fewer than two classes."""
+    if len(classes) < 2:
+        raise UserError(f"{where} has {len(classes)} classes: there is nothing to tell apart; "
+                        "images have the class of their folder, or a label")
+
+
+def names_of(sample, source):
+    """The classes of a sample: that of its folder or label; or several, where labels are lists."""
+    if not source.classes:
+        return sample.get("tags", [])
+    return [source.classes[sample["label"]]] if "label" in sample else []
+
+
+def class_targets(sample, source, outputs):
+    """The outputs that are right for a sample, each once."""
+    return sorted({i for name in names_of(sample, source) for i in outputs.get(name, ())})
+
+
+def times_labelled(c, source, outputs):
+    """1 for each sample of a chunk that has a known class, else 0: int64 [n]."""
+    number_of = lambda name: 0 if name in outputs else -1
+    rows, _ = data.pairs(source, c, number_of, "labels" if source.classes else "tags")
+    return np.bincount(rows, minlength=int(source.chunks[c]))
+
+
+def labelled(source, classes, where, class_map=None):
+    """(The data.Rows of a source whose class is known, targets_of(sample)), for data.Samples.
+
+    `classes` as of outputs_of. Raises UserError where no image has a class."""
+    if not isinstance(classes, int):
+        check_several(classes, where)
+    outputs = outputs_of(classes, source.classes or all_tags(source), where, class_map)
+    rows = data.Rows(source.chunks, functools.partial(
+        times_labelled, source=source, outputs=outputs))
+    if len(rows) < len(source):
+        rank0_print(f"{where}: {len(source) - len(rows):,} of {len(source):,} images have no "
+                    f"{'known ' if class_map else ''}class and are left out")
+    if not len(rows):
+        raise UserError(f"no image of {where} has a class: a folder each, or a label each")
+    return rows, functools.partial(class_targets, source=source, outputs=outputs)
+
+
+def all_tags(source):
+    """All tags of a source as they are written, sorted; all ranks have to call it."""
+    mine = {tag for c in data.my_part(len(source.chunks), "tags")
+            for tag in source.words(c, "tags")[0]}
+    return data.class_names_of(set().union(*vit.all_gather_objects(mine)))
+
+
+def open_classes(args, config, file_info):
+    """(--data as data.Samples or None, --val or None, the name of each output)."""
+    train, val = None, None
+    if args.predict or args.eval_only:
+        if "head.weight" not in file_info["shapes"]:
+            raise UserError(f"{args.init} has no head: --predict and --eval-only need a finetuned "
+                            "file, as runs/classify/model.pt")
+        K = file_info["shapes"]["head.weight"][0]
+        args.loss = file_info.get("config", {}).get("loss", "ce")
+        classes = read_classes(args.classes) if args.classes else [
+            [name] for name in file_info.get("classes", ())] or K
+        if classes != K and len(classes) != K:
+            raise UserError(f"--classes {args.classes} has {len(classes)} lines, but {args.init} "
+                            f"has {K} outputs")
+    else:
+        source = data.open_data(*args.data, index_dir=args.index_dir)
+        classes = read_classes(args.classes) if args.classes else [
+            [name] for name in source.classes or all_tags(source)]
+        rows, targets_of = labelled(source, classes, "--data")
+        if args.loss == "ce" and not source.classes:
+            raise UserError("labels of --data are lists, of several classes: give --loss bce or "
+                            "softmax")
+        crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
+        augment = functools.partial(rand_augment, magnitude=args.randaugment)
+        train = data.training_samples(source, args, config, crop, rows, targets_of,
+                                      augment if args.randaugment else None)
+    if args.val and not args.predict:
+        source = data.open_data(*args.val, index_dir=args.index_dir)
+        val = data.evaluation_samples(source, config, central_box(args, config),
+                                      *labelled(source, classes, "--val", args.class_map))
+        if classes == len(source.classes):
+            classes = [[name] for name in source.classes]
+    return train, val, [str(i) for i in range(classes)] if isinstance(classes, int) else [
+        some[0] for some in classes]
 
 
 # ======================================================================================
