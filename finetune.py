@@ -314,15 +314,6 @@ def central_box(args, config):
         data.centre_crop, share=224 / 256 if max(config.image) <= 224 else 1.0)
 
 
-@torch.no_grad()
-def probabilities(model, pixels, args, device):
-    """The probability of each output for pictures [B,H,W,C]: [B,K]. Every rank has to call it."""
-    with vit.autocast(args, device):
-        logits = torch.cat([model(data.normalise(part.to(device)))
-                            for part in pixels.split(args.micro_batch)]).float()
-    return logits.sigmoid() if args.loss == "bce" else logits.softmax(1)
-
-
 def make_classifier(args, config, classes):
     """The model that `classify` trains; with --freeze only its head and the norm before it."""
     model = ViT(config, classes, args.pool, HEAD_STD[args.recipe])
@@ -356,7 +347,8 @@ def classify(argv):
                         + ("hashtags" if "vocabulary" in file_info else "other classes"))
     if args.predict:
         pixels = data.read_pictures(args, config, central_box(args, config))    # [B,H,W,C]
-        return data.print_predictions(args, probabilities(model, pixels, args, device), names)
+        chances = vit.probabilities(model, data.normalise(pixels), args, device)    # [B,K]
+        return data.print_predictions(args, chances, names)
     if args.eval_only:
         return vit.report(args, evaluate(model, val, args, device, names))
     mixing = bool(args.mixup or args.cutmix)
@@ -371,7 +363,8 @@ def classify(argv):
 
     def draw_and_evaluate():
         with vit.ema_weights(model, run.ema):
-            chances = probabilities(model, examples["images"], args, device)    # [B,K]
+            images = data.normalise(examples["images"])                     # [B,C,H,W]
+            chances = vit.probabilities(model, images, args, device)        # [B,K]
             data.draw_predictions(args, examples, chances, names)
             metrics = evaluate(model, val, args, device, names) if val else {}
         score = metrics.get("map", metrics.get("top1", -1.0))
@@ -1741,7 +1734,7 @@ def zeroshot(argv):
     if args.predict:
         weights, pixels = class_weights(), data.read_pictures(args, config)
         logits_of = lambda images: model.embed_images(images) @ weights.T
-        chances = probabilities(logits_of, pixels, args, device)            # [B,K]
+        chances = vit.probabilities(logits_of, data.normalise(pixels), args, device)    # [B,K]
         return data.print_predictions(args, chances, names)
     if args.eval_only:
         return vit.report(args, evaluate_towers(model, val, args, device, names, class_weights(),
@@ -1760,7 +1753,8 @@ def zeroshot(argv):
         weights = class_weights()
         if examples:
             logits_of = lambda images: model.embed_images(images) @ weights.T
-            chances = probabilities(logits_of, examples["images"], args, device)    # [B,K]
+            images = data.normalise(examples["images"])                     # [B,C,H,W]
+            chances = vit.probabilities(logits_of, images, args, device)    # [B,K]
             data.draw_predictions(args, examples, chances, names)
         return evaluate_towers(model, val, args, device, names, weights, encode) if val else {}
 

@@ -926,6 +926,15 @@ def autocast(args, device):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
+@torch.no_grad()
+def probabilities(model, images, args, device):
+    """The model's probabilities [B,K] for images [B,C,H,W], computed in micro-batches: by sigmoid
+    with --loss bce, else by softmax. Every rank has to call it."""
+    with autocast(args, device):
+        logits = torch.cat([model(part.to(device)) for part in images.split(args.micro_batch)])
+    return logits.float().sigmoid() if args.loss == "bce" else logits.float().softmax(1)
+
+
 def accumulating(wrapped, last):
     """The context of a micro-batch's forward and backward. Only the last micro-batch of a step
     exchanges gradients between ranks."""

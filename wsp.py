@@ -395,15 +395,6 @@ def open_all(args, config, file_info):
     return train, val, tags
 
 
-@torch.no_grad()
-def probabilities(model, pixels, args, device):
-    """The probability of each tag for pictures [B,H,W,C]: [B,K]. Every rank has to call it."""
-    with vit.autocast(args, device):
-        logits = torch.cat([model(data.normalise(part.to(device)))
-                            for part in pixels.split(args.micro_batch)]).float()
-    return logits.sigmoid() if args.loss == "bce" else logits.softmax(1)
-
-
 def main(argv):
     args, config, file_info = parse_flags(argv)
     towers = [(config.depth, config.width, 1 + config.num_patches)]
@@ -429,7 +420,8 @@ def main(argv):
             rank0_print(f"NOTE: a new head for {len(tags['vocabulary'])} tags: --init has another "
                         f"vocabulary, of {len(file_info['vocabulary'])}")
     if args.predict:
-        chances = probabilities(model, data.read_pictures(args, config), args, device)  # [B,K]
+        pixels = data.normalise(data.read_pictures(args, config))           # [B,C,H,W]
+        chances = vit.probabilities(model, pixels, args, device)            # [B,K]
         return data.print_predictions(args, chances, tags["vocabulary"])
     if args.eval_only:
         return vit.report(args, evaluate(model, val, args, device, tags))
@@ -444,7 +436,8 @@ def main(argv):
         train.source, config, rows=train.rows, targets_of=train.targets_of), device)
 
     def draw_and_evaluate():
-        chances = probabilities(model, examples["images"], args, device)    # [B,K]
+        images = data.normalise(examples["images"])                         # [B,C,H,W]
+        chances = vit.probabilities(model, images, args, device)            # [B,K]
         data.draw_predictions(args, examples, chances, tags["vocabulary"])
         return evaluate(model, val, args, device, tags) if val else {}
 
