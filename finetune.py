@@ -531,8 +531,8 @@ def outputs_of(classes, names, where, class_map=None):
     outputs = {name: [i] for i, some in enumerate(classes) for name in some}
     lines = Counter(name for some in classes for name in {*some})
     if twice := [name for name in names if lines[name] > 1]:
-        raise UserError(f"{twice[0]!r}, a class of {where}, is the name of {lines[twice[0]]} classes "
-                        "of the model: it can be the name of one")
+        raise UserError(f"{twice[0]!r}, a class of {where}, is the name of {lines[twice[0]]} "
+                        "classes of the model: it can be the name of one")
     if not outputs.keys() & {*names}:
         outputs |= {str(i): [i] for i in range(len(classes))}
         if not class_map and outputs.keys() & {*names}:
@@ -1013,17 +1013,20 @@ def tune_prompts(encoder, train, val, K, args, seed, device):
 
 def add_lowshot_flags(add):
     add("--shots", type=vit.positive, nargs="+", default=[1, 5, 10], metavar="IMAGES",
-        help="of each class; default 1 5 10 (paper)")
-    add("--splits", type=vit.positive, default=5, help="random choices of these; default 5 "
-        "(paper)")
-    add("--prompts", type=vit.positive, default=10, help="in each block; default 10 (not "
-        "published: ours)")
-    add("--epochs", type=vit.positive, default=100, help="of prompts; default 100 (VPT's)")
-    add("--batch", type=vit.positive, default=64, help="of prompts, of one rank; default 64 "
-        "(VPT's)")
-    add("--lr", type=float, default=0.05, help="of prompts; default 0.05 (not published: ours)")
-    add("--smallest-crop", type=float, default=0.5, metavar="SHARE", help="of the image's area "
-        "that a random crop has; default 0.5 (ours)")
+        help="labelled images per class; default 1 5 10 (paper)")
+    add("--splits", type=vit.positive, default=5, metavar="COUNT",
+        help="random choices of these images; default %(default)s (paper)")
+    add("--prompts", type=vit.positive, default=10, metavar="COUNT",
+        help="prompts in each block; default %(default)s (not published: ours)")
+    add("--epochs", type=vit.positive, default=100,
+        help="epochs in which prompts are trained; default %(default)s (VPT's)")
+    add("--batch", type=vit.positive, default=64, metavar="IMAGES",
+        help="images per step of a rank; default %(default)s (VPT's)")
+    add("--lr", type=vit.number(0), default=0.05,
+        help="peak learning rate of prompts; default %(default)s (not published: ours)")
+    add("--smallest-crop", type=vit.number(1e-9, 1), default=0.5, metavar="SHARE",
+        help="smallest area of a random crop, as a share of the image's; default %(default)s "
+        "(ours)")
 
 
 def lowshot(argv):
@@ -1592,8 +1595,8 @@ def parse_zeroshot_flags(argv):
     add("--unlock", action="store_true", help="train the image tower, too; default off (LiT)")
     add("--cache-features", metavar="DIR", help="compute the locked image tower's features of each "
         "image once, without augmentation, and keep them there; default off")
-    add("--smallest-crop", type=float, metavar="SHARE", help="of the image's area that a random "
-        "crop has; default by model, below")
+    add("--smallest-crop", type=vit.number(1e-9, 1), metavar="SHARE",
+        help="smallest area of a random crop, as a share of the image's; default by model")
     add("--classes", metavar="FILE", help="to choose from: a line for each class, its names "
         "separated by commas; default: the classes of --val")
     add("--templates", metavar="FILE", help="lines with {} in the place of a name; default: the "

@@ -526,7 +526,8 @@ def add_model_flags(add):
         help="1 grey, 3 colour, 4 colour and alpha; default 3")
     add("--data", nargs="+", default=["world"], metavar="SPEC",
         help="images to train on: world, world:COUNT, a folder, .tar shards ('x-{000..127}.tar', "
-        "'dir/*.tar'), a .jsonl or .csv; several are joined; default %(default)s")
+        "'dir/*.tar'), a .jsonl or .csv; several are joined; default: the built-in world (stage 2: "
+        "100,000 images of it; stage 3: its labelled part)")
     add("--val", nargs="+", metavar="SPEC",
         help="images to evaluate on; default world-val where --data is the world, else none")
     add("--index-dir", metavar="DIR", help="folder for the indexes of shards; default: beside them")
