@@ -512,7 +512,7 @@ def stage_parser(program, doc, recipes=None):
         add_recipe_flags(parser.add_argument_group("recipe (defaults by model: see the end)"))
         add_run_flags(parser.add_argument_group("run").add_argument)
     else:
-        parser.set_defaults(predict=None, eval_only=False, activation_checkpoint=False)
+        parser.set_defaults(predict=None, eval_only=False, activation_checkpoint=False, seed=0)
     add_machine_flags(parser.add_argument_group("machine").add_argument)
     return parser
 
