@@ -376,7 +376,7 @@ def classify(argv):
     # ---- loop
     groups = vit.decay_groups(model, args.weight_decay, NO_DECAY, args.layer_decay)
     optimizer = (torch.optim.AdamW(groups, betas=BETAS, fused=True) if args.optimizer == "adamw"
-                 else torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True))
+                 else torch.optim.SGD(groups, momentum=0.9, nesterov=True))
     ema = {name: p.detach().clone() for name, p in model.named_parameters()} if args.ema else {}
     model_info = {"config": {**asdict(config), "pool": args.pool, "crop": args.crop,
                              "loss": args.loss}, "stage": "classify", "classes": names}

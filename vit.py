@@ -709,10 +709,17 @@ def start(args):
         torch.set_num_threads(cores)
     if args.workers is None:
         args.workers = min(8, cores) if kind == "cuda" else 1
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # If torchrun dies, its ranks get SIGTERM: before the loop it ends them, inside the loop
-        # they save and stop (Linux only).
+        # they save and stop (Linux only). If it is dead already, its store does not answer, and
+        # init_process_group would wait half an hour for it.
         torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)
+        try:
+            dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                          is_master=False, timeout=timedelta(seconds=20))
+        except dist.DistError as error:
+            raise RankError("torchrun does not answer: it was ended, or MASTER_ADDR "
+                            f"{os.environ['MASTER_ADDR']} cannot be reached") from error
     global gloo_group
     if env.world_size > 1:
         if not dist.is_initialized():
@@ -1336,9 +1343,10 @@ class Run:
     def update(self, counts=None):
         """Make an optimizer step, unless the gradient of any rank is not finite; then log.
 
-        The optimizer skips such a step on the device (found_inf), so that the host waits for the
-        device only once, after it has launched everything. `counts` {name: scalar tensor} are
-        summed over ranks and added to the state."""
+        A fused optimizer skips such a step on the device (found_inf), so that the host waits for
+        the device only after it has launched everything. SGD has no fused form for sharded
+        parameters and waits first. `counts` {name: scalar tensor} are summed over ranks and added
+        to the state."""
         state, world_size = self.state, get_world_size()
         norm = clip_gradients(self.model, self.args.clip_grad, state["loss_scale"])
         minutes = (time.monotonic() - self.saved_at) / 60
@@ -1347,12 +1355,18 @@ class Run:
             (self.loss / world_size, norm / world_size, *counts.values()),
             (bool(stop_signals), self.rank == 0 and minutes >= self.args.save_every,
              len(self.bad)))
-        self.optimizer.found_inf = 1 - sums[1].isfinite().float()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        fused = self.optimizer.defaults["fused"]
+        if fused:
+            self.optimizer.found_inf = 1 - sums[1].isfinite().float()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         loss, norm, *counted, stop, save_due, bad = sums.tolist()       # waits for the device
         self.stop, self.save_due = stop > 0, save_due > 0
         finite = math.isfinite(norm)
+        if not fused:
+            if finite:
+                self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         if finite and self.ema:
             update_ema(self.ema, self.model, self.args.ema, state["step"])
         state["step"] += 1
