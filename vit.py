@@ -716,7 +716,7 @@ def start(args):
         torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)
         try:
             dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                          is_master=False, timeout=timedelta(seconds=20))
+                          is_master=False, timeout=timedelta(seconds=10))
         except dist.DistError as error:
             raise RankError("torchrun does not answer: it was ended, or MASTER_ADDR "
                             f"{os.environ['MASTER_ADDR']} cannot be reached") from error
