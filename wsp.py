@@ -180,8 +180,8 @@ def repeats(frequency, t, max_repeat):
     """r(tag) = clip(sqrt(t / f), 1, max_repeat): float64 [K].
 
     An epoch shows an image r(its rarest tag) times, on average. `frequency` [K] is f, the number of
-    images that have the tag. The inverse square root is the lineage's; the paper's own rule is not
-    published."""
+    images that have the tag. The inverse square root is that of the paper's predecessors (SWAG);
+    its own rule is not published."""
     return np.clip(np.sqrt(t / frequency), 1, max_repeat)
 
 
@@ -221,10 +221,11 @@ def times_shown(c, source, number_of, r):
 
 
 def constant_loss(mass, images, count):
-    """The loss, in nats, of the best constant answer to `count` images, of either --loss.
+    """The loss, in nats, of the best constant prediction for `count` images: {"softmax", "bce"}.
 
-    `mass` [K]: the sum of 1/k over the images that have a tag, whose entropy is softmax's; `images`
-    [K]: how many these are, each of which is a yes or no for bce."""
+    `mass` [K] is the sum of 1/k over the images with a tag: softmax's best is the entropy of its
+    shares. `images` [K] is the number of these images: bce's best is the mean entropy of having a
+    tag or not."""
     share = images / count
     return {"softmax": float(torch.special.entr(mass / mass.sum()).sum()),
             "bce": float((torch.special.entr(share) + torch.special.entr(1 - share)).mean())}
