@@ -14,7 +14,7 @@ Are Scalable Vision Learners", arXiv 2111.06377, section 3, called "the MAE pape
     python mae.py --init runs/mae/model.pt --predict cat.jpg dog.jpg
 
 Expected of the first: a validation loss of about 0.62 (1.0 is a decoder that predicts each patch's
-mean), and in runs/mae/reconstruction.png outlines and textures in the masked patches. Of the paper:
+mean), and in runs/mae/reconstruction.png colours and textures in the masked patches. Of the paper:
 base to 6.5B, one epoch on 3 billion images, then finetuned on ImageNet-1k at 224 pixels (stage 3):
 83.5 (base) to 88.3 (6.5b) percent. The next stage, wsp.py, starts from runs/mae/model.pt.
 """
@@ -230,8 +230,8 @@ def draw_reconstruction(model, pixels, positions, args, device, path):
     nothing would show; the prediction; the original. Visible patches are shown as they are.
 
     With norm_pix the model predicts a patch up to its mean and deviation. A picture needs both, so
-    they are taken from the true patch: the prediction has to be compared with the row of true patch
-    means above it, which shows outlines already. Every rank has to call this; rank 0 writes."""
+    they are taken from the true patch. Compare the prediction with the row above it, which has the
+    true means alone and already shows outlines. Every rank has to call this; rank 0 writes."""
     config = model.config
     images = data.normalise(pixels.to(device))                              # [B,C,H,W]
     noise = data.uniform(args.seed, positions.to(device), "val", config.num_patches)    # [B,N]
@@ -246,7 +246,7 @@ def draw_reconstruction(model, pixels, positions, args, device, path):
     visible = torch.zeros_like(noise).scatter(1, keep, 1.0)[..., None] > 0  # [B,N,1]
     rows = {"visible patches": torch.where(visible, true, 0)}
     if model.norm_pix:
-        rows["no prediction: true mean of each masked patch"] = torch.where(visible, true, mean)
+        rows["no prediction: the true mean of each masked patch"] = torch.where(visible, true, mean)
         rows["prediction, with true mean and deviation"] = torch.where(
             visible, true, predicted * deviation + mean)
     else:
