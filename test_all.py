@@ -2547,7 +2547,8 @@ def test_mistakes_of_finetuning_get_one_line():
     empty = folder_with(folder() / "names.txt", "\n\n")
     tell("is empty", "--data", photos(), "--classes", empty)
     twice = folder_with(folder() / "names.txt", "cat\ndog\ncat\n")
-    tell("'cat', a class of --data, is the name of 2 classes of the model", "--data", photos(), "--classes", twice)
+    tell("'cat', a class of --data, is the name of 2 classes of the model", "--data", photos(),
+         "--classes", twice)
     three = folder_with(folder() / "names.txt", "cat\ndog\ncow\n")
     refused("has 3 lines, but", evaluated, "--init", model, "--val", photos(), "--classes", three)
     wrong = folder_with(folder() / "map.tsv", "cow\tcat\n")
@@ -2760,7 +2761,8 @@ def test_freeze_trains_only_the_head_however_it_is_run():
     assert again == losses and equal(saved, weights)
     again, saved, *_ = resumed(out, (*flags, pool, "--parallel", "fsdp"), world=2, at=3, stage=Task)
     assert close(again, losses, 1e-4) and close(saved["head.weight"], weights["head.weight"], 2e-3)
-    refused("--freeze trains a head on a pretrained encoder", on_ranks, 1, Task.main, [*QUICK, "--freeze"])
+    refused("--freeze trains a head on a pretrained encoder", on_ranks, 1, Task.main,
+            [*QUICK, "--freeze"])
 
 
 def test_prompts_are_only_what_is_learned():
@@ -3254,7 +3256,8 @@ def test_zero_shot_mistakes_are_one_clear_line():
             ("has no text tower", *trunk, "--eval-only", "--val", photos()),
             ("give its file as --init, or --unlock", "--data", "world:40"),
             ("is empty", *evaluate, "--classes", lines("\n")),
-            ("'cat', a class of --val, is the name of 2 classes", *evaluate, "--classes", lines("cat\ncat, dog\n")),
+            ("'cat', a class of --val, is the name of 2 classes", *evaluate, "--classes",
+             lines("cat\ncat, dog\n")),
             ("has a line without {}", *evaluate, "--templates", lines("a {}\na picture\n")),
             ("has neither classes nor captions", *evaluate[:-1], photos() / "cat"),
             ("give XLM-R's tokenizer.json", *evaluate, "--tokenizer", out / "config.json"),
