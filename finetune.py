@@ -101,11 +101,12 @@ def parse_classify_flags(argv):
     add("--loss", choices=("ce", "bce", "softmax"), default="ce", help="ce (default): one class "
         "per image; softmax: 1/k on each of k classes; bce: binary cross-entropy for every class")
     add("--pool", choices=("cls", "mean"), help="input of the head: the class token or the mean of "
-        "the patches; default by recipe, or as in a finetuned --init")
+        "the patches; default by recipe, but mean if --init has fc_norm")
     add("--freeze", action="store_true", help="train only the head (and the norm of --pool mean) "
         "on the encoder of --init; default off")
-    add("--crop", choices=("centre", "squash"), help="for evaluation: the central 7/8, or all of "
-        "it above 224 pixels (MAE); or the whole image squashed (released MAWS); default by recipe")
+    add("--crop", choices=("centre", "squash"), help="for evaluation. centre: the central 7/8, or "
+        "the whole central square above 224 pixels (MAE); squash: the whole image (released MAWS); "
+        "default: that of --init, else by recipe")
     add("--optimizer", choices=("adamw", "sgd"), help="sgd: nesterov, 0.9; default by recipe")
     below_1 = vit.number(0, 0.999)
     for flag, kind, metavar, text in (
@@ -253,7 +254,7 @@ def answers(logits, batch, args):
     """The Answers of the images of a batch that could be read."""
     classes, K = batch["targets"].to(logits.device), logits.shape[1]        # [B,k]
     losses = class_losses(logits, soft_targets(classes, K, 0.0, args.loss), args.loss)      # [B]
-    top = logits.topk(min(5, K)).indices                                    # [B,5]
+    top = logits.topk(min(5, K)).indices                                    # [B,min(5,K)]
     kept = [None] * len(top) if args.loss == "ce" else logits.float().cpu().numpy()
     rows = zip(batch["position"].tolist(), classes.tolist(), top.tolist(), losses.tolist(), kept)
     return [Answer(position, [k for k in correct if k >= 0], best, loss, some)
@@ -296,8 +297,8 @@ def write_classes(path, rows, hits, names):
 
 
 def average_precision(logits, correct):
-    """The average precision of one class: over its images, the mean share of correct images among
-    those with at least the same logit. Logits and correct are [n]."""
+    """The average precision of one class, from logits [n] and booleans [n]: images are sorted by
+    logit, and the share of correct ones so far is averaged over the correct images."""
     correct = correct[logits.argsort(descending=True, stable=True)].double()    # [n]
     precision = correct.cumsum(0) / torch.arange(1, len(correct) + 1)
     return float((precision * correct).sum() / correct.sum())
@@ -307,7 +308,7 @@ def average_precision(logits, correct):
 # classify: main
 # ======================================================================================
 
-def central_box(args, config):
+def evaluation_crop(args, config):
     """The crop of an evaluation: the whole image squashed, or the central 7/8 (MAE), above 224
     pixels all of the central square."""
     return data.whole if args.crop == "squash" else functools.partial(
@@ -346,9 +347,9 @@ def classify(argv):
                         f"{file_info['shapes']['head.weight'][0]} "
                         + ("hashtags" if "vocabulary" in file_info else "other classes"))
     if args.predict:
-        pixels = data.read_pictures(args, config, central_box(args, config))    # [B,H,W,C]
-        chances = vit.probabilities(model, data.normalise(pixels), args, device)    # [B,K]
-        return data.print_predictions(args, chances, names)
+        pixels = data.read_pictures(args, config, evaluation_crop(args, config))    # [B,H,W,C]
+        probabilities = vit.probabilities(model, data.normalise(pixels), args, device)    # [B,K]
+        return data.print_predictions(args, probabilities, names)
     if args.eval_only:
         return vit.report(args, evaluate(model, val, args, device, names))
     mixing = bool(args.mixup or args.cutmix)
@@ -364,8 +365,8 @@ def classify(argv):
     def draw_and_evaluate():
         with vit.ema_weights(model, run.ema):
             images = data.normalise(examples["images"])                     # [B,C,H,W]
-            chances = vit.probabilities(model, images, args, device)        # [B,K]
-            data.draw_predictions(args, examples, chances, names)
+            probabilities = vit.probabilities(model, images, args, device)        # [B,K]
+            data.draw_predictions(args, examples, probabilities, names)
             metrics = evaluate(model, val, args, device, names) if val else {}
         score = metrics.get("map", metrics.get("top1", -1.0))
         if score > run.state["best"]:
@@ -468,7 +469,7 @@ def rand_augment(pixels, seed, position, magnitude):
 def erase(images, position, seed, share):
     """Random erasing (arXiv 1708.04896): in a `share` of images [B,C,H,W] a rectangle of 2% to a
     third of the area, of an aspect from 0.3 to 3.3, becomes normal noise (timm's, MAE's)."""
-    B, C, H, W = images.shape
+    _, C, H, W = images.shape
     uniforms = data.uniform(seed, position, "erase", 23)                    # [B,23]
     area = H * W * (0.02 + (1 / 3 - 0.02) * uniforms[:, :10])               # [B,10]: ten tries
     aspect = torch.exp(math.log(0.3) + (math.log(1 / 0.3) - math.log(0.3)) * uniforms[:, 10:20])
@@ -627,7 +628,7 @@ def open_classes(args, config, file_info):
                                       augment if args.randaugment else None)
     if args.val and not args.predict:
         source = data.open_data(*args.val, index_dir=args.index_dir)
-        val = data.evaluation_samples(source, config, central_box(args, config),
+        val = data.evaluation_samples(source, config, evaluation_crop(args, config),
                                       *labelled(source, classes, "--val", args.class_map))
         if classes == len(source.classes):
             classes = [[name] for name in source.classes]
@@ -769,7 +770,7 @@ def features(argv):
     device = vit.start(args)
     source = data.open_data(*args.data, index_dir=args.index_dir)
     load = lambda: load_encoder(args, config, file_info, device, args.pool)
-    table = open_features(args.features, load, source, args, config, central_box(args, config),
+    table = open_features(args.features, load, source, args, config, evaluation_crop(args, config),
                           device)
     count = len(table["index"])
 
@@ -793,8 +794,8 @@ def open_tables(args, config, file_info, device):
     load = functools.cache(lambda: load_encoder(args, config, file_info, device, args.pool))
     for flag, source in zip(("--data", "--val"), sources):
         outputs = outputs_of([[name] for name in classes], source.classes, flag)
-        table = open_features(args.features, load, source, args, config, central_box(args, config),
-                              device)
+        table = open_features(args.features, load, source, args, config,
+                              evaluation_crop(args, config), device)
         numbers = np.array([outputs[name][0] for name in source.classes] + [-1])
         table["labels"] = numbers[table["labels"]]
         known = table["labels"] >= 0
@@ -1040,8 +1041,8 @@ def lowshot(argv):
     device = vit.start(args)
     train, val, classes = open_tables(args, config, file_info, device)
     encoder = load_encoder(args, config, file_info, device, "cls")
-    tests = data.evaluation_samples(val["source"], config, central_box(args, config), val["index"],
-                                    val["targets_of"])
+    tests = data.evaluation_samples(val["source"], config, evaluation_crop(args, config),
+                                    val["index"], val["targets_of"])
     counts = np.bincount(train["labels"], minlength=len(classes))
     for shots in args.shots:
         if (few := int((counts < shots).sum())):
@@ -1737,8 +1738,8 @@ def zeroshot(argv):
     if args.predict:
         weights, pixels = class_weights(), data.read_pictures(args, config)
         logits_of = lambda images: model.embed_images(images) @ weights.T
-        chances = vit.probabilities(logits_of, data.normalise(pixels), args, device)    # [B,K]
-        return data.print_predictions(args, chances, names)
+        probabilities = vit.probabilities(logits_of, data.normalise(pixels), args, device)
+        return data.print_predictions(args, probabilities, names)
     if args.eval_only:
         return vit.report(args, evaluate_towers(model, val, args, device, names, class_weights(),
                                                 encode))
@@ -1757,8 +1758,8 @@ def zeroshot(argv):
         if examples:
             logits_of = lambda images: model.embed_images(images) @ weights.T
             images = data.normalise(examples["images"])                     # [B,C,H,W]
-            chances = vit.probabilities(logits_of, images, args, device)    # [B,K]
-            data.draw_predictions(args, examples, chances, names)
+            probabilities = vit.probabilities(logits_of, images, args, device)    # [B,K]
+            data.draw_predictions(args, examples, probabilities, names)
         return evaluate_towers(model, val, args, device, names, weights, encode) if val else {}
 
     # ---- loop: the loss compares all vectors of the batch, whose graphs do not fit into memory.

@@ -38,7 +38,7 @@ from vit import (
 # ======================================================================================
 
 def num_visible(num_patches, mask_ratio):
-    """The number of patches that the encoder sees: at least one (rounded down in MAE's code)."""
+    """The number of patches that the encoder sees: rounded down as in MAE's code, at least one."""
     return max(1, int(num_patches * (1 - mask_ratio)))
 
 
@@ -125,12 +125,11 @@ class MAE(nn.Module):
         mask tokens would have no information about their location in the image." The MAE paper's
         "simple implementation" first moves all tokens back to raster order. Attention does not
         depend on the order of tokens, so it is enough to add to each token its own position."""
-        B, V = keep.shape
-        mask_tokens = self.mask_token.expand(B, masked.shape[1], -1)        # [B,N-V,d]
+        mask_tokens = self.mask_token.expand(*masked.shape, -1)             # [B,N-V,d]
         x = torch.cat([self.decoder_embed(x), mask_tokens], 1)              # [B,1+N,d]
         cls = torch.zeros_like(keep[:, :1])                                 # [B,1]
-        positions = torch.cat([cls, 1 + keep, 1 + masked], 1)               # [B,1+N]
-        x = x + self.decoder_pos_embed[0][positions]                        # [B,1+N,d]
+        places = torch.cat([cls, 1 + keep, 1 + masked], 1)                  # [B,1+N]
+        x = x + self.decoder_pos_embed[0][places]                           # [B,1+N,d]
         return self.decoder_norm(run_blocks(self.decoder_blocks, x, self.recompute))
 
     def forward(self, images, noise):
@@ -212,7 +211,7 @@ def parse_flags(argv):
 @torch.no_grad()
 def evaluate(model, val, args, device):
     """The mean loss over a source, every image once at any number of ranks: {"loss", "count",
-    "bad"}. Images are cropped centrally; the mask depends on the number of the image alone."""
+    "bad"}. Images are cropped centrally; masks depend only on --seed and the image's number."""
     sums = torch.zeros(2, dtype=torch.float64)
     for images, batch in data.validate(val, args, device):
         noise = data.uniform(args.seed, batch["position"].to(device), "val",
@@ -226,12 +225,12 @@ def evaluate(model, val, args, device):
 
 @torch.no_grad()
 def draw_reconstruction(model, pixels, positions, args, device, path):
-    """Draw pictures [B,H,W,C] into a PNG, in rows: the visible patches; what a model that predicts
-    nothing would show; the prediction; the original. Visible patches are shown as they are.
+    """Draw pictures [B,H,W,C] into a PNG, a row each: the visible patches; with norm_pix, the true
+    mean of each masked patch; the prediction; the original.
 
-    With norm_pix the model predicts a patch up to its mean and deviation. A picture needs both, so
-    they are taken from the true patch. Compare the prediction with the row above it, which has the
-    true means alone and already shows outlines. Every rank has to call this; rank 0 writes."""
+    With norm_pix the model does not predict a patch's mean and deviation, so the true ones are
+    used. The row of means already shows outlines: only what the prediction adds to it is the
+    model's. Every rank has to call this; rank 0 writes."""
     config = model.config
     images = data.normalise(pixels.to(device))                              # [B,C,H,W]
     noise = data.uniform(args.seed, positions.to(device), "val", config.num_patches)    # [B,N]
@@ -331,8 +330,8 @@ def main(argv):
             position, images = batch["position"], batch["images"]           # [B] [B,H,W,C]
             images = data.flip(images, data.uniform(args.seed, position, "flip", 1))
             images = data.normalise(images)                                 # [B,C,H,W]
-            # Uniform random numbers that depend on seed and position alone, so that a resumed run
-            # and any number of ranks mask the same patches.
+            # Uniform random numbers, a function of --seed and position alone: masks are the same
+            # after a resume and with any number of ranks.
             noise = data.uniform(args.seed, position, "mask", config.num_patches)   # [B,N]
             with vit.autocast(args, device):
                 loss = wrapped(images, noise).mean()

@@ -1464,7 +1464,7 @@ def test_the_2b_model_is_shared_out_evenly():
         with contextlib.redirect_stdout(io.StringIO()) as said:
             mae.main(["--model", "2b", "--plan", str(ranks), "--batch", str(64 * ranks)])
         row = next(row for row in json.loads(said.getvalue().splitlines()[-1])["memory_gb"]
-                   if row["parallel"] == how and not row["checkpoint"])
+                   if row["parallel"] == how and not row["recompute"])
         assert abs(row["total"] * 1e9 / peak - 1) < 0.15, (row, peak)
 
 

@@ -7,9 +7,10 @@ checkpoints, the log, and `Run`, which every training loop uses. Part 3 reads we
 projects.
 
 Letters in shape comments, the same in every file:
-B batch, N patches, V visible patches, D width, h heads, L blocks, p patch side in pixels,
-P numbers in a patch (p * p * C), C channels, H W height and width of the image in pixels,
-T frames, K classes.
+B batch, N patches (in Attention, Block and --plan: all tokens), V visible patches, D width,
+d decoder width, h heads, L blocks, p patch side in pixels, P numbers in a patch (p * p * C),
+C channels, H W height and width of the image in pixels, T frames, K classes or tags,
+k classes or tags of one image, E width of the space of images and texts, n m counts.
 
 Sources of values, named beside them: "paper" is arXiv 2303.13496, "MAE" is arXiv 2111.06377 and its
 code, "ours" means that nobody published the value and we chose it.
@@ -499,8 +500,8 @@ positive, share = number(1, kind=int), number(0, 1)
 def stage_parser(program, doc, recipes=None):
     """A Parser with the flags that every stage shares.
 
-    `recipes` {name: {flag: value}} are the defaults by model, printed at the end of --help. A task
-    without recipes trains nothing and gets no training flags."""
+    `recipes` {name: {flag: value}} are the defaults by model, printed at the end of --help. Without
+    them (tasks on frozen encoders), the flags of the recipe and of the run are left out."""
     parser = Parser(prog=program, allow_abbrev=False, description=doc,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser.add_argument_group("model and data").add_argument)
@@ -508,7 +509,7 @@ def stage_parser(program, doc, recipes=None):
         lines = [f"  {name:6} " + " ".join(f"--{flag.replace('_', '-')} {value}"
                                            for flag, value in recipe.items())
                  for name, recipe in recipes.items()]
-        parser.epilog = "\n".join(["defaults by model (the code has their sources):", *lines])
+        parser.epilog = "\n".join(["defaults (the code has their sources):", *lines])
         add_recipe_flags(parser.add_argument_group("recipe (defaults by model: see the end)"))
         add_run_flags(parser.add_argument_group("run").add_argument)
     else:
@@ -550,8 +551,8 @@ def add_recipe_flags(group):
     rate("--lr", type=number(0), help="peak learning rate")
     rate("--base-lr", type=number(0), help="peak learning rate per 256 images of --batch; the rate "
          "does not depend on the number of ranks")
-    add("--weight-decay", type=number(0), help="on parameters of 2 or more dimensions; after stage "
-        "1 not on positions and class token; 0 is off")
+    add("--weight-decay", type=number(0), help="on parameters of 2 or more dimensions, but in wsp "
+        "and classify not on positions and class token; 0 is off")
     add("--warmup", type=share, metavar="SHARE", help="share of the steps; 0 is off")
     add("--clip-grad", type=number(0), metavar="NORM", help="largest gradient norm; 0 is off")
     add("--seed", type=int, default=0, help="seed of weights, order and augmentation; default 0")
@@ -590,8 +591,8 @@ def add_machine_flags(add):
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
         help="auto (default): the first of them that is available")
     add("--workers", type=number(0, kind=int), metavar="PROCESSES",
-        help="processes per rank that decode images; 0: none; default: the CPU cores per rank, at "
-        "most 8, on a GPU, and 1 on a CPU")
+        help="processes per rank that decode images; 0: none; default: on CUDA the CPU cores per "
+        "rank, at most 8; else 1")
 
 
 def fill_recipe(args, recipe):
@@ -799,7 +800,8 @@ def all_gather_rows(tensor):
 
 
 def on_rank_0(action):
-    """The result of action(), called by rank 0 alone. If it raises, every rank raises UserError."""
+    """The result of action(), which rank 0 alone calls. If it raises UserError or OSError, every
+    rank raises UserError."""
     outcome = [None, None]              # result, error
     if get_rank() == 0:
         try:
@@ -855,9 +857,9 @@ def build(make, args, device, methods=(), frozen=False):
     """Make a model on the device(s), initialised by --seed: returns (model, callable for training).
 
     `make()` constructs it; `methods` are those that are called besides forward. A `frozen` model
-    has no gradients; ddp does not wrap it. The model is built on the meta device first, so that
-    a rank never holds more than its share of a sharded model. Parameters have the same names in
-    every mode."""
+    has no gradients; ddp does not wrap it. The model is built on the meta device first, so that a
+    rank never holds more than its share of a sharded model and one whole tensor. Parameters have
+    the same names in every mode."""
     env = environment()
     with torch.device("meta"):
         model = make()
@@ -880,8 +882,9 @@ def build(make, args, device, methods=(), frozen=False):
             shape = (env.world_size // env.local_world_size, env.local_world_size)
             names = ("replicate", "shard")
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        # Blocks are gathered in half precision. The rest stays fp32, since the sum of tokens and
-        # positions is the residual stream, and so do inputs: noise in bf16 would have ties.
+        # The weights of blocks are gathered in half precision. What is outside of blocks (patches,
+        # positions, norms, head) is sharded in fp32, and inputs are not cast, so that the residual
+        # stream stays fp32.
         policy = MixedPrecisionPolicy(param_dtype=autocast_dtype(args, device),
                                       reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in blocks:
@@ -1070,11 +1073,12 @@ def lock(out):
 
 
 def open_run(args, stage, data_info, model):
-    """Prepare --out: True if there is work to do, False if the run is already finished.
+    """Lock --out, write config.json and listen for signals. Returns True if there is work to do,
+    False if the run is already finished.
 
-    `data_info` {name: fingerprint} describes the data. An interrupted run is resumed if its flags
-    (but FREE_FLAGS) and data have not changed, or with --allow-changed. Raises UserError on every
-    rank."""
+    `data_info` {name: fingerprint} describes the data. An interrupted run is resumed if its data
+    and its flags (except FREE_FLAGS) are unchanged, or with --allow-changed; else every rank raises
+    UserError."""
     out = Path(args.out)
     shapes = repr([(name, list(value.shape)) for name, value in model.state_dict().items()])
     settings = {f"--{flag.replace('_', '-')}": value for flag, value in vars(args).items()
@@ -1094,7 +1098,7 @@ def open_run(args, stage, data_info, model):
             raise UserError(f"{out}/config.json is missing or damaged; choose another --out")
         changed = [name for name in settings if before.get(name) != settings[name]]
         changes = ", ".join(f"{name} {before.get(name)} → {settings[name]}" for name in changed)
-        # A checkpoint fits one model, and its step counts batches: these cannot change.
+        # A checkpoint fits one model and its outputs, and its step counts batches.
         fixed = {*changed} & {"stage", "--batch", "weights", "vocabulary", "classes", "ema"}
         if (finished or begun) and changed and (fixed or not args.allow_changed):
             raise UserError(f"{out} holds a run with other flags or data: {changes}; choose "
@@ -1155,11 +1159,12 @@ def save(args, model, optimizer, state, ema):
             shutil.rmtree(old, ignore_errors=True)
 
     on_rank_0(begin)
-    first_step = not optimizer.state
+    no_step_yet = not optimizer.state
     weights, moments = get_state_dict(model, optimizer)
-    for values in optimizer.state.values() if first_step else ():
+    # To have a state to save, get_state_dict has made an empty optimizer step: do not count it.
+    for values in optimizer.state.values() if no_step_yet else ():
         if "step" in values:
-            values["step"].zero_()      # to have something to save, torch has made an empty step
+            values["step"].zero_()
     try:
         dcp.save({"model": weights, "optimizer": moments, **({"ema": ema} if ema else {})},
                  checkpoint_id=aside)
@@ -1194,14 +1199,14 @@ def restore(args, model, optimizer, state, ema):
         raise UserError(f"{folder} is damaged ({', '.join(damaged)}): delete this folder, and the "
                         "same command resumes from the checkpoint before it")
     # The optimizer's settings are this command's, which may differ with --allow-changed.
-    settings = [{key: value for key, value in group.items() if key != "params"}
-                for group in optimizer.param_groups]
+    groups = [{key: value for key, value in group.items() if key != "params"}
+              for group in optimizer.param_groups]
     weights, moments = get_state_dict(model, optimizer)
     content = {"model": weights, "optimizer": moments, **({"ema": ema} if ema else {})}
     dcp.load(content, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=content["model"],
                    optim_state_dict=content["optimizer"])
-    for group, values in zip(optimizer.param_groups, settings):
+    for group, values in zip(optimizer.param_groups, groups):
         group.update(values)
     saved = complete["state"]
     if saved["fp16"] != state["fp16"]:          # another --precision: begin with its loss scale
@@ -1257,8 +1262,8 @@ class Run:
 
     A new Run resumes from the newest checkpoint of --out. `model_info` is what model.pt says of
     itself, `flops` the operations of training on one image. `ema` {name: tensor} are averaged
-    weights; `state` are further values that a checkpoint has to keep; `constants` stand in every
-    record of the log."""
+    weights; `state` are further values that a checkpoint has to keep; `constants` are added
+    to every training record of the log."""
 
     def __init__(self, args, model, wrapped, optimizer, device, schedule, model_info, flops,
                  ema=None, state=None, constants=None):
@@ -1341,12 +1346,11 @@ class Run:
         self.loss += loss.detach()
 
     def update(self, counts=None):
-        """Make an optimizer step, unless the gradient of any rank is not finite; then log.
+        """Make an optimizer step, or skip it if the gradient of any rank is not finite; log it.
 
-        A fused optimizer skips such a step on the device (found_inf), so that the host waits for
-        the device only after it has launched everything. SGD has no fused form for sharded
-        parameters and waits first. `counts` {name: scalar tensor} are summed over ranks and added
-        to the state."""
+        A fused optimizer is told on the device to skip (found_inf), so that the host need not wait
+        before its step. SGD cannot be told so when parameters are sharded: the host waits first.
+        `counts` {name: scalar tensor} are summed over ranks and added to the state."""
         state, world_size = self.state, get_world_size()
         norm = clip_gradients(self.model, self.args.clip_grad, state["loss_scale"])
         minutes = (time.monotonic() - self.saved_at) / 60
@@ -1550,15 +1554,19 @@ def activation_bytes(towers, number_bytes, recompute):
     return sum(L * size for (L, _, _), size in zip(towers, per_block))
 
 
-def plan(args, make, towers, flops=None, gpu_memory=80e9, mfu=0.4):
+# Of an H100; the share of its peak that a run reaches is a guess (ours).
+GPU_MEMORY, MFU = 80e9, 0.4
+
+
+def plan(args, make, towers, flops=None):
     """--plan: print memory and time of a run on args.plan H100s, in nodes of 8, by formulas: as a
-    table and as one line of JSON. Touches neither data nor devices.
+    table and as one line of JSON. Opens no data and uses no device.
 
     Weights and Adam's two moments take 12 bytes per parameter and gradients 4, divided among the
     ranks that shard. Gradients that are accumulated are whole on every rank and exist beside all
-    activations; otherwise they appear as activations are freed. `flops` per image are given where
-    they are not three forwards. `mfu`, the share of the peak that is reached, is a guess (ours);
-    the log of a run has the true one."""
+    activations; otherwise they appear as activations are freed. "copies" are weights in half
+    precision: all with ddp, those of three blocks where they are sharded. `flops` per image are
+    given where they are not three forwards."""
     with torch.device("meta"):
         model = make()
     count = sum(p.numel() for p in model.parameters())
@@ -1580,20 +1588,20 @@ def plan(args, make, towers, flops=None, gpu_memory=80e9, mfu=0.4):
             total = states + copies + together([gradients, micro * image])
             sizes = {"states": states, "gradients": gradients, "copies": copies,
                      "activations": micro * image, "total": total}
-            rows.append({"parallel": mode, "checkpoint": recompute,
+            rows.append({"parallel": mode, "recompute": recompute,
                          **{name: round(size / 1e9, 3) for name, size in sizes.items()},
-                         "largest": max(0, int((gpu_memory - total + micro * image) / image))})
+                         "largest": max(0, int((GPU_MEMORY - total + micro * image) / image))})
     flops = flops or training_flops(towers)
     flops += forward_flops(towers) * args.activation_checkpoint
-    seconds = args.batch * flops / (args.plan * mfu * PEAK_FLOPS["H100"])
+    seconds = args.batch * flops / (args.plan * MFU * PEAK_FLOPS["H100"])
     million = seconds / args.batch * 1e6 / 3600
     samples = args.samples or (args.steps or 0) * args.batch
     rank0_print(f"{count / 1e6:,.1f}M parameters, {flops / 1e9:.4g} GFLOP per image; {args.plan} x "
-                f"H100 at {100 * mfu:g}% of the peak: {seconds:.3g} s per step of {args.batch} "
+                f"H100 at {100 * MFU:g}% of the peak: {seconds:.3g} s per step of {args.batch} "
                 f"images, {million:.3g} h per million images"
                 + (f", {million * samples / 1e6:.3g} h for the run" if samples else ""))
     rank0_print(f"GB per GPU with micro-batches of {micro}, and the largest micro-batch in "
-                f"{gpu_memory / 1e9:g} GB:")
+                f"{GPU_MEMORY / 1e9:g} GB:")
     for row in (rows[0].keys(), *(row.values() for row in rows)):
         rank0_print("".join(f"{str(value):>12}" for value in row))
     rank0_print(json.dumps({"parameters": count, "flops_per_image": flops, "micro_batch": micro,

@@ -126,13 +126,13 @@ def read_synonyms(path):
 
 
 def tag_number(tag, vocabulary, synonyms):
-    """The number of a tag as somebody wrote it in a vocabulary {tag: number}; -1 if it has none."""
+    """The number of a tag in a vocabulary {tag: number}, or -1; it may be spelled in any way."""
     tag = canonical(tag)
     return vocabulary.get(synonyms.get(tag, tag), -1)
 
 
 def number_in(vocabulary, synonyms):
-    """tag_number for a vocabulary [tag]; it can be sent to workers."""
+    """The function from a tag to its number in a vocabulary [tag]; workers can pickle it."""
     numbers = {tag: i for i, tag in enumerate(vocabulary)}
     return functools.partial(tag_number, vocabulary=numbers, synonyms=synonyms)
 
@@ -186,7 +186,8 @@ def repeats(frequency, t, max_repeat):
 
 
 def solve_t(frequency, by_rarest, max_repeat):
-    """The t for which an epoch shows 5/3 of the images (paper: 5B samples of 3B images).
+    """The t for which an epoch has 5/3 as many samples as there are images with a known tag (paper:
+    5B of 3B), or the largest useful t if max_repeat does not allow so many.
 
     `by_rarest` [K] is the number of images whose rarest tag is each tag, so an epoch shows the sum
     of by_rarest x r(tag). This sum grows with t: bisection, from a t that repeats no image to one
@@ -202,8 +203,8 @@ def solve_t(frequency, by_rarest, max_repeat):
 
 
 def rarest_tags(rows, tags):
-    """The rarest tag of each image, (rows, tags), from those of data.pairs: the last one of a row,
-    since tags are numbered from the most frequent to the rarest."""
+    """The rarest tag of each image with a tag: (rows, tags), int64 [m] each. data.pairs sorts the
+    tags of an image by number, and rarer tags have larger numbers: it is the last of each row."""
     last = np.diff(rows, append=-1) != 0
     return rows[last], tags[last]
 
@@ -211,8 +212,8 @@ def rarest_tags(rows, tags):
 def times_shown(c, source, number_of, r):
     """How often an epoch shows each image of chunk c: int64 [n]; 0 without a known tag.
 
-    `r` [K] is repeats(). Its fraction is the probability of being shown once more, decided by a
-    hash of the image's number, in every epoch alike: a pure function, which needs no memory."""
+    It is r [K] of the image's rarest tag, rounded up or down at random. The random number is a hash
+    of the image's number, so that it is the same in every epoch and nothing has to be stored."""
     rows, rarest = rarest_tags(*data.pairs(source, c, number_of))
     first = int(source.chunks[:c].sum())
     times = np.zeros(int(source.chunks[c]), np.int64)
@@ -234,8 +235,8 @@ def constant_loss(mass, images, count):
 def resample(args, source, synonyms):
     """The vocabulary of a source and what an epoch shows of it, as a dict of arrays.
 
-    Three passes over the tags, which ranks share: on how many images each tag is; on how many it is
-    the rarest, which gives t; how often the images of each chunk are shown with that t."""
+    Three passes over the tags, shared among ranks: count the images of each tag; count the images
+    whose rarest tag it is, and solve for t; count how often the images of each chunk are shown."""
     counted = count_tags(source, synonyms)
     kept = vit.on_rank_0(lambda: choose_vocabulary(counted, args.min_count, args.vocabulary_size))
     vocabulary, K = [tag for tag, _ in kept], len(kept)
@@ -333,8 +334,8 @@ def evaluate(model, val, args, device, tags):
         with vit.autocast(args, device):
             logits = model(images)                                          # [B,K]
         losses = tag_losses(logits, targets, args.loss).cpu().double()      # [B]
-        top = logits.topk(min(10, K)).indices                               # [B,10]
-        hits = (targets[:, :, None] == top[:, None]).cpu()                  # [B,k,10]
+        top = logits.topk(min(10, K)).indices                               # [B,top]
+        hits = (targets[:, :, None] == top[:, None]).cpu()                  # [B,k,top]
         targets, known = targets.cpu(), targets.cpu() >= 0                  # [B,k] [B,k]
         share = known / known.sum(1, keepdim=True).clamp(min=1)             # [B,k]: 1/k
         recalls = [(hits[..., :n].any(-1) * share).sum(1) for n in tops]    # 3 x [B]
@@ -422,24 +423,24 @@ def main(argv):
                         f"vocabulary, of {len(file_info['vocabulary'])}")
     if args.predict:
         pixels = data.normalise(data.read_pictures(args, config))           # [B,C,H,W]
-        chances = vit.probabilities(model, pixels, args, device)            # [B,K]
-        return data.print_predictions(args, chances, tags["vocabulary"])
+        probabilities = vit.probabilities(model, pixels, args, device)            # [B,K]
+        return data.print_predictions(args, probabilities, tags["vocabulary"])
     if args.eval_only:
         return vit.report(args, evaluate(model, val, args, device, tags))
     schedule = vit.make_schedule(args, len(train))
-    words = data.crc(json.dumps([tags["vocabulary"], tags["synonyms"]]))
+    vocabulary_crc = data.crc(json.dumps([tags["vocabulary"], tags["synonyms"]]))
     if not vit.open_run(args, "wsp", {
             "--data content": train.source.fingerprint(),
             "--val content": val and val.source.fingerprint(),
-            "vocabulary": f"{len(tags['vocabulary'])} tags (CRC {words:08x})"}, model):
+            "vocabulary": f"{len(tags['vocabulary'])} tags (CRC {vocabulary_crc:08x})"}, model):
         return
     examples = data.examples(val or data.evaluation_samples(
         train.source, config, rows=train.rows, targets_of=train.targets_of), device)
 
     def draw_and_evaluate():
         images = data.normalise(examples["images"])                         # [B,C,H,W]
-        chances = vit.probabilities(model, images, args, device)            # [B,K]
-        data.draw_predictions(args, examples, chances, tags["vocabulary"])
+        probabilities = vit.probabilities(model, images, args, device)            # [B,K]
+        data.draw_predictions(args, examples, probabilities, tags["vocabulary"])
         return evaluate(model, val, args, device, tags) if val else {}
 
     # ---- loop
