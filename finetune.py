@@ -309,8 +309,8 @@ def average_precision(logits, correct):
 # ======================================================================================
 
 def evaluation_crop(args, config):
-    """The crop of an evaluation: the whole image squashed, or the central 7/8 (MAE), above 224
-    pixels all of the central square."""
+    """The function that chooses the crop of an evaluation: with squash the whole image, else the
+    central 7/8, above 224 pixels the whole central square (MAE)."""
     return data.whole if args.crop == "squash" else functools.partial(
         data.centre_crop, share=224 / 256 if max(config.image) <= 224 else 1.0)
 
