@@ -1428,7 +1428,7 @@ def validate(val, args, device):
         yield normalise(batch["images"].to(device)), batch
     bad = list_bad(args, bad, "bad_val_samples.txt", "w")
     if not all_reduce_sum(seen):
-        raise UserError(f"none of the {len(bad)} images of --val can be read: the last: "
+        raise UserError(f"none of {len(bad)} images can be read; the last: "
                         f"{bad[-1][1]}: {bad[-1][2]}")
 
 
@@ -1661,6 +1661,9 @@ def image_size(args):
 def world(args):
     """Draw a sheet of the built-in world, and print what it says of each picture."""
     source, (height, width), columns, rows = open_data(args.split), image_size(args), 6, 4
+    if args.first + columns * rows > len(source):
+        raise UserError(f"--first {args.first}: {args.split} has {len(source):,} pictures, and "
+                        f"{columns * rows} are drawn")
     sheet = Image.new("RGB", (columns * (width + 4), rows * (height + 4)), "white")
     for i in range(columns * rows):
         sample = source[args.first + i]

@@ -98,8 +98,9 @@ def parse_classify_flags(argv):
         "separated by commas; default: what the file says, or the classes of the data")
     add("--class-map", metavar="FILE", help="lines of: model's class, TAB, class of --val, where "
         "they differ; several model classes may be correct for one; default: by name")
-    add("--loss", choices=("ce", "bce", "softmax"), default="ce", help="ce (default): one class "
-        "per image; softmax: 1/k on each of k classes; bce: binary cross-entropy for every class")
+    add("--loss", choices=("ce", "bce", "softmax"), help="ce: one class per image; softmax: 1/k on "
+        "each of k classes; bce: binary cross-entropy for every class; default ce, but that of "
+        "--init with --predict and --eval-only")
     add("--pool", choices=("cls", "mean"), help="input of the head: the class token or the mean of "
         "the patches; default by recipe, but mean if --init has fc_norm")
     add("--freeze", action="store_true", help="train only the head (and the norm of --pool mean) "
@@ -142,8 +143,9 @@ def parse_classify_flags(argv):
         recipe["pool"] = "mean"
     elif in_use:
         recipe["pool"] = in_file.get("pool", "cls")
-    vit.fill_recipe(args, {**recipe, "crop": in_file.get("crop", recipe["crop"])})
-    if args.freeze and not args.init:
+    vit.fill_recipe(args, {**recipe, "crop": in_file.get("crop", recipe["crop"]),
+                           "loss": in_file.get("loss", "ce") if in_use else "ce"})
+    if args.freeze and not args.init and not args.plan:
         raise UserError("--freeze trains a head on a pretrained encoder: give its file as --init")
     if args.randaugment and config.channels == 4:
         raise UserError("--randaugment knows no alpha channel; give --randaugment 0")
@@ -329,6 +331,8 @@ def classify(argv):
     flops = (vit.forward_flops if args.freeze else vit.training_flops)(towers)
     if args.plan:
         outputs = len(file_info.get("classes", range(1000)))
+        if args.freeze:     # nothing is kept for a backward pass: one block's activations at a time
+            towers = [(1, config.width, 1 + config.num_patches)]
         return vit.plan(args, lambda: make_classifier(args, config, outputs), towers, flops)
     device = vit.start(args)
 
@@ -339,13 +343,14 @@ def classify(argv):
     model, wrapped = vit.build(lambda: make_classifier(args, config, len(names)), args, device)
     if args.init:
         in_use = args.predict or args.eval_only
-        same = in_use or file_info.get("classes") == names
+        pool = file_info.get("config", {}).get("pool", "cls")
+        same = in_use or file_info.get("classes") == names and pool == args.pool
         vit.load_weights(model, args.init, new=() if in_use else ("norm.*", "fc_norm.*"),
                          renew=() if same else ("head.*",))
         if "head.weight" in file_info["shapes"] and not same:
             rank0_print(f"a new head for {len(names)} classes: --init has one for "
                         f"{file_info['shapes']['head.weight'][0]} "
-                        + ("hashtags" if "vocabulary" in file_info else "other classes"))
+                        + ("hashtags" if "vocabulary" in file_info else "other classes or pooling"))
     if args.predict:
         pixels = data.read_pictures(args, config, evaluation_crop(args, config))    # [B,H,W,C]
         probabilities = vit.probabilities(model, data.normalise(pixels), args, device)    # [B,K]
@@ -540,6 +545,8 @@ def outputs_of(classes, names, where, class_map=None):
             rank0_print(f"{where} has numbers for classes: taken as the model's outputs, from 0 on")
     if class_map:
         outputs = read_class_map(class_map, outputs)
+    if not names:
+        raise UserError(f"{where} has no classes: images have that of their folder, or a label")
     unknown = [name for name in names if name not in outputs]
     if len(unknown) == len(names) or unknown and not class_map:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
@@ -607,8 +614,10 @@ def open_classes(args, config, file_info):
         if "head.weight" not in file_info["shapes"]:
             raise UserError(f"{args.init} has no head: --predict and --eval-only need a finetuned "
                             "file, as runs/classify/model.pt")
+        if "vocabulary" in file_info:
+            raise UserError(f"{args.init} predicts hashtags, not classes: use it by wsp.py, or "
+                            "finetune it first")
         K = file_info["shapes"]["head.weight"][0]
-        args.loss = file_info.get("config", {}).get("loss", "ce")
         classes = read_classes(args.classes) if args.classes else [
             [name] for name in file_info.get("classes", ())] or K
         if classes != K and len(classes) != K:
@@ -656,6 +665,8 @@ def parse_frozen_flags(task, argv, add_flags=lambda add: None):
     args = parser.parse_args(argv)
     if not args.init:
         raise UserError(f"{task} needs an encoder: give its file as --init")
+    if task == "features" and args.val:
+        raise UserError("features are those of --data: leave --val out")
     if task != "features":
         data.choose_val(args)
         if not args.val:
@@ -1610,11 +1621,11 @@ def parse_zeroshot_flags(argv):
     if (args.predict or args.eval_only) and not is_zeroshot:
         raise UserError(f"{args.init} has no text tower: --predict and --eval-only need a "
                         "zero-shot model, as runs/zeroshot/model.pt")
-    if not args.init and not args.unlock:
+    if not args.init and not args.unlock and not args.plan:
         raise UserError("zeroshot trains a text tower for an image tower: give its file as --init, "
                         "or --unlock to train both from random weights")
     if args.predict and bool(args.texts) == bool(args.classes):
-        raise UserError("--predict needs something to choose from: --texts or --classes")
+        raise UserError("--predict needs something to choose from: either --texts or --classes")
     if args.texts and not args.predict:
         raise UserError("--texts is for --predict; an evaluation takes --classes")
     if args.cache_features and args.unlock:

@@ -800,7 +800,7 @@ def test_bad_images_do_not_end_a_run_and_validation_counts_them():
     (nothing / "1.jpg").write_bytes(b"nothing")
     refused("eleven images in a row cannot be read", train, folder() / "run", "--data", nothing,
             "--max-bad", 1)
-    refused("none of the 1 images of --val can be read", train, folder() / "run", "--val", nothing,
+    refused("none of 1 images can be read", train, folder() / "run", "--val", nothing,
             "--steps", 1)
 
 
@@ -1890,6 +1890,8 @@ def test_data_commands_end_in_one_line_of_json():
     assert code == 0 and told["images_per_second"] > 0
     place = folder() / "world.png"
     assert command("world", "--out", place)[0] == 0
+    refused("world-val has 1,000 pictures", data.main, ["world", "--split", "world-val", "--first",
+                                                        "990", "--out", str(place)])
     Image.open(place).load()
 
 
@@ -2129,6 +2131,15 @@ def test_stage_2_leaves_its_vocabulary_and_tags():
         found.append(json.loads((place / "metrics.json").read_text()))
         assert all(close(found[-1][name], metrics[name], 1e-5) for name in metrics
                    if name != "samples")
+
+
+def test_tags_are_written_in_any_locale():
+    path = folder() / "tags.txt"
+    code = ("import sys, pathlib, wsp; wsp.write_tags(pathlib.Path(sys.argv[1]), "
+            "{'vocabulary': ['\\u6d77'], 'counts': [1]}, [1], [1])")
+    subprocess.run([sys.executable, "-c", code, path], cwd=HERE, check=True, timeout=120, env={
+        **os.environ, "LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"})
+    assert "海\t1\t1\t1.000" in path.read_text(encoding="utf-8")
 
 
 def test_both_arms_of_stage_2_share_every_value():
@@ -2426,6 +2437,30 @@ def test_finetuning_leaves_what_others_rely_on():
     assert "a new head for 2 classes: --init has one for 4 hashtags" in said
 
 
+def test_a_change_that_the_optimizer_cannot_take_is_refused_and_changes_nothing():
+    out = folder() / "run"
+    flags = "--data", photos(), "--val", photos(), "--steps", 2
+    train(out, *flags, stage=Task)
+    before = (out / "config.json").read_text()
+    for change in (("--optimizer", "sgd"), ("--layer-decay", 0.5)):
+        refused("holds a run with other flags", functools.partial(train, stage=Task), out, *flags,
+                *change, "--allow-changed")
+        assert (out / "finished").exists() and (out / "config.json").read_text() == before
+
+
+def test_a_head_that_was_fitted_to_another_pooling_is_new():
+    out = finetuned()[0]                                        # of the mean of the patches
+    flags = "--data", photos(), "--val", photos(), "--steps", 1, "--lr", 0, "--init"
+    _, weights, said = train(folder() / "run", *flags, out / "model.pt", stage=Task)
+    assert "a new head" not in said
+    path, content = folder() / "x.pt", torch.load(out / "model.pt", weights_only=True)
+    content["config"]["pool"] = "cls"
+    torch.save(content, path)
+    _, other, said = train(folder() / "run", *flags, path, "--pool", "mean", stage=Task)
+    assert "other classes or pooling" in said
+    assert not torch.equal(other["head.weight"], weights["head.weight"])
+
+
 def evaluated(*flags, world=1):
     out = folder()
     said = on_ranks(world, Task.main, ["--eval-only", "--device", "cpu", "--out", str(out),
@@ -2487,6 +2522,8 @@ def test_images_with_several_classes_and_classes_of_others():
         assert torch.load(out / "model.pt", weights_only=True)["classes"] == ["bird", "cat", "dog"]
         again, _, _ = evaluated("--init", out / "model.pt", "--val", several, world=3)
         assert close(again["map"], metrics["map"], 1e-5)
+    model = finetuned()[0] / "model.pt"                         # of ce: --loss is not ignored
+    assert "map" in evaluated("--init", model, "--val", one, "--loss", "bce")[0]
 
 
 def test_released_files_are_evaluated_by_number_order_and_name():
@@ -2555,6 +2592,9 @@ def test_mistakes_of_finetuning_get_one_line():
     refused("line 1: not one of the model's classes", evaluated, "--init", model, "--val", photos(),
             "--class-map", wrong)
     refused("the first word is the task, one of: classify", finetune.main, ["clasify"])
+    refused("leave --val out", finetune.main, ["features", "--init", str(model), "--val", "x"])
+    refused("predicts hashtags, not classes", evaluated, "--init", tagging()[0] / "model.pt",
+            "--val", photos())
     out = finetuned()[0]
     other = folder_with(folder() / "names.txt", "dog\ncat\n")
     flags = "--data", photos(), "--val", photos(), *FINE, "--classes", other, "--allow-changed"

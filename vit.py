@@ -533,9 +533,6 @@ def add_model_flags(add):
         help="images to evaluate on; default world-val where --data is the world, else none")
     add("--index-dir", metavar="DIR", help="folder for the indexes of shards; default: beside them")
     add("--init", metavar="FILE", help="start from these weights; default: random weights")
-    add("--max-bad", type=share, default=0.01, metavar="SHARE",
-        help="end the run when a larger share of the images cannot be read; default %(default)s; "
-        "1 is never")
     add("--out", metavar="DIR", help="folder for all results; default runs/ and the stage's name")
 
 
@@ -561,6 +558,9 @@ def add_recipe_flags(group):
 def add_run_flags(add):
     add("--allow-changed", action="store_true",
         help="resume although flags or data have changed; default off")
+    add("--max-bad", type=share, default=0.01, metavar="SHARE",
+        help="end the run when a larger share of the images cannot be read; default %(default)s; "
+        "1 is never")
     add("--save-every", type=number(0), default=15, metavar="MINUTES",
         help="time between checkpoints; default %(default)s; 0: after every step")
     add("--keep", type=positive, default=2, metavar="COUNT",
@@ -1098,8 +1098,10 @@ def open_run(args, stage, data_info, model):
             raise UserError(f"{out}/config.json is missing or damaged; choose another --out")
         changed = [name for name in settings if before.get(name) != settings[name]]
         changes = ", ".join(f"{name} {before.get(name)} → {settings[name]}" for name in changed)
-        # A checkpoint fits one model and its outputs, and its step counts batches.
-        fixed = {*changed} & {"stage", "--batch", "weights", "vocabulary", "classes", "ema"}
+        # A checkpoint fits one model and its outputs, and the state of one optimizer; its step
+        # counts batches.
+        fixed = {*changed} & {"stage", "--batch", "weights", "vocabulary", "classes", "ema",
+                              "--optimizer", "--layer-decay", "--freeze", "--unlock"}
         if (finished or begun) and changed and (fixed or not args.allow_changed):
             raise UserError(f"{out} holds a run with other flags or data: {changes}; choose "
                             f"another --out (or move {out} away)"
@@ -1416,9 +1418,8 @@ class Run:
         rank0_print(f"step {state['step']} skipped: its gradient is not finite; positions "
                     f"{last - self.args.batch} to {last - 1}")
         if state["skipped_in_a_row"] == 10:
-            raise UserError("ten steps in a row had gradients that are not finite; the last "
-                            "checkpoint is good: try a lower --lr, --clip-grad 1 or --precision "
-                            "fp32")
+            raise UserError("ten steps in a row had gradients that are not finite; checkpoints "
+                            "are from before: try a lower --lr, --clip-grad 1 or --precision fp32")
 
     def note_bad(self):
         """Count the images of a step that could not be read and list them in bad_samples.txt.

@@ -77,7 +77,10 @@ def parse_flags(argv):
         help="smallest area of a random crop, as a share of the image's; default by model")
     args = parser.parse_args(argv)
     config, name, file_info = vit.choose_config(args, "wsp")
-    vit.fill_recipe(args, {**ALL_MODELS, **RECIPES[name]})
+    recipe = {**ALL_MODELS, **RECIPES[name]}
+    if args.predict or args.eval_only:
+        recipe["loss"] = file_info.get("config", {}).get("loss", "softmax")
+    vit.fill_recipe(args, recipe)
     if args.vocabulary_only and (args.predict or args.eval_only):
         raise UserError("--vocabulary-only is about --data: leave --predict and --eval-only out")
     data.choose_val(args)
@@ -362,7 +365,8 @@ def write_tags(path, tags, images, found):
              *(f"{tag}\t{count}\t{n}\t{recall if n else math.nan:.3f}"
                for recall, tag, count, n in rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    vit.write_aside(path, lambda aside: aside.write_text("\n".join(lines) + "\n"))
+    vit.write_aside(path, lambda aside: aside.write_text("\n".join(lines) + "\n",
+                                                         encoding="utf-8"))
 
 
 # ======================================================================================
@@ -377,7 +381,7 @@ def open_all(args, config, file_info):
         if file_info.get("stage") != "wsp":
             raise UserError(f"{args.init} has no vocabulary: --predict and --eval-only need a file "
                             "of this stage, as runs/wsp/model.pt")
-        tags, args.loss = file_info, file_info["config"]["loss"]
+        tags = file_info
     else:
         source = data.open_data(*args.data, index_dir=args.index_dir)
         rows, targets_of, tags = open_tags(args, source)
