@@ -2724,8 +2724,8 @@ def test_the_encoder_runs_once_for_all_tasks():
     assert "model: " in said and len(list(kept.iterdir())) == 1             # --data and --val: one
     again, _, said = asked("knn", *flags, world=3)
     assert again == first and "model: " not in said
-    for task in ("features", "linear"):
-        assert "are kept in" in asked(task, *flags)[2] and len(list(kept.iterdir())) == 1
+    for task, more in (("features", (*flags[:4], *flags[6:])), ("linear", flags)):
+        assert "are kept in" in asked(task, *more)[2] and len(list(kept.iterdir())) == 1
     found, *_ = asked("knn", *flags[:4], "--val", thirteen()[0], *flags[6:])
     assert found["knn1"] == 1 and found["count"] == 13      # classes are compared by name
     refused("knn needs an encoder", asked, "knn", "--data", photos(), "--val", photos())
