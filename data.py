@@ -1411,7 +1411,10 @@ def training_batches(samples, args, first_step, schedule, device):
 
 
 def examples(samples, device, count=8):
-    """A batch of pictures from all over a source, to be shown."""
+    """A batch of central crops from all over the images of `samples`, to be shown."""
+    if samples.order:       # those of training: without its order, crops and augmentation
+        samples = Samples(samples.source, samples.size, samples.channels, centre_crop,
+                          shuffle=False, rows=samples.rows, targets_of=samples.targets_of)
     spread = np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(np.int64)
     return next(load(samples, [spread], 0, device))
 

@@ -47,8 +47,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 import data
 import vit
@@ -85,13 +83,7 @@ HEAD_STD = {"mae": 2e-5, "maws": 0.0, "ours": 2e-5}     # MAE; SWAG; ours
 NO_DECAY = "pos_embed", "cls_token"             # no weight decay (MAE)
 
 
-def parse_classify_flags(argv):
-    """All flags, with the recipe filled in: (args, Config, file_info of --init)."""
-    parser = vit.stage_parser("finetune.py classify", __doc__, {
-        **{f"recipe {name}:": recipe for name, recipe in RECIPES.items()},
-        **{f"recipe mae, {name}:": recipe for name, recipe in MAE_BY_MODEL.items()}})
-    parser.set_defaults(data=["world-labelled"])
-    add = parser.add_argument_group("classification").add_argument
+def add_classify_flags(add):
     add("--recipe", choices=RECIPES, help="mae: at 224 pixels (MAE); maws: at 512 or 518 (paper; "
         "not published in full); ours: for a classroom; default ours up to small, else mae")
     add("--classes", metavar="FILE", help="meaning of --init's outputs: a line each, names "
@@ -129,13 +121,16 @@ def parse_classify_flags(argv):
             ("ema", vit.number(0, 0.999999), "DECAY", "evaluate and save an exponential moving "
              "average of the weights; 0 off")):
         add(f"--{flag}", type=kind, metavar=metavar, help=f"{text}; default by recipe")
-    args = parser.parse_args(argv)
-    config, name, file_info = vit.choose_config(args, "classify")
+
+
+def fill_classify_recipe(args, config, name, file_info):
+    """Choose --recipe and fill in its values, or those of the file where a trained model is used.
+    `name` is the model's row of SIZES."""
+    in_use, in_file = args.predict or args.eval_only, file_info.get("config", {})
     args.recipe = args.recipe or ("mae" if name in MAE_BY_MODEL else "ours")
-    recipe = dict(RECIPES[args.recipe])
+    recipe = {**RECIPES[args.recipe], "loss": in_file.get("loss", "ce") if in_use else "ce"}
     if args.recipe == "mae":
         recipe |= MAE_BY_MODEL.get(name, MAE_BY_MODEL["base"])
-    in_use, in_file = args.predict or args.eval_only, file_info.get("config", {})
     if args.recipe == "maws" and not args.image_size and not in_use:
         side = 518 if config.patch == 14 else 512 // config.patch * config.patch
         config.image = (side, side)
@@ -143,8 +138,19 @@ def parse_classify_flags(argv):
         recipe["pool"] = "mean"
     elif in_use:
         recipe["pool"] = in_file.get("pool", "cls")
-    vit.fill_recipe(args, {**recipe, "crop": in_file.get("crop", recipe["crop"]),
-                           "loss": in_file.get("loss", "ce") if in_use else "ce"})
+    vit.fill_recipe(args, {**recipe, "crop": in_file.get("crop", recipe["crop"])})
+
+
+def parse_classify_flags(argv):
+    """All flags, with the recipe filled in: (args, Config, file_info of --init)."""
+    parser = vit.stage_parser("finetune.py classify", __doc__, {
+        **{f"recipe {name}:": recipe for name, recipe in RECIPES.items()},
+        **{f"recipe mae, {name}:": recipe for name, recipe in MAE_BY_MODEL.items()}})
+    parser.set_defaults(data=["world-labelled"])
+    add_classify_flags(parser.add_argument_group("classification").add_argument)
+    args = parser.parse_args(argv)
+    config, name, file_info = vit.choose_config(args, "classify")
+    fill_classify_recipe(args, config, name, file_info)
     if args.freeze and not args.init and not args.plan:
         raise UserError("--freeze trains a head on a pretrained encoder: give its file as --init")
     if args.randaugment and config.channels == 4:
@@ -283,29 +289,6 @@ def summarise(rows, total, args, names):
     return {**metrics, "count": len(rows), "bad": total - len(rows)}
 
 
-def write_classes(path, rows, hits, names):
-    """Write classes.txt: the top-1 of each class, the worst first, and the commonest mistakes."""
-    images = Counter(k for row in rows for k in row.correct)
-    found = Counter(k for row, hit in zip(rows, hits) if hit for k in row.correct)
-    wrong = Counter((row.correct[0], row.top[0]) for row, hit in zip(rows, hits) if not hit)
-    recall = sorted((found[k] / images[k], names[k], images[k]) for k in images)
-    lines = ["# class, images, top-1; the worst first",
-             *(f"{name}\t{count}\t{share:.3f}" for share, name, count in recall),
-             "# commonest mistakes: class, predicted class, times",
-             *(f"{names[a]}\t{names[b]}\t{times}" for (a, b), times in wrong.most_common(30))]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    vit.write_aside(path, lambda aside: aside.write_text(
-        "\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape"))
-
-
-def average_precision(logits, correct):
-    """The average precision of one class, from logits [n] and booleans [n]: images are sorted by
-    logit, and the share of correct ones so far is averaged over the correct images."""
-    correct = correct[logits.argsort(descending=True, stable=True)].double()    # [n]
-    precision = correct.cumsum(0) / torch.arange(1, len(correct) + 1)
-    return float((precision * correct).sum() / correct.sum())
-
-
 # ======================================================================================
 # classify: main
 # ======================================================================================
@@ -325,6 +308,21 @@ def make_classifier(args, config, classes):
     return model
 
 
+def load_classifier(model, args, names, file_info):
+    """Load --init into the model of `classify`, with its head if that is for the same classes and
+    pooling."""
+    in_use = args.predict or args.eval_only
+    same = file_info.get("classes") == names and \
+        file_info.get("config", {}).get("pool", "cls") == args.pool
+    keep_head = in_use or same
+    vit.load_weights(model, args.init, new=() if in_use else ("norm.*", "fc_norm.*"),
+                     renew=() if keep_head else ("head.*",))
+    if "head.weight" in file_info["shapes"] and not keep_head:
+        rank0_print(f"a new head for {len(names)} classes: --init has one for "
+                    f"{file_info['shapes']['head.weight'][0]} "
+                    + ("hashtags" if "vocabulary" in file_info else "other classes or pooling"))
+
+
 def classify(argv):
     args, config, file_info = parse_classify_flags(argv)
     towers = [(config.depth, config.width, 1 + config.num_patches)]
@@ -342,15 +340,7 @@ def classify(argv):
     # ---- model: a checkpoint in --out, else --init, else random weights
     model, wrapped = vit.build(lambda: make_classifier(args, config, len(names)), args, device)
     if args.init:
-        in_use = args.predict or args.eval_only
-        pool = file_info.get("config", {}).get("pool", "cls")
-        same = in_use or file_info.get("classes") == names and pool == args.pool
-        vit.load_weights(model, args.init, new=() if in_use else ("norm.*", "fc_norm.*"),
-                         renew=() if same else ("head.*",))
-        if "head.weight" in file_info["shapes"] and not same:
-            rank0_print(f"a new head for {len(names)} classes: --init has one for "
-                        f"{file_info['shapes']['head.weight'][0]} "
-                        + ("hashtags" if "vocabulary" in file_info else "other classes or pooling"))
+        load_classifier(model, args, names, file_info)
     if args.predict:
         pixels = data.read_pictures(args, config, evaluation_crop(args, config))    # [B,H,W,C]
         probabilities = vit.probabilities(model, data.normalise(pixels), args, device)    # [B,K]
@@ -359,13 +349,10 @@ def classify(argv):
         return vit.report(args, evaluate(model, val, args, device, names))
     mixing = bool(args.mixup or args.cutmix)
     schedule = vit.make_schedule(args, len(train), together=2 if mixing else 1)
-    if not vit.open_run(args, "classify", {
-            "--data content": train.source.fingerprint(),
-            "--val content": val and val.source.fingerprint(), "classes": names,
-            "ema": bool(args.ema)}, model):
+    if not vit.open_run(args, "classify", model, train, val, {"classes": names,
+                                                              "ema": bool(args.ema)}):
         return
-    examples = data.examples(val or data.evaluation_samples(
-        train.source, config, rows=train.rows, targets_of=train.targets_of), device)
+    examples = data.examples(val or train, device)
 
     def draw_and_evaluate():
         with vit.ema_weights(model, run.ema):
@@ -407,6 +394,33 @@ def classify(argv):
                 logits = wrapped(images, scales)                            # [B,K]
             run.backward(class_losses(logits, targets, args.loss).mean())
         run.update()
+
+
+# ======================================================================================
+# Details of classify: average precision and classes.txt
+# ======================================================================================
+
+def write_classes(path, rows, hits, names):
+    """Write classes.txt: the top-1 of each class, the worst first, and the commonest mistakes."""
+    images = Counter(k for row in rows for k in row.correct)
+    found = Counter(k for row, hit in zip(rows, hits) if hit for k in row.correct)
+    wrong = Counter((row.correct[0], row.top[0]) for row, hit in zip(rows, hits) if not hit)
+    recall = sorted((found[k] / images[k], names[k], images[k]) for k in images)
+    lines = ["# class, images, top-1; the worst first",
+             *(f"{name}\t{count}\t{share:.3f}" for share, name, count in recall),
+             "# commonest mistakes: class, predicted class, times",
+             *(f"{names[a]}\t{names[b]}\t{times}" for (a, b), times in wrong.most_common(30))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    vit.write_aside(path, lambda aside: aside.write_text(
+        "\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape"))
+
+
+def average_precision(logits, correct):
+    """The average precision of one class, from logits [n] and booleans [n]: images are sorted by
+    logit, and the share of correct ones so far is averaged over the correct images."""
+    correct = correct[logits.argsort(descending=True, stable=True)].double()    # [n]
+    precision = correct.cumsum(0) / torch.arange(1, len(correct) + 1)
+    return float((precision * correct).sum() / correct.sum())
 
 
 # ======================================================================================
@@ -1281,10 +1295,7 @@ class TextTransformer(nn.Module):
         x = self.norm(self.token_embed(tokens) + self.position_embed(positions))    # [B,N,D]
         mask = real[:, None, None]                                          # [B,1,1,N]
         for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, use_reentrant=False)
-            else:
-                x = block(x, mask)
+            x = vit.run_block(block, x, mask, self.recompute)               # [B,N,D]
         return x[:, 0]                                                      # [B,D]
 
 
@@ -1420,12 +1431,7 @@ def read_text_config(path):
     if "text" in file_info.get("config", {}):
         heads = file_info["config"]["text"]["heads"]
     else:
-        beside = vit.read_json(Path(path).with_name("config.json"))
-        heads = beside.get("num_attention_heads") if beside.get("hidden_size") == width else \
-            {row[:2]: row[2] for row in TEXT_SIZES.values()}.get((width, depth))
-    if heads is None:
-        raise UserError(f"the text tower of {path} is {width} wide and {depth} deep, which none of "
-                        f"{', '.join(TEXT_SIZES)} is, so its number of heads is unknown")
+        heads = vit.find_heads(path, width, depth, TEXT_SIZES)
     return TextConfig(vocabulary, width, depth, heads, positions), file_info
 
 
@@ -1466,15 +1472,13 @@ def global_loss(images, texts, scale):
 
 def logit_scale(model):
     """The factor [1] of cosines in logits, whole on every rank; every rank has to call it."""
-    scale = model.logit_scale.detach().exp()
-    return scale.full_tensor() if isinstance(scale, DTensor) else scale
+    return vit.whole(model.logit_scale.detach().exp())
 
 
 @torch.no_grad()
 def clamp_logit_scale(model):
     """Keep the factor of cosines at 100 or below (CLIP)."""
-    scale = model.logit_scale
-    (scale.to_local() if isinstance(scale, DTensor) else scale).clamp_(max=math.log(100))
+    vit.local(model.logit_scale).clamp_(max=math.log(100))
 
 
 # ======================================================================================
@@ -1714,6 +1718,45 @@ def open_classes_and_val(args, config):
     return data.evaluation_samples(val, config, data.WHOLE_WIDTH, *chosen), classes, templates
 
 
+def load_towers(model, args, file_info):
+    """Load --init, a zero-shot model or an image tower, and --text-init into the towers."""
+    if "text_projection" in file_info.get("shapes", {}):
+        renew = ("text_encoder.*", "text_projection") if args.text_init else ()
+        vit.load_weights(model, args.init, renew=renew, rename=tower_names)
+    elif args.init:
+        vit.load_weights(model.vision_encoder, args.init)
+    if args.text_init:
+        vit.load_weights(model.text_encoder, args.text_init, rename=text_part)
+
+
+def image_probabilities(model, weights, pixels, args, device):
+    """The probability of each class for pictures [B,H,W,C]: [B,K]; `weights` [K,E] multiply the
+    vector of an image to logits."""
+    logits_of = lambda images: model.embed_images(images) @ weights.T       # [B,K]
+    return vit.probabilities(logits_of, data.normalise(pixels), args, device)
+
+
+def second_pass(run, inputs, outputs, gradients, args):
+    """Compute the gradients for the weights from those of the loss for all vectors, one micro-batch
+    at a time: `gradients` are of the images' vectors [b,E], of the texts' [b,E], of the scale [1].
+    With several micro-batches the vectors `outputs` are computed again, from `inputs`."""
+    image_gradients, text_gradients, scale_gradient = gradients
+    accumulate, micro_batch = run.schedule.accumulate, run.schedule.micro_batch
+    parts = zip(image_gradients.split(micro_batch), text_gradients.split(micro_batch))
+    for i, (image_gradient, text_gradient) in enumerate(parts):             # [B,E] [B,E]
+        with vit.accumulating(run.wrapped, last=i == accumulate - 1):
+            if accumulate > 1:
+                with vit.autocast(args, run.device):
+                    outputs[i] = run.wrapped(*inputs[i])
+            images, texts, scale = outputs[i]                               # [B,E] [B,E] [1]
+            # The gradients of this product are the loss's (chain rule). They are averaged over
+            # ranks, but have to be summed: hence the number of ranks.
+            product = vit.get_world_size() * ((images * image_gradient).sum()
+                                              + (texts * text_gradient).sum())
+            product = product + (scale * scale_gradient).sum() / accumulate
+            (product * run.state["loss_scale"]).backward()
+
+
 def zeroshot(argv):
     args, config, name, file_info = parse_zeroshot_flags(argv)
     text, embedding, encode, tokenizer = open_text(args, name, file_info)
@@ -1731,13 +1774,7 @@ def zeroshot(argv):
     val, classes, templates = open_classes_and_val(args, config)
     names = [some[0] for some in classes]
     model, wrapped = vit.build(make, args, device, METHODS)
-    if "text_projection" in file_info.get("shapes", {}):
-        renew = ("text_encoder.*", "text_projection") if args.text_init else ()
-        vit.load_weights(model, args.init, renew=renew, rename=tower_names)
-    elif args.init:
-        vit.load_weights(model.vision_encoder, args.init)
-    if args.text_init:
-        vit.load_weights(model.text_encoder, args.text_init, rename=text_part)
+    load_towers(model, args, file_info)
 
     def class_weights():
         """What multiplies the vector of an image to logits, [K,E], or None without classes."""
@@ -1747,9 +1784,8 @@ def zeroshot(argv):
         return logit_scale(model) * vectors.to(device)
 
     if args.predict:
-        weights, pixels = class_weights(), data.read_pictures(args, config)
-        logits_of = lambda images: model.embed_images(images) @ weights.T
-        probabilities = vit.probabilities(logits_of, data.normalise(pixels), args, device)
+        probabilities = image_probabilities(model, class_weights(),
+                                            data.read_pictures(args, config), args, device)
         return data.print_predictions(args, probabilities, names)
     if args.eval_only:
         return vit.report(args, evaluate_towers(model, val, args, device, names, class_weights(),
@@ -1759,17 +1795,15 @@ def zeroshot(argv):
     train = open_pairs(args, config, model, encode, device)
     schedule = vit.make_schedule(args, len(train))
     tokenizer_crc = data.crc(b"" if tokenizer is None else tokenizer.numpy().tobytes())
-    if not vit.open_run(args, "zeroshot", {"--data content": train.source.fingerprint(),
-                                           "tokenizer": f"CRC {tokenizer_crc:08x}"}, model):
+    if not vit.open_run(args, "zeroshot", model, train, val,
+                        {"tokenizer": f"CRC {tokenizer_crc:08x}"}):
         return
     examples = val and classes and data.examples(val, device)
 
     def draw_and_evaluate():
         weights = class_weights()
         if examples:
-            logits_of = lambda images: model.embed_images(images) @ weights.T
-            images = data.normalise(examples["images"])                     # [B,C,H,W]
-            probabilities = vit.probabilities(logits_of, images, args, device)    # [B,K]
+            probabilities = image_probabilities(model, weights, examples["images"], args, device)
             data.draw_predictions(args, examples, probabilities, names)
         return evaluate_towers(model, val, args, device, names, weights, encode) if val else {}
 
@@ -1783,7 +1817,6 @@ def zeroshot(argv):
     run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info, flops,
                   state={"long_texts": 0})
     batches = data.training_batches(train, args, run.state["step"], schedule, device)
-    accumulate, world_size = schedule.accumulate, vit.get_world_size()
     for _ in run.steps(draw_and_evaluate):
         # First pass: all vectors. A single micro-batch keeps its graph and is not computed again.
         inputs, outputs, long_texts = [], [], torch.zeros((), device=device)
@@ -1795,29 +1828,13 @@ def zeroshot(argv):
                 if not args.cache_features:
                     images = data.normalise(images)                         # [B,C,H,W]
                     images = images if args.unlock else model.trunk(images)     # locked: [B,D]
-                with torch.set_grad_enabled(accumulate == 1):
+                with torch.set_grad_enabled(schedule.accumulate == 1):
                     outputs.append(wrapped(images, tokens))                 # [B,E] [B,E] [1]
             inputs.append((images, tokens))
         all_images, all_texts = (torch.cat([output[i].detach() for output in outputs])
                                  for i in (0, 1))                           # [b,E] [b,E]
-        run.loss, image_gradients, text_gradients, scale_gradient = global_loss(
-            all_images, all_texts, outputs[0][2])
-
-        # Second pass: gradients for the weights, by the chain rule.
-        gradients = zip(image_gradients.split(schedule.micro_batch),
-                        text_gradients.split(schedule.micro_batch))
-        for i, (image_gradient, text_gradient) in enumerate(gradients):     # [B,E] [B,E]
-            with vit.accumulating(wrapped, last=i == accumulate - 1):
-                if accumulate > 1:
-                    with vit.autocast(args, device):
-                        outputs[i] = wrapped(*inputs[i])
-                images, texts, scale = outputs[i]
-                # The gradients of this product are the loss's. They are averaged over ranks, but
-                # have to be summed: hence world_size.
-                product = world_size * ((images * image_gradient).sum()
-                                        + (texts * text_gradient).sum())
-                product = product + (scale * scale_gradient).sum() / accumulate
-                (product * run.state["loss_scale"]).backward()
+        run.loss, *gradients = global_loss(all_images, all_texts, outputs[0][2])
+        second_pass(run, inputs, outputs, gradients, args)
         run.update({"long_texts": long_texts})
         clamp_logit_scale(model)
 

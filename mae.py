@@ -130,7 +130,7 @@ class MAE(nn.Module):
         cls = torch.zeros_like(keep[:, :1])                                 # [B,1]
         places = torch.cat([cls, 1 + keep, 1 + masked], 1)                  # [B,1+N]
         x = x + self.decoder_pos_embed[0][places]                           # [B,1+N,d]
-        return self.decoder_norm(run_blocks(self.decoder_blocks, x, self.recompute))
+        return self.decoder_norm(run_blocks(self.decoder_blocks, x, self.recompute))    # [B,1+N,d]
 
     def forward(self, images, noise):
         """The loss of each image [B]: the mean squared error of its masked patches.
@@ -307,11 +307,10 @@ def main(argv):
         return vit.report(args, evaluate(model, val, args, device))
     source = data.open_data(*args.data, index_dir=args.index_dir)
     train = data.training_samples(source, args, config)
-    schedule = vit.make_schedule(args, len(source))
-    if not vit.open_run(args, "mae", {"--data content": source.fingerprint(),
-                                      "--val content": val and val.source.fingerprint()}, model):
+    schedule = vit.make_schedule(args, len(train))
+    if not vit.open_run(args, "mae", model, train, val):
         return
-    examples = data.examples(val or data.evaluation_samples(source, config), device)
+    examples = data.examples(val or train, device)
 
     def draw_and_evaluate():
         draw_reconstruction(model, examples["images"], examples["position"], args, device,

@@ -497,7 +497,7 @@ def test_weights_load_whatever_wraps_them():
         assert "(100.0% of parameters)" in said[-1] and "new: none; unused: none" in said[-1]
     foreign = folder() / "foreign.pt"
     torch.save({"model": state, "config": {"hidden_size": 64}}, foreign)
-    refused("(64, 2) was not found (a tensor, or the width and depth", vit.config_from, foreign)
+    refused("has width 64 and depth 2, which none of nano, tiny,", vit.config_from, foreign)
     flat = {**state, "patch_embed.proj.weight": torch.zeros(64, 192)}
     torch.save(flat, foreign)
     refused("is no Vision Transformer that is known here", vit.config_from, foreign)
@@ -1651,13 +1651,13 @@ def test_a_step_waits_for_the_device_once_after_the_optimizer():
 
 def counted_writes(flags):
     """Run stage 1 and count how often it writes model.pt and a checkpoint."""
-    counts, write_model, save = Counter(), vit.write_model, vit.save
-    vit.write_model = lambda *args: (counts.update(["model"]), write_model(*args))
+    counts, write_model, save = Counter(), vit.Run.write_model, vit.save
+    vit.Run.write_model = lambda *args: (counts.update(["model"]), write_model(*args))
     vit.save = lambda *args: (counts.update(["checkpoint"]), save(*args))
     try:
         mae.main(flags)
     finally:
-        vit.write_model, vit.save = write_model, save
+        vit.Run.write_model, vit.save = write_model, save
     return counts
 
 

@@ -288,18 +288,19 @@ def drop_path_scales(uniforms, rate):
     return (uniforms >= skipped) / (1 - skipped)                            # [B,L,2]
 
 
-def run_blocks(blocks, x, recompute=False, scales=None):
-    """Send tokens [B,N,D] through blocks; `scales` [B,L,2] are drop_path_scales'.
+def run_block(block, x, option, recompute):
+    """block(x, option). With `recompute` its activations are not kept for the backward pass but
+    computed again (activation checkpointing)."""
+    if recompute and torch.is_grad_enabled():
+        # Here and not in a wrapper module: wrappers rename the parameters.
+        return checkpoint(block, x, option, use_reentrant=False)
+    return block(x, option)
 
-    With `recompute`, a block's activations are not kept for the backward pass but computed again
-    (activation checkpointing)."""
+
+def run_blocks(blocks, x, recompute=False, scales=None):
+    """Send tokens [B,N,D] through blocks; `scales` [B,L,2] are drop_path_scales'."""
     for i, block in enumerate(blocks):
-        block_scales = None if scales is None else scales[:, i]             # [B,2]
-        if recompute and torch.is_grad_enabled():
-            # Here and not in a wrapper module: wrappers rename the parameters.
-            x = checkpoint(block, x, block_scales, use_reentrant=False)
-        else:
-            x = block(x, block_scales)
+        x = run_block(block, x, None if scales is None else scales[:, i], recompute)
     return x
 
 
@@ -623,17 +624,17 @@ def choose_config(args, stage):
     if args.init:
         config, file_info = config_from(args.init)
         shape = (config.width, config.depth, config.heads)
-        name = next((row for row in SIZES if SIZES[row][:3] == shape), "nano")
+        name = next((row for row in SIZES if SIZES[row][:3] == shape), None)
         for flag, given, found in (("--model", args.model, name),
                                    ("--patch-size", args.patch_size, config.patch),
                                    ("--channels", args.channels, config.channels)):
-            if given and (given != found or flag == "--model" and shape != SIZES[given][:3]):
+            if given and given != found:
                 raise UserError(f"{flag} {given}, but --init {args.init} has {found} (width "
                                 f"{config.width}, depth {config.depth}); leave {flag} out")
     size = tuple(args.image_size) if args.image_size else config.image
     config = Config(config.width, config.depth, config.heads, args.patch_size or config.patch,
                     size, args.channels or config.channels)
-    return config, name, file_info
+    return config, name or "nano", file_info
 
 
 class Schedule(NamedTuple):
@@ -918,8 +919,7 @@ def copy_into(target, value):
         # src_data_rank=None: all ranks hold the same value, so nothing needs to be sent.
         value = distribute_tensor(value.to(target.dtype), target.device_mesh, target.placements,
                                   src_data_rank=None)
-        target, value = target.to_local(), value.to_local()
-    target.copy_(value)
+    local(target).copy_(local(value))
 
 
 def autocast_dtype(args, device):
@@ -960,8 +960,7 @@ def clip_gradients(model, limit=0.0, loss_scale=1.0):
     """Divide gradients by `loss_scale`, clip them to norm `limit` (0: do not), and return the norm
     before clipping, over all parameters of all ranks, as a tensor on the device."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm) / loss_scale
+    norm = whole(torch.nn.utils.get_total_norm(gradients)) / loss_scale
     if limit or loss_scale != 1:
         factor = ((limit or math.inf) / (norm + 1e-6)).clamp(max=1) / loss_scale
         torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
@@ -971,6 +970,11 @@ def clip_gradients(model, limit=0.0, loss_scale=1.0):
 def local(tensor):
     """The part of a tensor that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor):
+    """A tensor that may be sharded, whole on every rank; every rank has to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
@@ -1072,19 +1076,21 @@ def lock(out):
             raise UserError(f"another run is writing to {out}; choose another --out") from error
 
 
-def open_run(args, stage, data_info, model):
+def open_run(args, stage, model, train, val, fixed=None):
     """Lock --out, write config.json and listen for signals. Returns True if there is work to do,
     False if the run is already finished.
 
-    `data_info` {name: fingerprint} describes the data. An interrupted run is resumed if its data
-    and its flags (except FREE_FLAGS) are unchanged, or with --allow-changed; else every rank raises
-    UserError."""
+    An interrupted run is resumed if its data (`train` and `val`, as data.Samples) and its flags
+    (except FREE_FLAGS) are unchanged, or with --allow-changed; else every rank raises UserError.
+    What is in `fixed` {name: value} may never change."""
     out = Path(args.out)
     shapes = repr([(name, list(value.shape)) for name, value in model.state_dict().items()])
     settings = {f"--{flag.replace('_', '-')}": value for flag, value in vars(args).items()
                 if flag not in FREE_FLAGS}
-    settings = {"stage": stage, **settings, **data_info,
-                "weights": f"shapes {zlib.crc32(shapes.encode()):08x}"}
+    # A checkpoint fits one model and the state of one optimizer, and its step counts batches.
+    fixed = {**(fixed or {}), "stage": stage, "weights": f"CRC {zlib.crc32(shapes.encode()):08x}"}
+    settings |= {"--data content": train.source.fingerprint(),
+                 "--val content": val and val.source.fingerprint(), **fixed}
     settings = json.loads(json.dumps(settings))         # as config.json will have it
 
     def prepare():
@@ -1098,14 +1104,12 @@ def open_run(args, stage, data_info, model):
             raise UserError(f"{out}/config.json is missing or damaged; choose another --out")
         changed = [name for name in settings if before.get(name) != settings[name]]
         changes = ", ".join(f"{name} {before.get(name)} → {settings[name]}" for name in changed)
-        # A checkpoint fits one model and its outputs, and the state of one optimizer; its step
-        # counts batches.
-        fixed = {*changed} & {"stage", "--batch", "weights", "vocabulary", "classes", "ema",
-                              "--optimizer", "--layer-decay", "--freeze", "--unlock"}
-        if (finished or begun) and changed and (fixed or not args.allow_changed):
+        never = {*changed} & {*fixed, "--batch", "--optimizer", "--layer-decay", "--freeze",
+                              "--unlock"}
+        if (finished or begun) and changed and (never or not args.allow_changed):
             raise UserError(f"{out} holds a run with other flags or data: {changes}; choose "
                             f"another --out (or move {out} away)"
-                            + ("" if fixed else ", or resume it with --allow-changed"))
+                            + ("" if never else ", or resume it with --allow-changed"))
         if finished and not changed:
             rank0_print(f"the run in {out} is finished; to run it again, choose another --out or "
                         f"move {out} away")
@@ -1217,15 +1221,6 @@ def restore(args, model, optimizer, state, ema):
     rank0_print(f"resuming from {folder}")
 
 
-def write_model(args, model, model_info, ema, name="model.pt"):
-    """Write all weights under the released names, averaged ones where there are any, and
-    `model_info` (config, stage, …) to the file OUT/name."""
-    with ema_weights(model, ema):
-        content = {"model": whole_weights(model), **model_info}
-        on_rank_0(lambda: write_aside(Path(args.out) / name,
-                                      lambda path: torch.save(content, path)))
-
-
 def report(args, metrics):
     """Write OUT/metrics.json and print it as the last line of stdout."""
     if environment().rank == 0:
@@ -1313,9 +1308,10 @@ class Run:
                 group["lr"] = self.lr * group["lr_scale"]
             yield
             done = state["step"] == schedule.steps
-            if done or self.stop or self.evaluation_due():
+            model_due = done or self.stop or self.evaluation_due()
+            if model_due:
                 self.write_model()
-            if done or self.stop or self.evaluation_due() or self.save_due:
+            if model_due or self.save_due:
                 save(args, self.model, self.optimizer, state, self.ema)
                 self.saved_at = time.monotonic()
                 self.restart_clock()
@@ -1361,18 +1357,15 @@ class Run:
             (self.loss / world_size, norm / world_size, *counts.values()),
             (bool(stop_signals), self.rank == 0 and minutes >= self.args.save_every,
              len(self.bad)))
-        fused = self.optimizer.defaults["fused"]
+        finite, fused = sums[1].isfinite(), self.optimizer.defaults["fused"]
         if fused:
-            self.optimizer.found_inf = 1 - sums[1].isfinite().float()
+            self.optimizer.found_inf = 1 - finite.float()
+        if fused or finite:                                             # SGD waits here
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         loss, norm, *counted, stop, save_due, bad = sums.tolist()       # waits for the device
         self.stop, self.save_due = stop > 0, save_due > 0
         finite = math.isfinite(norm)
-        if not fused:
-            if finite:
-                self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
         if finite and self.ema:
             update_ema(self.ema, self.model, self.args.ema, state["step"])
         state["step"] += 1
@@ -1389,9 +1382,13 @@ class Run:
         return self.eval_every > 0 and self.state["step"] % self.eval_every == 0
 
     def write_model(self, name="model.pt"):
-        """Write the model as it is now to OUT/name."""
-        info = {**self.model_info, "samples": self.state["step"] * self.args.batch}
-        write_model(self.args, self.model, info, self.ema, name)
+        """Write all weights under the released names, averaged ones where there are any, and
+        `model_info` to the file OUT/name."""
+        with ema_weights(self.model, self.ema):
+            content = {"model": whole_weights(self.model), **self.model_info,
+                       "samples": self.state["step"] * self.args.batch}
+            on_rank_0(lambda: write_aside(Path(self.args.out) / name,
+                                          lambda path: torch.save(content, path)))
 
     # ---- faults
 
@@ -1723,12 +1720,24 @@ def grid_in_file(pos_embed, file_info):
     return side, side
 
 
+def find_heads(path, width, depth, sizes):
+    """The number of heads of a weights file of another project, which does not say it itself: from
+    a config.json beside it, as Hugging Face has, or from the row of `sizes` {name: (width, depth,
+    heads, …)}. Raises UserError where neither is there."""
+    beside = read_json(Path(path).with_name("config.json"))
+    if beside.get("hidden_size") == width and "num_attention_heads" in beside:
+        return beside["num_attention_heads"]
+    for row in sizes.values():
+        if row[:2] == (width, depth):
+            return row[2]
+    raise UserError(f"{path} has width {width} and depth {depth}, which none of {', '.join(sizes)} "
+                    "has, so its number of heads is unknown")
+
+
 def config_from(path):
     """The Config of a weights file, and its file_info with "shapes" {name: shape} added.
 
-    Files of other projects do not say how many heads they have. It is taken from a config.json
-    beside them, as Hugging Face has, or from the row of SIZES with their width and depth. Raises
-    UserError where neither is there."""
+    Raises UserError where it is not a Vision Transformer as SIZES has."""
     tensors, file_info = read_weights(path)
     tensors = our_names(tensors)
     file_info["shapes"] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -1736,17 +1745,14 @@ def config_from(path):
         return config_in(file_info), file_info
     try:
         width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
-        rows, columns = grid_in_file(tensors["pos_embed"], file_info)
-        depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-        described = read_json(Path(path).with_name("config.json"))
-        heads = described["num_attention_heads"] if described.get("hidden_size") == width else \
-            {row[:2]: row[2] for row in SIZES.values()}[width, depth]
-    except (KeyError, ValueError, IndexError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is no Vision Transformer that is known here: {error} was not "
-                        f"found (a tensor, or the width and depth of a --model); it has "
+        pos_embed = tensors["pos_embed"]
+        _, _, _ = pos_embed.shape
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} is no Vision Transformer that is known here ({error}); it has "
                         f"{', '.join(list(tensors)[:3])}, …") from error
+    rows, columns = grid_in_file(pos_embed, file_info)
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    heads = find_heads(path, width, depth, SIZES)
     return Config(width, depth, heads, patch, (rows * patch, columns * patch), channels), file_info
 
 

@@ -212,16 +212,21 @@ def rarest_tags(rows, tags):
     return rows[last], tags[last]
 
 
-def times_shown(c, source, number_of, r):
+def times_of(rows, tags, c, source, r):
     """How often an epoch shows each image of chunk c: int64 [n]; 0 without a known tag.
 
     It is r [K] of the image's rarest tag, rounded up or down at random. The random number is a hash
     of the image's number, so that it is the same in every epoch and nothing has to be stored."""
-    rows, rarest = rarest_tags(*data.pairs(source, c, number_of))
+    rows, rarest = rarest_tags(rows, tags)                                  # [m] [m]
     first = int(source.chunks[:c].sum())
     times = np.zeros(int(source.chunks[c]), np.int64)
     times[rows] = r[rarest] + data.uniform(0, first + rows, "repeat", 1)[:, 0]
     return times
+
+
+def times_shown(c, source, number_of, r):
+    """`times_of` for the tags of a chunk as data.pairs finds them."""
+    return times_of(*data.pairs(source, c, number_of), c, source, r)
 
 
 def constant_loss(mass, images, count):
@@ -257,9 +262,9 @@ def resample(args, source, synonyms):
     shown = torch.zeros(len(source.chunks), dtype=torch.int64)
     mass, images = torch.zeros(2, K, dtype=torch.float64)
     for c in data.my_part(len(source.chunks), "resampling"):
-        times = times_shown(c, source, number_of, r)                        # [n]
+        rows, tags = data.pairs(source, c, number_of)                       # [m] [m]
+        times = times_of(rows, tags, c, source, r)                          # [n]
         shown[c] = int(times.sum())
-        rows, tags = data.pairs(source, c, number_of)
         k = np.bincount(rows, minlength=len(times))     # known tags of each image, [n]
         mass += torch.from_numpy(np.bincount(tags, (times / k.clip(1))[rows], K))
         images += torch.from_numpy(np.bincount(tags, times[rows], K))
@@ -433,13 +438,10 @@ def main(argv):
         return vit.report(args, evaluate(model, val, args, device, tags))
     schedule = vit.make_schedule(args, len(train))
     vocabulary_crc = data.crc(json.dumps([tags["vocabulary"], tags["synonyms"]]))
-    if not vit.open_run(args, "wsp", {
-            "--data content": train.source.fingerprint(),
-            "--val content": val and val.source.fingerprint(),
-            "vocabulary": f"{len(tags['vocabulary'])} tags (CRC {vocabulary_crc:08x})"}, model):
+    if not vit.open_run(args, "wsp", model, train, val, {
+            "vocabulary": f"{len(tags['vocabulary'])} tags (CRC {vocabulary_crc:08x})"}):
         return
-    examples = data.examples(val or data.evaluation_samples(
-        train.source, config, rows=train.rows, targets_of=train.targets_of), device)
+    examples = data.examples(val or train, device)
 
     def draw_and_evaluate():
         images = data.normalise(examples["images"])                         # [B,C,H,W]
