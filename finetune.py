@@ -1295,7 +1295,7 @@ class TextTransformer(nn.Module):
         x = self.norm(self.token_embed(tokens) + self.position_embed(positions))    # [B,N,D]
         mask = real[:, None, None]                                          # [B,1,1,N]
         for block in self.blocks:
-            x = vit.run_block(block, x, mask, self.recompute)               # [B,N,D]
+            x = vit.run_block(block, x, self.recompute, mask)               # [B,N,D]
         return x[:, 0]                                                      # [B,D]
 
 
