@@ -36,6 +36,7 @@ import os
 import re
 import shutil
 import unicodedata
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -45,12 +46,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageEnhance, ImageOps
 from torch import nn
 
 import data
 import vit
-from vit import UserError, ViT, rank0_print
+from vit import Config, UserError, ViT, rank0_print
 
 # ======================================================================================
 # classify: recipes and flags
@@ -1840,11 +1841,1147 @@ def zeroshot(argv):
 
 
 # ======================================================================================
+# Detection: recipes and flags
+#
+# `finetune.py detect` finds objects: a box, a class, a score and a mask for each. It is ViTDet
+# (arXiv 2203.16527), as in the paper: a plain ViT with attention in windows, a pyramid made from
+# its last map, and Cascade Mask R-CNN (1703.06870, 1712.00726) on it. Values without another source
+# are those of ViTDet's code, detectron2.
+#
+#     torchrun finetune.py detect --init runs/mae/model.pt              # the world: boxes, masks
+#     torchrun --nproc-per-node gpu finetune.py detect --init maws.pt --data train2017.json \
+#         --images train2017 --val val2017.json --val-images val2017
+#     python finetune.py detect --evaluate results.json --val val2017.json
+#
+# More letters: G objects of an image, A anchors, n boxes of an image, S those that are trained on,
+# R all boxes of a batch.
+# ======================================================================================
+
+@dataclass
+class Heads:
+    """Sizes of what comes after the encoder."""
+    channels: int       # of the pyramid and all convolutions
+    convs: int          # 3 x 3 convolutions in each box and mask head
+    hidden: int         # outputs of a box head's linear layer
+    anchors: int        # sampled of an image for the loss of the proposals
+    boxes: int          # S: sampled of an image for the heads
+    before_nms: int     # best proposals of each level of the pyramid
+    after_nms: int      # best proposals of an image
+
+
+HEADS = {"vitdet": Heads(256, 4, 1024, 256, 512, 2000, 1000),
+         "ours": Heads(64, 1, 256, 64, 64, 256, 64)}        # nano, tiny, small: for a laptop
+DETECT_RECIPES = {
+    "vitdet": dict(batch=64, epochs=100, lr=1e-4, weight_decay=0.1, warmup=0.0014, clip_grad=0.0,
+                   jitter=[0.1, 2.0]),
+    "ours": dict(batch=16, epochs=12, lr=1e-3, weight_decay=0.05, warmup=0.05, clip_grad=1.0,
+                 layer_decay=0.8, drop_path=0.0, jitter=[0.5, 1.5])}
+DETECT_BY_MODEL = {"base": dict(layer_decay=0.7, drop_path=0.1),
+                   "large": dict(layer_decay=0.8, drop_path=0.4),   # 2b, 6.5b: not published
+                   **dict.fromkeys(("huge", "2b", "6.5b"), dict(layer_decay=0.9, drop_path=0.5))}
+STAGES = {"cascade": (0.5, 0.6, 0.7), "one": (0.5,)}    # IoU from which on a box is an object
+# What box offsets are multiplied by before the loss, by stage: the later, the smaller they are
+OFFSET_SCALES = (10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)
+FEDERATED = 50              # classes of LVIS that are judged in an image
+
+
+def parse_detect_flags(argv):
+    """All flags, with the recipe filled in: (args, Config, Heads, file_info of --init)."""
+    parser = vit.stage_parser("finetune.py detect", __doc__, {
+        **{f"recipe {name}:": recipe for name, recipe in DETECT_RECIPES.items()},
+        **{f"recipe vitdet, {name}:": recipe for name, recipe in DETECT_BY_MODEL.items()}})
+    parser.set_defaults(data=["world-boxes"])
+    add = parser.add_argument_group("detection").add_argument
+    add("--images", metavar="DIR", help="folder of the images that --data's .json names; default: "
+        "that of the .json")
+    add("--val-images", metavar="DIR", help="the same for --val; default: --images")
+    add("--heads", choices=STAGES, help="box heads: three, of which each refines the boxes of the "
+        "one before (cascade), or one; default cascade, or as --init")
+    add("--no-masks", dest="masks", action="store_false", help="find boxes only; for data without "
+        "masks; default: boxes and masks, or as --init")
+    add("--window", type=vit.positive, metavar="PATCHES", help="side of the windows of attention; "
+        "four blocks attend everywhere; default 14 (ViTDet), or as --init")
+    add("--jitter", type=vit.number(0.01, 10), nargs=2, metavar=("LOW", "HIGH"), help="range of the "
+        "size of images in training, relative to what fits; 1 1 is off; default by recipe")
+    add("--layer-decay", type=vit.number(1e-9, 1), metavar="FACTOR", help="learning rate of a "
+        "layer relative to the layer above it; 1 off; default by recipe")
+    add("--drop-path", type=vit.number(0, 0.999), metavar="SHARE", help="share of images that skip "
+        "a branch of the last block; 0 off; default by recipe")
+    add("--evaluate", metavar="RESULTS", help="print COCO's scores of this file of results on "
+        "--val's .json and stop; no model is used")
+    args = parser.parse_args(argv)
+    size, args.image_size = args.image_size, None       # it has to fit patches of 16, not of 14
+    config, name, file_info = vit.choose_config(args, "detect")
+    in_use, trained = args.predict or args.eval_only, file_info.get("detector", {})
+    if in_use and file_info.get("stage") != "detect":
+        raise UserError(f"{args.init} is no detector: --predict and --eval-only need one, as "
+                        "runs/detect/model.pt")
+    small = name not in DETECT_BY_MODEL
+    if not size:
+        size = list(config.image) if small or in_use else [1024]
+    if len(size) > 2:
+        raise UserError(f"--image-size takes one or two numbers; found {size}")
+    config = Config(config.width, config.depth, config.heads,
+                    16 if config.patch == 14 else config.patch, tuple(size), config.channels)
+    recipe = {**DETECT_RECIPES["ours" if small else "vitdet"], **DETECT_BY_MODEL.get(name, {})}
+    if in_use:
+        args.masks = trained["masks"]
+        recipe |= {flag: trained[flag] for flag in ("heads", "window")}
+    vit.fill_recipe(args, {"heads": "cascade", "window": 14, **recipe})
+    is_world = lambda specs: all(spec.startswith("world-boxes") for spec in specs)
+    if args.val is None and is_world(args.data) and not args.evaluate:
+        args.val = ["world-boxes-val"]
+    if (args.eval_only or args.evaluate) and not args.val:
+        raise UserError("--eval-only and --evaluate need --val: the images to evaluate on")
+    return args, config, HEADS["ours" if small else "vitdet"], file_info
+
+
+# ======================================================================================
+# Detection: boxes
+#
+# A box is (left, top, right, bottom) in pixels of the canvas. Each image has equally many, so that
+# a batch is one tensor: what is filled up is said beside it.
+# ======================================================================================
+
+def box_iou(a, b):
+    """The IoU [B,n,m] of boxes [B,n,4] and [B,m,4]: what two have in common, by what they cover."""
+    a, b = a[:, :, None].unbind(-1), b[:, None].unbind(-1)                  # [B,n,1] and [B,1,m]
+    w = (torch.minimum(a[2], b[2]) - torch.maximum(a[0], b[0])).clamp(min=0)    # [B,n,m]
+    h = (torch.minimum(a[3], b[3]) - torch.maximum(a[1], b[1])).clamp(min=0)
+    area = lambda box: (box[2] - box[0]) * (box[3] - box[1])
+    return w * h / (area(a) + area(b) - w * h).clamp(min=1e-9)
+
+
+def clip_boxes(boxes, seen):
+    """Boxes [B,n,4] cut to the images, of (height, width) `seen` [B,2]; and which have an area,
+    bool [B,n]."""
+    boxes = torch.minimum(boxes.nan_to_num().clamp(min=0), seen.flip(1).repeat(1, 2)[:, None])
+    return boxes, (boxes[..., 2:] > boxes[..., :2]).all(-1)
+
+
+def encode_boxes(boxes, targets, scales):
+    """The offsets [B,n,4] that turn boxes into targets [B,n,4]: of the centre, by the box's size,
+    and of the logarithms of width and height; times `scales` (R-CNN, arXiv 1311.2524)."""
+    size, target_size = ((some[..., 2:] - some[..., :2]).clamp(min=1e-6)
+                         for some in (boxes, targets))
+    centre, target_centre = ((some[..., :2] + some[..., 2:]) / 2 for some in (boxes, targets))
+    offsets = torch.cat([(target_centre - centre) / size, (target_size / size).log()], -1)
+    return offsets * offsets.new_tensor(scales)
+
+
+def decode_boxes(offsets, boxes, scales):
+    """Boxes [B,n,4] moved by offsets [B,n,4]: the inverse of encode_boxes. A side grows at most by
+    1000 / 16."""
+    offsets = offsets.float() / boxes.new_tensor(scales)
+    size, centre = boxes[..., 2:] - boxes[..., :2], (boxes[..., :2] + boxes[..., 2:]) / 2
+    centre = centre + offsets[..., :2] * size
+    half = size * offsets[..., 2:].clamp(max=math.log(1000 / 16)).exp() / 2
+    return torch.cat([centre - half, centre + half], -1)
+
+
+def make_anchors(grids, patch, device):
+    """Boxes to start from, [A,4], on a pyramid of `grids` [(rows, columns)]: at each place of each
+    level three, of the same area and heights of 0.5, 1 and 2 widths. Their side is eight strides:
+    32 to 512 pixels for patches of 16."""
+    anchors, ratio = [], torch.tensor([0.5, 1, 2], device=device).sqrt()
+    for level, (rows, columns) in enumerate(grids):
+        stride = patch * 2.0 ** (level - 2)
+        half = 4 * stride * torch.stack([1 / ratio, ratio], 1)              # [3,2]
+        y, x = torch.meshgrid(torch.arange(rows, device=device) * stride,
+                              torch.arange(columns, device=device) * stride, indexing="ij")
+        centre = torch.stack([x, y], -1).reshape(-1, 1, 2)                  # [places,1,2]
+        anchors.append(torch.cat([centre - half, centre + half], -1).flatten(0, 1))
+    return torch.cat(anchors)
+
+
+def match(iou, known, low, high, nearest=False):
+    """Which object each of n boxes belongs to, from their IoU [B,G,n]; `known` [B,G] are objects.
+
+    Returns the object of the largest IoU [B,n], which boxes are it (IoU from `high` on) and which
+    are background (below `low`), bool [B,n]. With `nearest`, the boxes of an object's largest IoU
+    are it, too, however small that is."""
+    iou = iou.masked_fill(~known[..., None], -1)
+    best, which = iou.max(1)                                                # [B,n]
+    positive = best >= high
+    if nearest:
+        positive |= ((iou == iou.amax(2, keepdim=True)) & (iou > 0)).any(1)
+    return which, positive, (best < low) & ~positive
+
+
+def sample(positive, negative, uniforms, n, share):
+    """Choose n boxes of each image by chance: at most a `share` of `positive`, the rest `negative`,
+    bool [B,m]. Returns their numbers [B,n], positive ones first, and whether each is one, bool
+    [B,n]: there may be too few. A pure function of `uniforms` [B,m]."""
+    n = min(n, positive.shape[1])
+    rank = torch.where(positive, uniforms, -1.0)
+    last = rank.topk(max(1, int(n * share))).values[:, -1:]                 # [B,1]
+    rank = torch.where(positive & (uniforms >= last), 2 + uniforms,
+                       torch.where(negative, uniforms, -1.0))
+    chosen = rank.topk(n)
+    return chosen.indices, chosen.values >= 0
+
+
+def nms(boxes, scores, groups, threshold):
+    """Non-maximum suppression: which of boxes [B,n,4] remain, bool [B,n], when every box drops all
+    of lower scores [B,n] in its group [B,n] whose IoU with it is above the threshold, the surest
+    first.
+
+    Without a loop over boxes: a box remains if no surer one that remains drops it. Starting from
+    all, this rule is applied until nothing changes; then it holds, and only one answer has it."""
+    order = scores.argsort(dim=1, descending=True, stable=True)                # [B,n]
+    boxes, groups = vit.gather_tokens(boxes, order), groups.gather(1, order)
+    drops = (box_iou(boxes, boxes) > threshold) & (groups[:, :, None] == groups[:, None])
+    drops = drops.triu(1).to(boxes.dtype)                                   # [B,n,n]
+    remain, before = torch.ones_like(scores, dtype=torch.bool), None
+    while before is None or not torch.equal(remain, before):
+        before, remain = remain, (remain[:, None].to(drops.dtype) @ drops)[:, 0] == 0
+    return torch.empty_like(remain).scatter(1, order, remain)
+
+
+# ======================================================================================
+# Detection: from maps to boxes, and masks in boxes
+# ======================================================================================
+
+def roi_align(maps, boxes, strides, side):
+    """The part of a pyramid's maps [B,C,rows,columns] in each of boxes [B,n,4], as side x side
+    numbers: [B*n,C,side,side] (ROIAlign, arXiv 1703.06870; detectron2's, "aligned").
+
+    Boxes of 14 patches' side are read from the level of the patches, smaller ones from finer maps.
+    A box is cut into side x side bins. A bin is the mean of the map at evenly spread points, about
+    one for each place of the map, between four places each. All are read by one gather: a bag of
+    points for each bin."""
+    B, n, _ = boxes.shape
+    table = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps]).float()  # [places,C]
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(-1).flatten()             # [R]
+    level = (2 + torch.log2(area.sqrt() / (14 * strides[2]) + 1e-8)).floor()
+    level = level.clamp(0, len(maps) - 1).long()                            # [R]
+    rows, columns = boxes.new_tensor([m.shape[2:] for m in maps]).long()[level].unbind(1)
+    places = [m.numel() // m.shape[1] for m in maps]
+    first = boxes.new_tensor([sum(places[:k]) for k in range(len(maps))], dtype=torch.long)[level]
+    first += torch.arange(B, device=boxes.device).repeat_interleave(n) * rows * columns     # [R]
+    boxes = boxes.flatten(0, 1) / boxes.new_tensor(strides)[level][:, None] - 0.5
+    start, bin_size = boxes[:, :2], (boxes[:, 2:] - boxes[:, :2]) / side    # [R,2]: x, y
+    points = bin_size.ceil().clamp(min=1).long()                            # [R,2] in each bin
+    in_bin = points.prod(1)                                                 # [R]
+    in_box = in_bin * side ** 2
+    box = torch.arange(B * n, device=boxes.device).repeat_interleave(in_box)    # [points]
+    begin = in_box.cumsum(0) - in_box                                       # [R]
+    k = torch.arange(len(box), device=boxes.device) - begin[box]
+    which, k = k // in_bin[box], k % in_bin[box]
+    across = points[box, 0]
+    place = torch.stack([which % side + (k % across + 0.5) / across,
+                         which // side + (k // across + 0.5) / points[box, 1]], 1)
+    place = start[box] + bin_size[box] * place                              # [points,2]: x, y
+    most = torch.stack([columns, rows], 1)[box] - 1
+    inside = ((place >= -1) & (place <= most + 1)).all(1)
+    place = torch.minimum(place.clamp(min=0), most)
+    low = place.floor().long()
+    high, far = torch.minimum(low + 1, most), place - low
+    (x0, y0), (x1, y1), (fx, fy) = low.unbind(1), high.unbind(1), far.unbind(1)
+    at = lambda x, y: first[box] + y * columns[box] + x
+    index = torch.stack([at(x0, y0), at(x1, y0), at(x0, y1), at(x1, y1)], 1)    # [points,4]
+    weight = torch.stack([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy], 1)
+    weight = weight * (inside / in_bin[box])[:, None]
+    bags = 4 * (begin[:, None] + in_bin[:, None] * torch.arange(side ** 2, device=boxes.device))
+    pooled = F.embedding_bag(index.flatten(), table, bags.flatten(), mode="sum",
+                             per_sample_weights=weight.flatten())           # [R*side*side,C]
+    return pooled.reshape(B * n, side, side, -1).permute(0, 3, 1, 2)
+
+
+def mask_targets(masks, truth, boxes, side):
+    """What a mask head should predict in boxes [B,n,4]: the masks' values at the centres of side x
+    side cells, 0 or 1, [B,n,side,side]. `masks` [B,n,m,m], 0 … 255, fill the boxes `truth` [B,n,4]
+    of the objects."""
+    cell = (torch.arange(side, device=boxes.device) + 0.5) / side           # [side]
+    start, size = boxes[..., :2], boxes[..., 2:] - boxes[..., :2]           # [B,n,2]
+    place = start[..., None] + size[..., None] * cell                       # [B,n,2,side]
+    place = (place - truth[..., :2, None]) / (truth[..., 2:] - truth[..., :2]).clamp(
+        min=1e-6)[..., None]
+    x, y = (2 * place - 1).flatten(0, 1).unbind(1)                          # [B*n,side]
+    grid = torch.stack(torch.broadcast_tensors(x[:, None], y[..., None]), -1)   # x of columns
+    found = F.grid_sample(masks.flatten(0, 1)[:, None].float() / 255, grid, align_corners=False)
+    return (found.reshape(*boxes.shape[:2], side, side) >= 0.5).float()
+
+
+# ======================================================================================
+# Detection: the network
+# ======================================================================================
+
+class MapNorm(nn.Module):
+    """LayerNorm over the channels of a map [B,C,H,W]."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = vit.LayerNorm(channels)
+
+    def forward(self, x):
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def conv_norm(inputs, outputs, side, *after):
+    """A convolution, its norm and what follows, as a list of layers."""
+    conv = nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=False)
+    return [conv, MapNorm(outputs), *after]
+
+
+class Pyramid(nn.Module):
+    """ViTDet's simple feature pyramid: the encoder's map [B,D,rows,columns] to five maps with C
+    channels, 4, 2, 1, 1/2 and 1/4 times as fine: strides 4 to 64 for patches of 16."""
+
+    def __init__(self, D, C):
+        super().__init__()
+        up = lambda inputs: nn.ConvTranspose2d(inputs, inputs // 2, 2, 2)
+        merge = lambda inputs: [*conv_norm(inputs, C, 1), *conv_norm(C, C, 3)]
+        self.finest = nn.Sequential(up(D), MapNorm(D // 2), nn.GELU(), up(D // 2), *merge(D // 4))
+        self.fine = nn.Sequential(up(D), *merge(D // 2))
+        self.same = nn.Sequential(*merge(D))
+        self.coarse = nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), *merge(D))
+
+    def forward(self, x):
+        maps = [self.finest(x), self.fine(x), self.same(x), self.coarse(x)]
+        return [*maps, maps[-1][..., ::2, ::2]]
+
+
+class Proposals(nn.Module):
+    """The region proposal network: for each anchor a logit that there is an object, [B,A], and
+    offsets [B,A,4]."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.convs = nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.ReLU(),
+                                   nn.Conv2d(C, C, 3, padding=1), nn.ReLU())
+        self.objects, self.offsets = nn.Conv2d(C, 3, 1), nn.Conv2d(C, 12, 1)
+
+    def forward(self, maps):
+        flat = lambda x, k: x.permute(0, 2, 3, 1).reshape(len(x), -1, k)    # [B,anchors,k]
+        maps = [self.convs(x) for x in maps]
+        return (torch.cat([flat(self.objects(x), 1) for x in maps], 1)[..., 0].float(),
+                torch.cat([flat(self.offsets(x), 4) for x in maps], 1).float())
+
+
+class BoxHead(nn.Module):
+    """The class logits [R,outputs] and offsets [R,4] of boxes, from their maps [R,C,7,7]."""
+
+    def __init__(self, heads, outputs):
+        super().__init__()
+        C = heads.channels
+        self.convs = nn.Sequential(*sum((conv_norm(C, C, 3, nn.ReLU())
+                                         for _ in range(heads.convs)), []))
+        self.hidden = nn.Linear(C * 49, heads.hidden)
+        self.classes, self.offsets = nn.Linear(heads.hidden, outputs), nn.Linear(heads.hidden, 4)
+
+    def forward(self, x):
+        x = F.relu(self.hidden(self.convs(x).flatten(1)))                   # [R,hidden]
+        return self.classes(x).float(), self.offsets(x).float()
+
+
+class MaskHead(nn.Module):
+    """The mask logits [R,K,28,28] of boxes, one for each class, from their maps [R,C,14,14]."""
+
+    def __init__(self, heads, K):
+        super().__init__()
+        C = heads.channels
+        self.convs = nn.Sequential(*sum((conv_norm(C, C, 3, nn.ReLU())
+                                         for _ in range(heads.convs)), []))
+        self.up, self.classes = nn.ConvTranspose2d(C, C, 2, 2), nn.Conv2d(C, K, 1)
+
+    def forward(self, x):
+        return self.classes(F.relu(self.up(self.convs(x)))).float()
+
+
+class Detector(nn.Module):
+    """ViTDet. `stages` are the IoUs of the box heads. `frequencies` [K], the number of images of
+    each class, are given for LVIS: classes are then judged each by itself, only some in an image
+    (federated loss). The encoder has the names of ViT's."""
+
+    def __init__(self, config, heads, K, window, stages, masks, seed=0, frequencies=None):
+        super().__init__()
+        self.config, self.heads, self.K, self.window = config, heads, K, window
+        self.stages, self.seed, self.frequencies, self.recompute = stages, seed, frequencies, False
+        D, C, depth = config.width, heads.channels, config.depth
+        self.patch_embed = vit.PatchEmbed(config)
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, D))
+        # The last block of each quarter attends everywhere, as all do where a window has room.
+        ends = {depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)}
+        self.blocks = nn.ModuleList(
+            vit.Block(D, config.heads, config.grid,
+                      0 if i in ends or window >= max(config.grid) else window)
+            for i in range(depth))
+        self.pyramid, self.proposals = Pyramid(D, C), Proposals(C)
+        outputs = K if frequencies else K + 1               # the last one: background
+        self.box_heads = nn.ModuleList(BoxHead(heads, outputs) for _ in stages)
+        if masks:
+            self.mask_head = MaskHead(heads, K)
+        self.strides = [config.patch * 2.0 ** (level - 2) for level in range(4)]
+        self.init_weights()
+
+    def init_weights(self, seed=0):
+        starts = {"proposals.objects.weight": 0.01, "proposals.offsets.weight": 0.01,
+                  "mask_head.classes.weight": 0.001}
+        for k in range(len(self.stages)):
+            starts |= {f"box_heads.{k}.classes.weight": 0.01, f"box_heads.{k}.offsets.weight": 0.001}
+            if self.frequencies:            # each class is improbable at first
+                starts[f"box_heads.{k}.classes.bias"] = -math.log(99)
+        vit.init_weights(self, seed, starts)
+
+    def maps(self, images, seen, scales=None):
+        """The pyramid of images [B,C,H,W] of which (height, width) `seen` [B,2] are not filled up:
+        no token attends to what is. `scales` [B,L,2] are drop_path_scales'."""
+        grid, side = self.config.grid, self.window
+        x = self.patch_embed(vit.patchify(images, self.config.patch)) + self.pos_embed[:, 1:]
+        row, column = (torch.arange(n, device=x.device) * self.config.patch for n in grid)
+        real = (row < seen[:, :1])[:, :, None] & (column < seen[:, 1:])[:, None]
+        real = real.flatten(1)                                              # [B,N]
+        inside = vit.to_windows(real[..., None].float(), grid, side)[..., 0] > 0
+        inside |= ~inside.any(1, keepdim=True)      # an empty window: no softmax of nothing
+        for i, block in enumerate(self.blocks):
+            mask = (inside if block.attn.window else real)[:, None, None]
+            x = vit.run_block(block, x, self.recompute,
+                              None if scales is None else scales[:, i], mask)   # [B,N,D]
+        return self.pyramid(x.transpose(1, 2).unflatten(2, grid))
+
+    def anchors(self, maps):
+        return make_anchors([x.shape[2:] for x in maps], self.config.patch, maps[0].device)
+
+    @torch.no_grad()
+    def propose(self, maps, logits, offsets, seen):
+        """The best boxes [B,n,4] of the proposals, and which of them are any, bool [B,n]."""
+        counts, found = [3 * x.shape[2] * x.shape[3] for x in maps], []
+        parts = zip(logits.split(counts, 1), offsets.split(counts, 1),
+                    self.anchors(maps).split(counts))
+        for logit, offset, anchor in parts:
+            score, index = logit.topk(min(self.heads.before_nms, logit.shape[1]))   # [B,n]
+            boxes = decode_boxes(vit.gather_tokens(offset, index), anchor[index], (1, 1, 1, 1))
+            boxes, sound = clip_boxes(boxes, seen)
+            remain = sound & nms(boxes, score.masked_fill(~sound, -math.inf), index * 0, 0.7)
+            found.append((boxes, score.masked_fill(~remain, -math.inf)))
+        boxes, score = (torch.cat(part, 1) for part in zip(*found))
+        score, index = score.topk(min(self.heads.after_nms, score.shape[1]))
+        return vit.gather_tokens(boxes, index), score > -math.inf
+
+    def forward(self, images, batch, scales=None):
+        """The loss of images [B,C,H,W] and a batch of objects (see objects_layout), a mean over
+        images: each has a fixed number of anchors and boxes, so that it is the same whatever the
+        ranks and micro-batches."""
+        seen, truth, classes = batch["seen"], batch["boxes"], batch["classes"]
+        known, heads = classes >= 0, self.heads                             # [B,G]
+        draw = lambda stream, n: data.uniform(self.seed, batch["position"], stream, n)  # [B,n]
+        maps = self.maps(images, seen, scales)
+
+        # ---- proposals: anchors to objects
+        logits, offsets = self.proposals(maps)                              # [B,A] [B,A,4]
+        anchors = self.anchors(maps)[None]                                  # [1,A,4]
+        which, positive, negative = match(box_iou(truth, anchors), known, 0.3, 0.7, nearest=True)
+        chosen, used = sample(positive, negative, draw("anchors", logits.shape[1]), heads.anchors,
+                              0.5)                                          # [B,n]
+        pick = lambda x: x.expand(len(images), *x.shape[1:]).gather(1, chosen)
+        positive = pick(positive) & used
+        targets = encode_boxes(anchors[0][chosen], vit.gather_tokens(truth, pick(which)),
+                               (1, 1, 1, 1))
+        loss = F.binary_cross_entropy_with_logits(pick(logits), positive.float(), used.float(),
+                                                  reduction="sum")
+        loss = loss + ((vit.gather_tokens(offsets, chosen) - targets).abs().sum(-1)
+                       * positive).sum()
+        loss = loss / (heads.anchors * len(images))
+
+        # ---- boxes: proposals, and the objects themselves, to classes and better boxes
+        boxes, sound = self.propose(maps, logits, offsets, seen)
+        boxes, sound = torch.cat([boxes, truth], 1), torch.cat([sound, known], 1)
+        which, positive, negative = match(box_iou(truth, boxes), known, 0.5, 0.5)
+        chosen, used = sample(positive & sound, negative & sound, draw("boxes", boxes.shape[1]),
+                              heads.boxes, 0.25)                            # [B,S]
+        boxes = sampled = vit.gather_tokens(boxes, chosen)                  # [B,S,4]
+        judged = self.judged(classes, draw) if self.frequencies else None   # [B,K]
+        for k, head in enumerate(self.box_heads):
+            which, positive, _ = match(box_iou(truth, boxes), known, *2 * self.stages[k:k + 1])
+            positive &= used
+            x = roi_align(maps[:4], boxes, self.strides, 7)                 # [B*S,C,7,7]
+            share = x / len(self.box_heads)     # of the gradient goes on, as there are so many
+            logits, offsets = head(share + (x - share).detach())
+            targets = torch.where(positive, classes.gather(1, which), self.K)       # [B,S]
+            losses = class_losses_of_boxes(logits.unflatten(0, targets.shape), targets, judged)
+            offsets = offsets.unflatten(0, targets.shape)                   # [B,S,4]
+            wanted = encode_boxes(boxes, vit.gather_tokens(truth, which), OFFSET_SCALES[k])
+            losses = losses * used + (offsets - wanted).abs().sum(-1) * positive
+            loss = loss + losses.sum() / (heads.boxes * len(images))
+            if k == 0:
+                first = positive, which, targets
+            boxes, sound = clip_boxes(decode_boxes(offsets.detach(), boxes, OFFSET_SCALES[k]), seen)
+            used = used & sound
+        if not hasattr(self, "mask_head"):
+            return loss
+
+        # ---- masks, of the sampled boxes that are objects: those come first
+        n = max(1, heads.boxes // 4)
+        boxes, (positive, which, targets) = sampled[:, :n], (part[:, :n] for part in first)
+        logits = self.mask_head(roi_align(maps[:4], boxes, self.strides, 14))   # [B*n,K,28,28]
+        logits = logits[range(len(logits)), targets.clamp(max=self.K - 1).flatten()]
+        rows = torch.arange(len(images), device=which.device)[:, None]
+        wanted = mask_targets(batch["masks"][rows, which], vit.gather_tokens(truth, which), boxes,
+                              28)
+        losses = F.binary_cross_entropy_with_logits(logits.reshape(wanted.shape), wanted,
+                                                    reduction="none").mean((2, 3))      # [B,n]
+        losses = (losses * positive).sum(1) / positive.sum(1).clamp(min=1)  # [B]
+        return loss + losses.mean()
+
+    def judged(self, classes, draw):
+        """The classes that the federated loss looks at in each image, bool [B,K]: its own and, by
+        chance, others, the frequent ones rather (by the root of their frequency)."""
+        weights = torch.tensor(self.frequencies, device=classes.device).clamp(min=1).sqrt()
+        rank = draw("federated", self.K).log() / weights                    # [B,K]
+        own = F.one_hot(classes.clamp(min=-1) + 1, self.K + 1).amax(1)[:, 1:]
+        chosen = torch.where(own > 0, 1.0, rank).topk(min(FEDERATED, self.K)).indices
+        return torch.zeros_like(own, dtype=torch.bool).scatter(1, chosen, True)
+
+    def detect(self, images, seen, most, least):
+        """The surest `most` objects of each image, of a score above `least`: scores [B,n] (0 where
+        there are fewer), classes [B,n], boxes [B,n,4], masks [B,n,28,28], 0 … 1, or None."""
+        maps, K = self.maps(images, seen), self.K
+        boxes, sound = self.propose(maps, *self.proposals(maps), seen)
+        scores = 0
+        for head, scales in zip(self.box_heads, OFFSET_SCALES):
+            logits, offsets = head(roi_align(maps[:4], boxes, self.strides, 7))
+            chances = logits.sigmoid() if self.frequencies else logits.softmax(1)[:, :K]
+            scores = scores + chances.unflatten(0, sound.shape) / len(self.box_heads)   # [B,n,K]
+            boxes, _ = clip_boxes(decode_boxes(offsets.unflatten(0, sound.shape), boxes, scales),
+                                  seen)
+        scores = (scores * sound[..., None]).flatten(1)                     # [B,n*K]
+        # detectron2 takes all above the threshold; so many hardly ever are.
+        scores, index = scores.topk(min(self.heads.before_nms, scores.shape[1]))
+        boxes, classes = vit.gather_tokens(boxes, index // K), index % K
+        remain = nms(boxes, scores, classes, 0.5) & (scores > least)
+        scores, index = (scores * remain).topk(min(most, scores.shape[1]))
+        boxes, classes = vit.gather_tokens(boxes, index), classes.gather(1, index)
+        if not hasattr(self, "mask_head"):
+            return scores, classes, boxes, None
+        masks = self.mask_head(roi_align(maps[:4], boxes, self.strides, 14))
+        masks = masks[range(len(masks)), classes.flatten()].sigmoid()
+        return scores, classes, boxes, masks.unflatten(0, classes.shape)
+
+
+def class_losses_of_boxes(logits, targets, judged):
+    """The loss [B,S] of class logits [B,S,outputs] for targets [B,S], K for background: the
+    cross-entropy over K + 1 classes, or, where classes are `judged` [B,K], the sum of their binary
+    cross-entropies."""
+    if judged is None:
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(),
+                               reduction="none").reshape(targets.shape)
+    hot = F.one_hot(targets, logits.shape[2] + 1)[..., :-1].float()         # [B,S,K]
+    losses = F.binary_cross_entropy_with_logits(logits, hot, reduction="none")
+    return (losses * judged[:, None]).sum(-1)
+
+
+# ======================================================================================
+# Detection: objects of an image for training
+# ======================================================================================
+
+MASK_SIDE = 112         # of the masks of objects in their boxes, four times what is predicted (ours)
+
+
+def see_objects(sample, uniforms, size, channels, numbers=None, most=0, side=0, jitter=(1, 1),
+                flip=False):
+    """A sample as a detector gets it: a canvas uint8 [H,W,C] with the image on it, grey beside it,
+    and a row of objects_layout(most, side). `numbers` {category: class} are of the objects that it
+    shall learn. Raises what decoders raise."""
+    height, width = sample["height"], sample["width"]
+    (left, top, right, bottom), (h, w) = data.frame(width, height, size, uniforms, jitter)
+
+    def choose_box(found_width, found_height):
+        if isinstance(sample["image"], dict):
+            return left / width, top / height, right / width, bottom / height
+        if (found_width, found_height) != (width, height):
+            raise ValueError(f"it is {found_width} x {found_height}, but its annotations are for "
+                             f"{width} x {height}")
+        return left, top, right, bottom
+
+    pixels = np.full((*size, channels), 116, np.uint8)
+    pixels[:h, :w] = data.read_pixels(sample["image"], choose_box, (h, w), channels)
+    flip, scale = flip and uniforms[3] < 0.5, np.array([w / (right - left), h / (bottom - top)] * 2)
+    if flip:
+        pixels[:h, :w] = pixels[:h, :w][:, ::-1].copy()
+    row = np.zeros((), objects_layout(most, side))
+    row["classes"], row["seen"], row["scale"], n = -1, (h, w), scale[:2], 0
+    for one in sample["objects"] if numbers else ():
+        if one["iscrowd"]:
+            continue
+        x, y, dx, dy = one["bbox"]
+        mask = None
+        if side:            # the box is that of what is seen of the mask
+            if "segmentation" not in one:
+                raise ValueError(f"a {one['category']} has no mask")
+            mask = mask_of_runs(read_runs(one["segmentation"], height, width), height, width)
+            mask = mask[int(top):math.ceil(bottom), int(left):math.ceil(right)]
+            xs, ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+            if not len(xs):
+                continue
+            x, y, dx, dy = xs[0] + int(left), ys[0] + int(top), np.ptp(xs) + 1, np.ptp(ys) + 1
+        x0, y0, x1, y1 = box = np.clip((x, y, x + dx, y + dy), (left, top) * 2, (right, bottom) * 2)
+        if x1 <= x0 or y1 <= y0:
+            continue
+        if side:
+            inside = box - np.array([int(left), int(top)] * 2)
+            mask = Image.fromarray(mask.astype(np.uint8) * 255).resize(
+                (side, side), Image.Resampling.BILINEAR, tuple(inside.tolist()))
+            row["masks"][n] = np.asarray(mask)[:, ::-1] if flip else mask
+        x0, y0, x1, y1 = (box - (left, top) * 2) * scale
+        row["boxes"][n] = (w - x1, y0, w - x0, y1) if flip else (x0, y0, x1, y1)
+        row["classes"][n] = numbers[one["category"]]
+        n += 1
+    return pixels, row
+
+
+def objects_layout(most=0, side=0):
+    """What see_objects says of an image with at most `most` objects, in pixels of the canvas:
+    "boxes" (left, top, right, bottom), "classes" (-1 beyond the last), "masks", the insides of the
+    boxes at side x side, 0 … 255; "seen", height and width of the image; "scale", its x and y for a
+    pixel of the image."""
+    return [("boxes", np.float32, (most, 4)), ("classes", np.int64, (most,)),
+            ("masks", np.uint8, (most, side, side)), ("seen", np.float32, (2,)),
+            ("scale", np.float32, (2,))]
+
+
+# ======================================================================================
+# Detection: masks as run lengths, in COCO's formats (see data.runs_of_mask)
+# ======================================================================================
+
+def mask_of_runs(runs, H, W):
+    """Run lengths [n] as a mask, bool [H,W]. Raises ValueError where they are of another image."""
+    if min(runs, default=0) < 0 or np.sum(runs) != H * W:
+        raise ValueError(f"a mask of {np.sum(runs)} pixels in an image of {W} x {H}")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(W, H).T
+
+
+def runs_of_polygon(polygon, H, W):
+    """The run lengths [n] of a polygon [x0, y0, x1, y1, …], with COCO's choice of pixels.
+
+    COCO draws the outline on a grid five times as fine. Where that goes from one column of pixels
+    to the next, at the middle of the finer cells, the column's pixels change sides."""
+    x, y = np.trunc(5 * np.reshape(polygon, (-1, 2)).T + 0.5).astype(np.int64)
+    dx, dy = np.roll(x, -1) - x, np.roll(y, -1) - y
+    steps = np.maximum(abs(dx), abs(dy))
+    edge = np.repeat(np.arange(len(x)), steps + 1)
+    t = np.arange(len(edge)) - np.repeat(np.cumsum(steps + 1) - steps - 1, steps + 1)
+    x, y, dx, dy, steps = (values[edge] for values in (x, y, dx, dy, steps))
+    # A line is drawn from its lower end, on the axis on which it is longer.
+    backwards = np.where(abs(dx) >= abs(dy), dx, dy) < 0
+    x, y = np.where(backwards, x + dx, x), np.where(backwards, y + dy, y)
+    sign, t = np.where(backwards, -1, 1), np.where(backwards, steps - t, t)
+    at = lambda start, d: np.trunc(start + sign * d / np.maximum(steps, 1) * t + 0.5).astype(int)
+    u, v = np.where(abs(dx) >= abs(dy), x + t, at(x, dx)), np.where(
+        abs(dx) >= abs(dy), at(y, dy), y + t)
+    column, row = np.where(u[1:] < u[:-1], u[1:], u[1:] - 1), np.minimum(v[1:], v[:-1])
+    crossed = (u[1:] != u[:-1]) & (column % 5 == 2) & (column >= 0) & (column // 5 < W)
+    row = np.ceil(np.clip((row[crossed] + 0.5) / 5 - 0.5, 0, H)).astype(np.int64)
+    changes, times = np.unique(column[crossed] // 5 * H + row, return_counts=True)
+    changes = changes[(times % 2 == 1) & (changes < H * W)]     # twice is not at all
+    return np.diff(changes, prepend=0, append=H * W)
+
+
+def text_of_runs(runs):
+    """Run lengths as COCO's text: each less the one two before it, in digits of 5 bits, the lowest
+    first, with a sixth bit where more follow; a digit's letter is number 48 on."""
+    rest, digits = np.concatenate([runs[:3], runs[3:] - runs[1:-2]]), []
+    going = np.ones(len(rest), bool)
+    while going.any():
+        low, rest = rest & 31, rest >> 5
+        more = rest != -(low >> 4)      # the top bit of the last digit is the sign
+        digits.append(np.where(going, low + 32 * more + 48, 0))
+        going = going & more
+    letters = np.stack(digits, 1) if digits else np.zeros((0, 1))
+    return letters[letters > 0].astype(np.uint8).tobytes().decode()
+
+
+def runs_of_text(text):
+    """The inverse of text_of_runs. Raises ValueError for a damaged text."""
+    digits = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(digits < 32)
+    if not len(ends) or ends[-1] + 1 != len(digits) or digits.min() < 0 or digits.max() > 63:
+        raise ValueError("its mask does not decode")
+    lengths = np.diff(ends, prepend=-1)
+    place = np.arange(len(digits)) - np.repeat(ends + 1 - lengths, lengths)
+    runs = np.add.reduceat((digits & 31) << 5 * place, ends + 1 - lengths)
+    runs -= np.where(digits[ends] & 16, 1 << 5 * lengths, 0)
+    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
+    return runs
+
+
+def read_runs(segmentation, H, W):
+    """A "segmentation" of COCO's as run lengths: polygons, or runs as a list or as a text."""
+    if isinstance(segmentation, list):
+        masks = [mask_of_runs(runs_of_polygon(one, H, W), H, W) for one in segmentation]
+        return data.runs_of_mask(np.logical_or.reduce(masks))
+    runs = segmentation["counts"]
+    runs = runs_of_text(runs) if isinstance(runs, str) else np.array(runs, np.int64)
+    mask_of_runs(runs, H, W)
+    return runs
+
+
+# ======================================================================================
+# Detection: the scores of COCO and LVIS
+#
+# A truth is an image of data.open_objects, a result a dict of COCO's: "image_id", "category_id",
+# "bbox", "score", "segmentation". All numbers are those of pycocotools and of the lvis package.
+# ======================================================================================
+
+OVERLAPS, RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
+AREAS = np.array([(0, 1e10), (0, 32 ** 2), (32 ** 2, 96 ** 2), (96 ** 2, 1e10)])    # all, s, m, l
+
+
+def box_overlaps(found, truth, crowd):
+    """The IoU [D,G] of boxes [D,4] and [G,4] (left, top, width, height). Of a crowd, bool [G], it
+    is the share of the found box that is inside."""
+    found, truth = found[:, None], truth[None]                              # [D,1,4] [1,G,4]
+    first = np.maximum(found[..., :2], truth[..., :2])                      # [D,G,2]
+    last = np.minimum(found[..., :2] + found[..., 2:], truth[..., :2] + truth[..., 2:])
+    common, area = (last - first).clip(0).prod(-1), found[..., 2:].prod(-1)     # [D,G] [D,1]
+    return common / np.where(crowd, area, area + truth[..., 2:].prod(-1) - common).clip(1e-12)
+
+
+def mask_overlaps(found, truth, crowd):
+    """The same of D and G masks as run lengths."""
+    ends = [np.cumsum(runs) for runs in found]
+    starts, stops = (np.concatenate([some[k::2][:len(some) // 2] for some in ends]) for k in (0, 1))
+    owner = np.repeat(np.arange(len(found)), [len(some) // 2 for some in ends])
+    areas, overlaps = np.array([runs[1::2].sum() for runs in found]), []
+    for runs, is_crowd in zip(truth, crowd):
+        # How much of the mask is above a pixel: linear between the ends of runs
+        places, above = np.append(0, np.cumsum(runs)), np.append(0, np.cumsum(
+            runs * (np.arange(len(runs)) % 2)))
+        common = np.interp(stops, places, above) - np.interp(starts, places, above)
+        common = np.bincount(owner, common, len(found))                     # [D]
+        overlaps.append(common / np.where(is_crowd, areas, areas + above[-1] - common).clip(1e-12))
+    return np.stack(overlaps, 1)
+
+
+def match_truths(overlaps, crowd, ignored):
+    """Give each of D found objects, the surest first, the truth [G] that it overlaps most, if that
+    is free: (matched, to an ignored truth), bool [4,10,D] for AREAS and OVERLAPS.
+
+    Truths that count go before `ignored` [4,G] ones; a crowd may be given often; of equal overlaps
+    the last wins."""
+    D, G = overlaps.shape
+    free, places = np.ones((4, 10, G), bool), np.ogrid[:4, :10]
+    matched, wasted = np.zeros((2, 4, 10, D), bool)
+    for d in range(D if G else 0):
+        usable = (free | crowd) & (overlaps[d] >= OVERLAPS[:, None])        # [4,10,G]
+        rank = np.where(usable, overlaps[d] - 2 * ignored[:, None], -9)
+        best = G - 1 - rank[..., ::-1].argmax(-1)                           # [4,10]
+        matched[..., d] = hit = usable[(*places, best)]
+        wasted[..., d] = hit & ignored[places[0], best]
+        free[(*places, best)] &= ~hit
+    return matched, wasted
+
+
+def compare(found, truths, kind, image, lvis):
+    """The results and truths of one image and category: (scores [D], hits and misses, bool [4,10,D]
+    each, numbers of truths that count [4])."""
+    found = sorted(found, key=lambda one: -one["score"])
+    crowd = np.array([one["iscrowd"] for one in truths], bool)              # [G]
+    area = np.array([one["area"] for one in truths])                        # [G]
+    outside = lambda area: (area < AREAS[:, :1]) | (area > AREAS[:, 1:])    # [4,n]
+    ignored = outside(area) | crowd
+    if kind == "bbox":
+        boxes = [np.array([one["bbox"] for one in some], float).reshape(-1, 4)
+                 for some in (found, truths)]
+        areas, overlaps = boxes[0][:, 2:].prod(1), box_overlaps(*boxes, crowd)
+    else:
+        masks = [[read_runs(one["segmentation"], image["height"], image["width"]) for one in some]
+                 for some in (found, truths)]
+        areas = np.array([runs[1::2].sum() for runs in masks[0]])
+        overlaps = mask_overlaps(*masks, crowd) if found and truths else np.zeros(
+            (len(found), len(truths)))
+    matched, wasted = match_truths(overlaps, crowd, ignored)
+    misses = ~matched & ~outside(areas)[:, None] & (areas > 0 if lvis else True)
+    return np.array([one["score"] for one in found]), matched & ~wasted, misses, (~ignored).sum(1)
+
+
+def curves(rows, area, most):
+    """(Precision [10,101] at OVERLAPS and RECALLS, final recall [10]) of one category, from
+    `compare`'s rows, of which the surest `most` count; None where there is no truth."""
+    count = sum(row[3][area] for row in rows)
+    if not count:
+        return None
+    order = np.argsort(-np.concatenate([row[0][:most] for row in rows]), kind="stable")
+    hits, misses = (np.cumsum(np.concatenate(
+        [row[k][area, :, :most] for row in rows], 1)[:, order], 1) for k in (1, 2))     # [10,n]
+    precision = np.zeros((10, 102))
+    if len(order):
+        best = hits / (hits + misses + np.spacing(1))
+        best = np.maximum.accumulate(best[:, ::-1], 1)[:, ::-1]     # at this recall or a higher one
+        for line, recall, values in zip(precision, hits / count, best):
+            at = np.searchsorted(recall, RECALLS)
+            line[:101] = np.append(values, 0)[at]
+    return precision[:, :101], hits[:, -1] / count if len(order) else np.zeros(10)
+
+
+def coco_scores(truths, results, categories, kind):
+    """COCO's twelve numbers, 0 … 1, of "bbox" or "segm"; -1 where there is nothing to find.
+
+    Of LVIS, an image knows only some of the categories: results of others do not count, nor misses
+    of those that are not exhaustive; AP is also given for rare, common and frequent ones."""
+    lvis = any("neg_category_ids" in image for image in truths)
+    found = {}
+    for one in results:
+        found.setdefault(one["image_id"], []).append(one)
+    rows = {one["id"]: [] for one in categories}
+    ids = {one["name"]: one["id"] for one in categories}
+    for image in sorted(truths, key=lambda image: image["id"]):
+        here, some = {}, found.get(image["id"], [])
+        if lvis:
+            some = sorted(some, key=lambda one: -one["score"])[:300]
+        for k, one in ((ids[one["category"]], one) for one in image["objects"]):
+            here.setdefault(k, ([], []))[1].append(one)
+        for one in some:
+            k = one["category_id"]
+            if k in rows and (not lvis or k in here or k in image["neg_category_ids"]):
+                here.setdefault(k, ([], []))[0].append(one)
+        for k, (mine, objects) in here.items():
+            row = compare(mine, objects, kind, image, lvis)
+            if lvis and k in image["not_exhaustive_category_ids"]:
+                row[2][:] = False
+            rows[k].append(row)
+    most = 300 if lvis else 100
+    found = {(area, n): {k: curve for k in rows if (curve := curves(rows[k], area, n))}
+             for area, n in ((0, most), (1, most), (2, most), (3, most), (0, 1), (0, 10))}
+    mean = lambda values: float(np.mean(values)) if (values := [*values]) else -1.0
+    every = found[0, most].values()
+    scores = {"AP": mean(p for p, _ in every), "AP50": mean(p[0] for p, _ in every),
+              "AP75": mean(p[5] for p, _ in every)}
+    scores |= {f"AP{size}": mean(p for p, _ in found[area, most].values())
+               for area, size in ((1, "s"), (2, "m"), (3, "l"))}
+    if lvis:
+        scores |= {f"AP{letter}": mean(
+            found[0, most][one["id"]][0] for one in categories
+            if one["frequency"] == letter and one["id"] in found[0, most]) for letter in "rcf"}
+    scores |= {f"AR{n}": mean(r for _, r in found[0, n].values())
+               for n in (1, 10, most) if not lvis or n == most}
+    return scores | {f"AR{size}": mean(r for _, r in found[area, most].values())
+                     for area, size in ((1, "s"), (2, "m"), (3, "l"))}
+
+
+# ======================================================================================
+# Detection: evaluation, pictures, main
+# ======================================================================================
+
+def paste_mask(mask, box, height, width):
+    """A mask [m,m], 0 … 1, in its box, as bool [height,width] of the whole image."""
+    left, top, right, bottom = box
+    across, down = (2 * (np.arange(n) + 0.5 - start) / max(end - start, 1e-6) - 1
+                    for n, start, end in ((width, left, right), (height, top, bottom)))
+    whole, (rows, columns) = np.zeros((height, width), bool), (
+        np.flatnonzero(abs(places) < 1 + 1 / len(mask)) for places in (down, across))
+    if len(rows) and len(columns):
+        y, x = (torch.from_numpy(places[some]).float()
+                for places, some in ((down, rows), (across, columns)))
+        grid = torch.stack(torch.broadcast_tensors(x, y[:, None]), -1)      # [h,w,2]
+        part = F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
+        whole[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] = (part >= 0.5).numpy()
+    return whole
+
+
+def results_of(found, scale, sample, categories):
+    """What a detector has found in one image, in COCO's format. `found` are its scores [n], classes
+    [n], boxes [n,4] on the canvas and masks [n,28,28] or None; `scale` [2] is objects_layout's."""
+    results, (height, width) = [], (sample["height"], sample["width"])
+    scores, classes, boxes, masks = (x if x is None else x.cpu() for x in found)
+    boxes = (boxes / scale.repeat(2)).minimum(torch.tensor([width, height, width, height]))
+    for i in range(int((scores > 0).sum())):
+        left, top, right, bottom = box = boxes[i].tolist()
+        results.append({"image_id": sample["id"], "category_id": categories[classes[i]]["id"],
+                        "bbox": [round(x, 3) for x in (left, top, right - left, bottom - top)],
+                        "score": round(float(scores[i]), 5)})
+        if masks is not None:
+            runs = data.runs_of_mask(paste_mask(masks[i], box, height, width))
+            results[-1]["segmentation"] = {"size": [height, width], "counts": text_of_runs(runs)}
+    return results
+
+
+def find_objects(model, images, batch, samples, args, categories):
+    """The results of `results_of` for each image [B,C,H,W] of a batch; every rank has to call it."""
+    most, least = (300, 0.02) if model.frequencies else (100, 0.05)
+    with torch.no_grad(), vit.autocast(args, images.device):
+        found = model.detect(images, batch["seen"].to(images.device), most, least)
+    rows = zip(*(x if x is not None else [None] * len(images) for x in found))
+    return [results_of(row, scale, sample, categories)
+            for row, scale, sample in zip(rows, batch["scale"], samples)]
+
+
+def evaluate_detector(model, val, args, device, categories):
+    """COCO's scores over a source, every image once at any number of ranks; also
+    OUT/results.json."""
+    mine = []
+    for images, batch in data.validate(val, args, device):
+        # Positions past the end fill up the last batch.
+        samples = [val.sample(i % len(val)) for i in batch["position"].tolist()]
+        found = find_objects(model, images, batch, samples, args, categories)
+        mine += [(i, some) for i, some, weight in zip(
+            batch["position"].tolist(), found, batch["weight"].tolist()) if weight]
+    parts = vit.gather_objects(mine)
+
+    def score():
+        read = sorted(sum(parts, []), key=lambda one: one[0])
+        results = [one for _, some in read for one in some]
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        vit.write_aside(Path(args.out) / "results.json",
+                        lambda aside: aside.write_text(json.dumps(results)))
+        truths = [val.sample(i) for i, _ in read]
+        return {**{kind: coco_scores(truths, results, categories, kind)
+                   for kind in (("bbox", "segm") if args.masks else ("bbox",))},
+                "count": len(read), "bad": len(val) - len(read)}
+
+    return vit.on_rank_0(score)
+
+
+def evaluate_results(args):
+    """COCO's scores of the file --evaluate on --val's annotations: the last line of stdout."""
+    source = data.open_objects(args.val, None, (64, 64))
+    if len(source.sources) > 1:
+        raise UserError("--evaluate takes one --val: its ids are those of the results")
+    truths, categories = [source[i] for i in range(len(source))], source.sources[0].categories
+    try:
+        results = json.loads(Path(args.evaluate).read_text())
+        for one in results:
+            one["score"], one["category_id"] = float(one["score"]), int(one["category_id"])
+            one["bbox"] = [*map(float, one["bbox"])] if "bbox" in one else None
+        unknown = {one["image_id"] for one in results} - {one["id"] for one in truths}
+    except (OSError, *data.RECORD_ERRORS) as error:
+        raise UserError(f"--evaluate {args.evaluate} cannot be read as COCO's results: "
+                        f"{type(error).__name__}: {error}") from error
+    if unknown or not results:
+        raise UserError(f"--evaluate {args.evaluate} has {len(unknown)} images that --val has not, "
+                        f"as {min(unknown)}" if unknown else f"{args.evaluate} has no results")
+    kinds = {"bbox": all(one["bbox"] for one in results), "segm": all(
+        "segmentation" in one for one in (*results, *(o for t in truths for o in t["objects"])))}
+    rank0_print(json.dumps({kind: coco_scores(truths, results, categories, kind)
+                            for kind, given in kinds.items() if given}))
+
+
+def draw_objects(pixels, objects, categories, least=0.5):
+    """Pixels uint8 [H,W,C] with objects drawn on them: results of a score from `least` on, or
+    truths, as a PIL image."""
+    H, W = pixels.shape[:2]
+    zoom = max(1, round(320 / max(H, W)))
+    pixels, labels, names = pixels.astype(float), [], {c["id"]: c["name"] for c in categories}
+    for one in objects:
+        name = names.get(one.get("category_id"), one.get("category"))
+        colour = np.array(ImageColor.getrgb(f"hsl({47 * zlib.crc32(name.encode()) % 360},90%,50%)"))
+        if one.get("score", 1) < least:
+            continue
+        if one.get("segmentation"):
+            mask = mask_of_runs(read_runs(one["segmentation"], H, W), H, W)
+            pixels[mask] = 0.6 * pixels[mask] + 0.4 * colour
+        labels.append((one, f"{name} {one['score']:.2f}" if "score" in one else name, colour))
+    picture = Image.fromarray(pixels.astype(np.uint8)).resize((W * zoom, H * zoom), 0)
+    pen = ImageDraw.Draw(picture)
+    for one, text, colour in labels:
+        x, y, w, h = (zoom * value for value in one["bbox"])
+        pen.rectangle((x, y, x + w, y + h), outline=tuple(colour.tolist()), width=2)
+        pen.text((x + 3, y + 1), text, "white", stroke_width=1, stroke_fill="black")
+    return picture
+
+
+def draw_detections(args, samples, results, categories):
+    """OUT/detections.png: samples with what was found and, beside it, the truth; rank 0 draws."""
+    if vit.get_rank():
+        return
+    rows = []
+    for sample, found in zip(samples, results):
+        size = sample["height"], sample["width"]
+        pixels = data.read_pixels(sample["image"], functools.partial(
+            data.whole, uniforms=None, size=None), size, 3)
+        rows.append([draw_objects(pixels, found, categories),
+                     *([] if args.predict else [draw_objects(pixels, sample["objects"], categories)])])
+    width = max(sum(one.width + 4 for one in row) for row in rows)
+    sheet, y = Image.new("RGB", (width, sum(row[0].height + 4 for row in rows)), "white"), 0
+    for row in rows:
+        for k, one in enumerate(row):
+            sheet.paste(one, (k * (one.width + 4), y))
+        y += row[0].height + 4
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    vit.write_aside(Path(args.out) / "detections.png", lambda aside: sheet.save(aside, "PNG"))
+
+
+def trunk_16(tensors, masks=True):
+    """A file's tensors for a detector: no class token; a kernel of patches of 14 pixels becomes one
+    of 16, resized bicubically."""
+    tensors = {name: tensor for name, tensor in vit.our_names(tensors).items()
+               if name != "cls_token" and (masks or not name.startswith("mask_head."))}
+    kernel = tensors.get("patch_embed.proj.weight")
+    if kernel is not None and kernel.shape[-1] == 14:
+        tensors["patch_embed.proj.weight"] = F.interpolate(kernel.float(), (16, 16), mode="bicubic")
+    return tensors
+
+
+def rows_with_objects(source, lvis, seed):
+    """The images with objects, by number; those of rare classes of LVIS several times: an epoch has
+    each max(1, sqrt(0.001 / f)) times, where f is the share of images with its rarest class."""
+    counts = np.concatenate([one.objects for one in source.sources])
+    rows = np.flatnonzero(counts)
+    if len(rows) < len(counts):
+        rank0_print(f"left out: {len(counts) - len(rows):,} images without objects")
+    if not len(rows):
+        raise UserError("--data has no objects to learn")
+    if lvis:
+        here = [{one["category"] for one in source[int(i)]["objects"]} for i in rows]
+        images = Counter(name for names in here for name in names)
+        times = np.array([max(max(1.0, math.sqrt(0.001 * len(rows) / images[name]))
+                              for name in names) for names in here])
+        chance = data.uniform(seed, rows, "repeat", 1)[:, 0]
+        rows = np.repeat(rows, np.floor(times + chance).astype(int))
+    return rows
+
+
+def detector_flops(config, heads, K, window, stages, masks):
+    """Floating-point operations of a forward pass over one image, two per multiply-add."""
+    N, D, C, S = config.num_patches, config.width, heads.channels, heads.boxes
+    side = window if window < max(config.grid) else 0
+    spread = math.prod(-(-n // side) * side for n in config.grid) if side else N    # with windows
+    windowed = config.depth - min(4, config.depth) if side else 0
+    products = N * D * config.patch ** 2 * config.channels + config.depth * 8 * N * D ** 2
+    products += windowed * spread * (4 * D ** 2 + 2 * side ** 2 * D)
+    products += (config.depth - windowed) * N * (4 * D ** 2 + 2 * N * D)
+    places = N * (16 + 4 + 1 + 1 / 4)
+    products += N * D * (3.5 * D + C * 4 + C * 2 + C + C / 4) + places * 9 * C * C      # pyramid
+    products += (places + N / 16) * (18 * C * C + 15 * C)                   # proposals
+    convs = heads.convs * 9 * C * C
+    products += len(stages) * S * (49 * convs + heads.hidden * (49 * C + K + 5))
+    products += masks * max(1, S // 4) * (196 * (convs + 4 * C * C) + 784 * C * K)
+    return 2 * int(products)
+
+
+def open_pictures(args, config):
+    """--predict's pictures as samples without objects, and a batch of them. Raises UserError."""
+    samples, rows = [], []
+    for k, path in enumerate(args.predict):
+        try:
+            with data.open_image(path) as image:
+                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+                width, height = image.size[::-1] if turned else image.size
+            samples.append({"id": k, "image": path, "height": height, "width": width,
+                            "objects": []})
+            rows.append(see_objects(samples[-1], [0] * 4, config.image, config.channels))
+        except Exception as error:      # what decoders raise on damage has no common class
+            raise UserError(f"--predict {path} cannot be read: {error}") from error
+    pixels, notes = zip(*rows)
+    return samples, {"images": torch.tensor(np.stack(pixels)), **{
+        name: torch.tensor(np.stack([one[name] for one in notes])) for name in ("seen", "scale")}}
+
+
+def load_detector(model, args, classes, file_info):
+    """Load --init: a detector, with its classes where they are the same, or any encoder."""
+    in_use, is_detector = args.predict or args.eval_only, file_info.get("stage") == "detect"
+    heads = ("pyramid.*", "proposals.*", "box_heads.*", "mask_head.*", "*.rel_pos.*")
+    of_classes = ("box_heads.*.classes.*", "mask_head.classes.*")
+    vit.load_weights(model, args.init, new=() if in_use else heads, renew=() if in_use or
+                     file_info.get("classes") == classes else of_classes,
+                     rename=functools.partial(trunk_16, masks=args.masks))
+    if not (in_use or is_detector):
+        rank0_print("the pyramid and the heads start from random weights")
+
+
+def detect(argv):
+    args, config, heads, file_info = parse_detect_flags(argv)
+    if args.evaluate:
+        return evaluate_results(args)
+    device = None if args.plan else vit.start(args)
+
+    # ---- data
+    train = val = None
+    categories = [{"id": i, "name": name} for i, name in enumerate(file_info.get("classes", []), 1)]
+    if not (args.predict or args.eval_only or args.plan):
+        train = data.open_objects(args.data, args.images, config.image)
+        categories = train.categories
+        if args.masks and not all(source.masks for source in train.sources):
+            raise UserError("--data has objects without masks: give --no-masks")
+    if args.val and not (args.predict or args.plan):
+        val = data.open_objects(args.val, args.val_images or args.images, config.image)
+        ids = {one["name"]: one["id"] for one in val.categories}
+        if missing := {*ids} - {one["name"] for one in categories}:
+            raise UserError(f"--val has {len(missing)} categories that the model lacks: "
+                            f"{', '.join(sorted(missing)[:5])}")
+        categories = [{**one, "id": ids.get(one["name"], -i)} for i, one in enumerate(categories)]
+        see = functools.partial(see_objects, size=config.image, channels=config.channels)
+        val = data.Samples(val, config.image, config.channels, shuffle=False, annotate=see,
+                           layout=objects_layout())
+    classes = [one["name"] for one in categories]
+    frequencies = [one.get("image_count", 0) for one in categories] if any(
+        "frequency" in one for one in categories) else None
+    if args.predict or args.eval_only and len(classes) == file_info["shapes"][
+            "box_heads.0.classes.bias"][0]:
+        frequencies = [1] * len(classes)
+
+    # ---- model: a checkpoint in --out, else --init, else random weights
+    K, stages = len(classes) or 80, STAGES[args.heads]
+    make = lambda: Detector(config, heads, K, args.window, stages, args.masks, args.seed,
+                            frequencies)
+    flops = 3 * detector_flops(config, heads, K, args.window, stages, args.masks)
+    if args.plan:
+        return vit.plan(args, make, [(config.depth, config.width, config.num_patches)], flops)
+    model, wrapped = vit.build(make, args, device, ("detect",))
+    if args.init:
+        load_detector(model, args, classes, file_info)
+    if args.predict:
+        samples, batch = open_pictures(args, config)
+        images = data.normalise(batch["images"].to(device))
+        found = find_objects(model, images, batch, samples, args, categories)
+        for path, some in zip(args.predict, found):
+            rank0_print(f"{path}: " + (", ".join(
+                f"{classes[one['category_id'] - 1]} {one['score']:.2f} at {one['bbox']}"
+                for one in some if one["score"] >= 0.5) or "nothing"))
+        return draw_detections(args, samples, found, categories)
+    if args.eval_only:
+        return vit.report(args, evaluate_detector(model, val, args, device, categories))
+    most = max(int(source.objects.max()) for source in train.sources)
+    see = functools.partial(see_objects, size=config.image, channels=config.channels,
+                            numbers={name: k for k, name in enumerate(classes)}, most=most,
+                            side=MASK_SIDE * args.masks, jitter=args.jitter, flip=True)
+    train = data.Samples(train, config.image, config.channels, seed=args.seed, annotate=see,
+                         rows=rows_with_objects(train, frequencies, args.seed),
+                         layout=objects_layout(most, MASK_SIDE * args.masks))
+    schedule = vit.make_schedule(args, len(train))
+    if not vit.open_run(args, "detect", model, train, val, {"classes": classes}):
+        return
+    examples, scores = val and data.examples(val, device), {}
+
+    def draw_and_evaluate():
+        if not val:
+            return {}
+        samples = [val.sample(i) for i in examples["position"].tolist()]
+        images = data.normalise(examples["images"].to(device))
+        draw_detections(args, samples, find_objects(model, images, examples, samples, args,
+                                                    categories), categories)
+        scores.update(evaluate_detector(model, val, args, device, categories))
+        return {f"{kind}_{name}": scores[kind][name] for kind in ("bbox", "segm") if kind in scores
+                for name in ("AP", "AP50", "AP75")} | {"count": scores["count"],
+                                                       "bad": scores["bad"]}
+
+    # ---- loop
+    groups = vit.decay_groups(model, args.weight_decay, NO_DECAY, args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
+    model_info = {"config": asdict(config), "stage": "detect", "classes": classes, "detector": {
+        "heads": args.heads, "window": args.window, "masks": args.masks}}
+    run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info, flops)
+    batches = data.training_batches(train, args, run.state["step"], schedule, device)
+    for _ in run.steps(draw_and_evaluate):
+        for batch in run.micro_batches(batches):
+            images, scales = data.normalise(batch["images"]), None          # [B,C,H,W]
+            if args.drop_path:
+                uniforms = data.uniform(args.seed, batch["position"], "drop path", 2 * config.depth)
+                scales = vit.drop_path_scales(uniforms, args.drop_path)     # [B,L,2]
+            with vit.autocast(args, device):
+                loss = wrapped(images, batch, scales)
+            run.backward(loss)
+        run.update()
+    if scores and run.state["step"] == schedule.steps:
+        vit.report(args, {**scores, "samples": schedule.steps * args.batch})
+
+
+# ======================================================================================
 # Main
 # ======================================================================================
 
 TASKS = {"classify": classify, "features": features, "knn": knn, "linear": linear,
-         "lowshot": lowshot, "zeroshot": zeroshot}
+         "lowshot": lowshot, "zeroshot": zeroshot, "detect": detect}
 
 
 def main(argv):
