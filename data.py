@@ -1306,6 +1306,8 @@ def open_objects(specs, folder, size):
     joined, known = Joined(sources), {
         one["name"]: one for source in sources for one in source.categories}
     joined.categories = [known[name] for name in joined.classes]
+    joined.masks = all(source.masks for source in sources)
+    joined.federated = all("frequency" in one for one in joined.categories)     # LVIS
     return joined
 
 

@@ -39,7 +39,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,10 +48,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageEnhance, ImageOps
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import vit
-from vit import Config, UserError, ViT, rank0_print
+from vit import UserError, ViT, rank0_print
 
 # ======================================================================================
 # classify: recipes and flags
@@ -1843,46 +1844,46 @@ def zeroshot(argv):
 # ======================================================================================
 # Detection: recipes and flags
 #
-# `finetune.py detect` finds objects: a box, a class, a score and a mask for each. It is ViTDet
-# (arXiv 2203.16527), as in the paper: a plain ViT with attention in windows, a pyramid made from
-# its last map, and Cascade Mask R-CNN (1703.06870, 1712.00726) on it. Values without another source
-# are those of ViTDet's code, detectron2.
+# `finetune.py detect` finds objects: of each a box, a class, a score and a mask. As in the paper it
+# is ViTDet (arXiv 2203.16527): a plain ViT with attention in windows, a pyramid made from its last
+# map, and Cascade Mask R-CNN (1703.06870, 1712.00726). Values without a source are those of
+# ViTDet's code, detectron2. The order: boxes, parts of maps, network, images, masks, scores, main.
 #
-#     torchrun finetune.py detect --init runs/mae/model.pt              # the world: boxes, masks
+#     torchrun finetune.py detect --init runs/wsp/model.pt      # the world's shapes, half an hour
 #     torchrun --nproc-per-node gpu finetune.py detect --init maws.pt --data train2017.json \
 #         --images train2017 --val val2017.json --val-images val2017
 #     python finetune.py detect --evaluate results.json --val val2017.json
 #
 # More letters: G objects of an image, A anchors, n boxes of an image, S those that are trained on,
-# R all boxes of a batch.
+# R boxes of a batch.
 # ======================================================================================
 
-@dataclass
-class Heads:
+class Heads(NamedTuple):
     """Sizes of what comes after the encoder."""
-    channels: int       # of the pyramid and all convolutions
-    convs: int          # 3 x 3 convolutions in each box and mask head
+    channels: int       # of the pyramid and of all convolutions
+    convs: int          # 3 x 3 convolutions in a box head or mask head
     hidden: int         # outputs of a box head's linear layer
-    anchors: int        # sampled of an image for the loss of the proposals
-    boxes: int          # S: sampled of an image for the heads
+    anchors: int        # of an image that the proposals are trained on
+    boxes: int          # S
     before_nms: int     # best proposals of each level of the pyramid
     after_nms: int      # best proposals of an image
 
 
 HEADS = {"vitdet": Heads(256, 4, 1024, 256, 512, 2000, 1000),
-         "ours": Heads(64, 1, 256, 64, 64, 256, 64)}        # nano, tiny, small: for a laptop
+         "ours": Heads(64, 1, 256, 64, 32, 256, 64)}        # nano, tiny, small: for a laptop
 DETECT_RECIPES = {
     "vitdet": dict(batch=64, epochs=100, lr=1e-4, weight_decay=0.1, warmup=0.0014, clip_grad=0.0,
                    jitter=[0.1, 2.0]),
-    "ours": dict(batch=16, epochs=12, lr=1e-3, weight_decay=0.05, warmup=0.05, clip_grad=1.0,
-                 layer_decay=0.8, drop_path=0.0, jitter=[0.5, 1.5])}
+    "ours": dict(batch=16, epochs=1, lr=1e-3, weight_decay=0.05, warmup=0.05, clip_grad=1.0,
+                 jitter=[0.5, 1.5], layer_decay=0.8, drop_path=0.0)}
 DETECT_BY_MODEL = {"base": dict(layer_decay=0.7, drop_path=0.1),
                    "large": dict(layer_decay=0.8, drop_path=0.4),   # 2b, 6.5b: not published
                    **dict.fromkeys(("huge", "2b", "6.5b"), dict(layer_decay=0.9, drop_path=0.5))}
-STAGES = {"cascade": (0.5, 0.6, 0.7), "one": (0.5,)}    # IoU from which on a box is an object
-# What box offsets are multiplied by before the loss, by stage: the later, the smaller they are
-OFFSET_SCALES = (10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)
-FEDERATED = 50              # classes of LVIS that are judged in an image
+STAGES = {"cascade": (0.5, 0.6, 0.7), "one": (0.5,)}        # IoU from which on a box is an object
+# The later the head, the smaller the offsets that it learns; what they are multiplied by
+SCALES = (10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)
+FEDERATED = 50          # classes that are judged in an image of LVIS
+MASK_SIDE = 112         # of objects' masks in their boxes: four times that of predictions (ours)
 
 
 def parse_detect_flags(argv):
@@ -1890,98 +1891,93 @@ def parse_detect_flags(argv):
     parser = vit.stage_parser("finetune.py detect", __doc__, {
         **{f"recipe {name}:": recipe for name, recipe in DETECT_RECIPES.items()},
         **{f"recipe vitdet, {name}:": recipe for name, recipe in DETECT_BY_MODEL.items()}})
-    parser.set_defaults(data=["world-boxes"])
+    parser.set_defaults(data=["world-boxes"], micro_batch=16)
     add = parser.add_argument_group("detection").add_argument
-    add("--images", metavar="DIR", help="folder of the images that --data's .json names; default: "
-        "that of the .json")
-    add("--val-images", metavar="DIR", help="the same for --val; default: --images")
-    add("--heads", choices=STAGES, help="box heads: three, of which each refines the boxes of the "
-        "one before (cascade), or one; default cascade, or as --init")
-    add("--no-masks", dest="masks", action="store_false", help="find boxes only; for data without "
-        "masks; default: boxes and masks, or as --init")
-    add("--window", type=vit.positive, metavar="PATCHES", help="side of the windows of attention; "
-        "four blocks attend everywhere; default 14 (ViTDet), or as --init")
-    add("--jitter", type=vit.number(0.01, 10), nargs=2, metavar=("LOW", "HIGH"), help="range of the "
+    add("--images", metavar="DIR", help="folder of --data's images; default: that of its .json")
+    add("--val-images", metavar="DIR", help="folder of --val's images; default: --images")
+    add("--heads", choices=STAGES, help="cascade: three box heads, each for the boxes of the one "
+        "before; default cascade, or as --init")
+    add("--no-masks", dest="masks", action="store_false", help="boxes only, for data without masks; "
+        "default: boxes and masks, or as --init")
+    add("--window", type=vit.positive, metavar="PATCHES", help="side of the windows that most "
+        "blocks attend in; default 14, or as --init")
+    add("--jitter", type=vit.number(0.01, 10), nargs=2, metavar="SIZE", help="smallest and largest "
         "size of images in training, relative to what fits; 1 1 is off; default by recipe")
-    add("--layer-decay", type=vit.number(1e-9, 1), metavar="FACTOR", help="learning rate of a "
-        "layer relative to the layer above it; 1 off; default by recipe")
+    add("--layer-decay", type=vit.number(1e-9, 1), metavar="FACTOR", help="learning rate of a layer "
+        "relative to the layer above it; 1 off; default by recipe")
     add("--drop-path", type=vit.number(0, 0.999), metavar="SHARE", help="share of images that skip "
         "a branch of the last block; 0 off; default by recipe")
-    add("--evaluate", metavar="RESULTS", help="print COCO's scores of this file of results on "
-        "--val's .json and stop; no model is used")
+    add("--evaluate", metavar="RESULTS", help="print the scores of a file of COCO's results on "
+        "--val's .json and stop")
     args = parser.parse_args(argv)
-    size, args.image_size = args.image_size, None       # it has to fit patches of 16, not of 14
+    size, args.image_size = args.image_size, None       # it must fit patches of 16, not of 14
     config, name, file_info = vit.choose_config(args, "detect")
     in_use, trained = args.predict or args.eval_only, file_info.get("detector", {})
-    if in_use and file_info.get("stage") != "detect":
+    if in_use and not trained:
         raise UserError(f"{args.init} is no detector: --predict and --eval-only need one, as "
                         "runs/detect/model.pt")
-    small = name not in DETECT_BY_MODEL
-    if not size:
-        size = list(config.image) if small or in_use else [1024]
-    if len(size) > 2:
-        raise UserError(f"--image-size takes one or two numbers; found {size}")
-    config = Config(config.width, config.depth, config.heads,
-                    16 if config.patch == 14 else config.patch, tuple(size), config.channels)
-    recipe = {**DETECT_RECIPES["ours" if small else "vitdet"], **DETECT_BY_MODEL.get(name, {})}
-    if in_use:
-        args.masks = trained["masks"]
-        recipe |= {flag: trained[flag] for flag in ("heads", "window")}
-    vit.fill_recipe(args, {"heads": "cascade", "window": 14, **recipe})
-    is_world = lambda specs: all(spec.startswith("world-boxes") for spec in specs)
-    if args.val is None and is_world(args.data) and not args.evaluate:
+    recipe = "vitdet" if name in DETECT_BY_MODEL else "ours"
+    size = size or (config.image if in_use or recipe == "ours" else [1024])
+    config = replace(config, image=size, patch=16 if config.patch == 14 else config.patch)
+    kept = {flag: trained[flag] for flag in ("heads", "window")} if in_use else {}
+    args.masks = trained["masks"] if in_use else args.masks
+    vit.fill_recipe(args, {"heads": "cascade", "window": 14, **DETECT_RECIPES[recipe],
+                           **DETECT_BY_MODEL.get(name, {}), **kept})
+    if args.val is None and all(spec.startswith("world-boxes") for spec in args.data):
         args.val = ["world-boxes-val"]
     if (args.eval_only or args.evaluate) and not args.val:
         raise UserError("--eval-only and --evaluate need --val: the images to evaluate on")
-    return args, config, HEADS["ours" if small else "vitdet"], file_info
+    return args, config, HEADS[recipe], file_info
 
 
 # ======================================================================================
 # Detection: boxes
 #
-# A box is (left, top, right, bottom) in pixels of the canvas. Each image has equally many, so that
-# a batch is one tensor: what is filled up is said beside it.
+# A box is (left, top, right, bottom) in pixels. Every image has equally many, so that a batch is
+# one tensor; which of them count is said beside it.
 # ======================================================================================
 
 def box_iou(a, b):
     """The IoU [B,n,m] of boxes [B,n,4] and [B,m,4]: what two have in common, by what they cover."""
+    area = lambda box: (box[2] - box[0]) * (box[3] - box[1])
     a, b = a[:, :, None].unbind(-1), b[:, None].unbind(-1)                  # [B,n,1] and [B,1,m]
     w = (torch.minimum(a[2], b[2]) - torch.maximum(a[0], b[0])).clamp(min=0)    # [B,n,m]
     h = (torch.minimum(a[3], b[3]) - torch.maximum(a[1], b[1])).clamp(min=0)
-    area = lambda box: (box[2] - box[0]) * (box[3] - box[1])
     return w * h / (area(a) + area(b) - w * h).clamp(min=1e-9)
 
 
 def clip_boxes(boxes, seen):
-    """Boxes [B,n,4] cut to the images, of (height, width) `seen` [B,2]; and which have an area,
-    bool [B,n]."""
+    """Boxes [B,n,4] cut to images of (height, width) `seen` [B,2]; which have an area [B,n]."""
     boxes = torch.minimum(boxes.nan_to_num().clamp(min=0), seen.flip(1).repeat(1, 2)[:, None])
     return boxes, (boxes[..., 2:] > boxes[..., :2]).all(-1)
 
 
-def encode_boxes(boxes, targets, scales):
-    """The offsets [B,n,4] that turn boxes into targets [B,n,4]: of the centre, by the box's size,
-    and of the logarithms of width and height; times `scales` (R-CNN, arXiv 1311.2524)."""
-    size, target_size = ((some[..., 2:] - some[..., :2]).clamp(min=1e-6)
-                         for some in (boxes, targets))
-    centre, target_centre = ((some[..., :2] + some[..., 2:]) / 2 for some in (boxes, targets))
-    offsets = torch.cat([(target_centre - centre) / size, (target_size / size).log()], -1)
+def centre_and_size(boxes):
+    """The centres and sizes (x, y) of boxes [B,n,4], 2 x [B,n,2]."""
+    return (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
+
+
+def encode_boxes(boxes, targets, scales=(1, 1, 1, 1)):
+    """The offsets [B,n,4] from boxes to targets [B,n,4]: of the centre, by the box's size, and the
+    logarithms of how much wider and higher; times `scales` (R-CNN, arXiv 1311.2524)."""
+    (centre, size), (target, target_size) = centre_and_size(boxes), centre_and_size(targets)
+    size, target_size = size.clamp(min=1e-6), target_size.clamp(min=1e-6)
+    offsets = torch.cat([(target - centre) / size, (target_size / size).log()], -1)
     return offsets * offsets.new_tensor(scales)
 
 
-def decode_boxes(offsets, boxes, scales):
-    """Boxes [B,n,4] moved by offsets [B,n,4]: the inverse of encode_boxes. A side grows at most by
-    1000 / 16."""
-    offsets = offsets.float() / boxes.new_tensor(scales)
-    size, centre = boxes[..., 2:] - boxes[..., :2], (boxes[..., :2] + boxes[..., 2:]) / 2
+def decode_boxes(offsets, boxes, scales=(1, 1, 1, 1)):
+    """The inverse of encode_boxes: boxes [B,n,4] moved by offsets [B,n,4]. A side grows at most to
+    1000 / 16 of itself."""
+    offsets, (centre, size) = offsets / boxes.new_tensor(scales), centre_and_size(boxes)
     centre = centre + offsets[..., :2] * size
     half = size * offsets[..., 2:].clamp(max=math.log(1000 / 16)).exp() / 2
     return torch.cat([centre - half, centre + half], -1)
 
 
 def make_anchors(grids, patch, device):
-    """Boxes to start from, [A,4], on a pyramid of `grids` [(rows, columns)]: at each place of each
-    level three, of the same area and heights of 0.5, 1 and 2 widths. Their side is eight strides:
+    """The boxes to start from, [A,4], on a pyramid of `grids` [(rows, columns)]: at each place of
+    each level three of the same area, 0.5, 1 and 2 times as high as wide. Their side is 8 strides:
     32 to 512 pixels for patches of 16."""
     anchors, ratio = [], torch.tensor([0.5, 1, 2], device=device).sqrt()
     for level, (rows, columns) in enumerate(grids):
@@ -1994,14 +1990,13 @@ def make_anchors(grids, patch, device):
     return torch.cat(anchors)
 
 
-def match(iou, known, low, high, nearest=False):
-    """Which object each of n boxes belongs to, from their IoU [B,G,n]; `known` [B,G] are objects.
-
-    Returns the object of the largest IoU [B,n], which boxes are it (IoU from `high` on) and which
-    are background (below `low`), bool [B,n]. With `nearest`, the boxes of an object's largest IoU
-    are it, too, however small that is."""
-    iou = iou.masked_fill(~known[..., None], -1)
-    best, which = iou.max(1)                                                # [B,n]
+def match(boxes, truth, known, low, high, nearest=False):
+    """Which object each of boxes [B,n,4] belongs to, of those of `truth` [B,G,4] that are `known`
+    [B,G]: the one of the largest IoU [B,n]; which boxes are that object (IoU from `high` on), and
+    which are background (below `low`), bool [B,n]. With `nearest`, the boxes that are nearest to an
+    object are it, however small their IoU."""
+    iou = box_iou(truth, boxes).masked_fill(~known[..., None], -1)          # [B,G,n]
+    best, which = iou.max(1)
     positive = best >= high
     if nearest:
         positive |= ((iou == iou.amax(2, keepdim=True)) & (iou > 0)).any(1)
@@ -2010,97 +2005,98 @@ def match(iou, known, low, high, nearest=False):
 
 def sample(positive, negative, uniforms, n, share):
     """Choose n boxes of each image by chance: at most a `share` of `positive`, the rest `negative`,
-    bool [B,m]. Returns their numbers [B,n], positive ones first, and whether each is one, bool
-    [B,n]: there may be too few. A pure function of `uniforms` [B,m]."""
-    n = min(n, positive.shape[1])
-    rank = torch.where(positive, uniforms, -1.0)
-    last = rank.topk(max(1, int(n * share))).values[:, -1:]                 # [B,1]
-    rank = torch.where(positive & (uniforms >= last), 2 + uniforms,
-                       torch.where(negative, uniforms, -1.0))
-    chosen = rank.topk(n)
-    return chosen.indices, chosen.values >= 0
+    bool [B,m]. Their numbers [B,n], positive ones first, and whether each is one, bool [B,n], since
+    there may be too few. A pure function of `uniforms` [B,m]."""
+    last = torch.where(positive, uniforms, -1).topk(max(1, int(n * share))).values[:, -1:]
+    rank = torch.where(negative, uniforms, -1)
+    rank = torch.where(positive & (uniforms >= last), 2 + uniforms, rank).topk(n)
+    return rank.indices, rank.values >= 0
 
 
 def nms(boxes, scores, groups, threshold):
-    """Non-maximum suppression: which of boxes [B,n,4] remain, bool [B,n], when every box drops all
-    of lower scores [B,n] in its group [B,n] whose IoU with it is above the threshold, the surest
-    first.
+    """Non-maximum suppression: going from the surest of boxes [B,n,4] down, each that remains drops
+    those after it, of its group [B,n], whose IoU with it is above the threshold. Returns which
+    remain, bool [B,n].
 
-    Without a loop over boxes: a box remains if no surer one that remains drops it. Starting from
-    all, this rule is applied until nothing changes; then it holds, and only one answer has it."""
-    order = scores.argsort(dim=1, descending=True, stable=True)                # [B,n]
+    Without a loop over boxes: a box remains if none that remains drops it. This rule is applied to
+    all until nothing changes. Only one answer agrees with it, since it looks at surer boxes only."""
+    order = scores.argsort(dim=1, descending=True, stable=True)             # [B,n]
     boxes, groups = vit.gather_tokens(boxes, order), groups.gather(1, order)
     drops = (box_iou(boxes, boxes) > threshold) & (groups[:, :, None] == groups[:, None])
-    drops = drops.triu(1).to(boxes.dtype)                                   # [B,n,n]
-    remain, before = torch.ones_like(scores, dtype=torch.bool), None
-    while before is None or not torch.equal(remain, before):
-        before, remain = remain, (remain[:, None].to(drops.dtype) @ drops)[:, 0] == 0
-    return torch.empty_like(remain).scatter(1, order, remain)
+    drops = drops.triu(1).float()                                           # [B,n,n]
+    remain, before = torch.ones_like(scores), None
+    while before is None or not remain.equal(before):
+        before, remain = remain, ((remain[:, None] @ drops)[:, 0] == 0).float()
+    return torch.empty_like(remain).scatter(1, order, remain) > 0
 
 
 # ======================================================================================
-# Detection: from maps to boxes, and masks in boxes
+# Detection: the parts of maps and masks that are in boxes
 # ======================================================================================
 
 def roi_align(maps, boxes, strides, side):
     """The part of a pyramid's maps [B,C,rows,columns] in each of boxes [B,n,4], as side x side
-    numbers: [B*n,C,side,side] (ROIAlign, arXiv 1703.06870; detectron2's, "aligned").
+    numbers: [B*n,C,side,side] (ROIAlign, arXiv 1703.06870; "aligned", as detectron2's).
 
-    Boxes of 14 patches' side are read from the level of the patches, smaller ones from finer maps.
-    A box is cut into side x side bins. A bin is the mean of the map at evenly spread points, about
-    one for each place of the map, between four places each. All are read by one gather: a bag of
-    points for each bin."""
-    B, n, _ = boxes.shape
-    table = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps]).float()  # [places,C]
-    area = (boxes[..., 2:] - boxes[..., :2]).prod(-1).flatten()             # [R]
-    level = (2 + torch.log2(area.sqrt() / (14 * strides[2]) + 1e-8)).floor()
-    level = level.clamp(0, len(maps) - 1).long()                            # [R]
-    rows, columns = boxes.new_tensor([m.shape[2:] for m in maps]).long()[level].unbind(1)
-    places = [m.numel() // m.shape[1] for m in maps]
-    first = boxes.new_tensor([sum(places[:k]) for k in range(len(maps))], dtype=torch.long)[level]
-    first += torch.arange(B, device=boxes.device).repeat_interleave(n) * rows * columns     # [R]
+    Boxes of 14 patches' side are read from the patches' own level, smaller ones from finer maps. A
+    box is cut into side x side bins. A bin is the mean of the map at evenly spread points, about
+    one for each place, each point weighing the four places around it. One gather reads them all,
+    with a bag of places for every bin."""
+    table = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps])  # [places,C]
+    (B, n, _), device = boxes.shape, boxes.device
+    level = (2 + (centre_and_size(boxes)[1].prod(-1).sqrt() / (14 * strides[2]) + 1e-8).log2())
+    level = level.floor().clamp(0, len(maps) - 1).long().flatten()          # [R]
+    rows, columns = torch.tensor([m.shape[2:] for m in maps], device=device)[level].unbind(1)
+    places = torch.tensor([0, *(m[:, 0].numel() for m in maps)], device=device).cumsum(0)
+    first = places[level] + rows * columns * torch.arange(B, device=device).repeat_interleave(n)
     boxes = boxes.flatten(0, 1) / boxes.new_tensor(strides)[level][:, None] - 0.5
     start, bin_size = boxes[:, :2], (boxes[:, 2:] - boxes[:, :2]) / side    # [R,2]: x, y
-    points = bin_size.ceil().clamp(min=1).long()                            # [R,2] in each bin
-    in_bin = points.prod(1)                                                 # [R]
-    in_box = in_bin * side ** 2
-    box = torch.arange(B * n, device=boxes.device).repeat_interleave(in_box)    # [points]
+    across, down = bin_size.ceil().clamp(min=1).long().unbind(1)            # points in a bin, [R]
+    in_bin, in_box = across * down, across * down * side ** 2
     begin = in_box.cumsum(0) - in_box                                       # [R]
-    k = torch.arange(len(box), device=boxes.device) - begin[box]
-    which, k = k // in_bin[box], k % in_bin[box]
-    across = points[box, 0]
-    place = torch.stack([which % side + (k % across + 0.5) / across,
-                         which // side + (k // across + 0.5) / points[box, 1]], 1)
+    box = torch.arange(B * n, device=device).repeat_interleave(in_box)      # [points]: their box,
+    k = torch.arange(len(box), device=device) - begin[box]
+    which, k = k // in_bin[box], k % in_bin[box]                            # bin, number in it
+    place = torch.stack([which % side + (k % across[box] + 0.5) / across[box],
+                         which // side + (k // across[box] + 0.5) / down[box]], 1)
     place = start[box] + bin_size[box] * place                              # [points,2]: x, y
-    most = torch.stack([columns, rows], 1)[box] - 1
-    inside = ((place >= -1) & (place <= most + 1)).all(1)
-    place = torch.minimum(place.clamp(min=0), most)
+    last = torch.stack([columns, rows], 1)[box] - 1
+    weight = ((place >= -1) & (place <= last + 1)).all(1) / in_bin[box]     # nothing outside
+    place = torch.minimum(place.clamp(min=0), last)
     low = place.floor().long()
-    high, far = torch.minimum(low + 1, most), place - low
-    (x0, y0), (x1, y1), (fx, fy) = low.unbind(1), high.unbind(1), far.unbind(1)
-    at = lambda x, y: first[box] + y * columns[box] + x
-    index = torch.stack([at(x0, y0), at(x1, y0), at(x0, y1), at(x1, y1)], 1)    # [points,4]
-    weight = torch.stack([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy], 1)
-    weight = weight * (inside / in_bin[box])[:, None]
-    bags = 4 * (begin[:, None] + in_bin[:, None] * torch.arange(side ** 2, device=boxes.device))
-    pooled = F.embedding_bag(index.flatten(), table, bags.flatten(), mode="sum",
+    (x0, y0), (x1, y1) = low.unbind(1), torch.minimum(low + 1, last).unbind(1)
+    fx, fy = (place - low).unbind(1)
+    index = first[box, None] + torch.stack([y0, y0, y1, y1], 1) * columns[box, None] + torch.stack(
+        [x0, x1, x0, x1], 1)                                                # [points,4]
+    weight = weight[:, None] * torch.stack([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy,
+                                            fx * fy], 1)
+    bags = 4 * (begin[:, None] + in_bin[:, None] * torch.arange(side ** 2, device=device))
+    pooled = F.embedding_bag(index.flatten(), table.to(boxes.dtype), bags.flatten(), mode="sum",
                              per_sample_weights=weight.flatten())           # [R*side*side,C]
-    return pooled.reshape(B * n, side, side, -1).permute(0, 3, 1, 2)
+    return pooled.unflatten(0, (B * n, side, side)).permute(0, 3, 1, 2)
+
+
+def read_masks(masks, boxes, xs, ys):
+    """Masks [B,n,m,m] that fill boxes [B,n,4], at the columns xs [B,n,w] and rows ys [B,n,h], by
+    bilinear interpolation: [B,n,h,w]; 0 outside."""
+    m = masks.shape[-1]
+
+    def weights(places, low, high):         # of the m cells at each place: [B,n,places,m]
+        cell = (places - low[..., None]) / (high - low).clamp(min=1e-6)[..., None] * m - 0.5
+        return (1 - (cell[..., None] - torch.arange(m, device=cell.device)).abs()).clamp(min=0)
+
+    left, top, right, bottom = boxes.unbind(-1)
+    with torch.autocast(masks.device.type, enabled=False):
+        return weights(ys, top, bottom) @ masks @ weights(xs, left, right).transpose(-1, -2)
 
 
 def mask_targets(masks, truth, boxes, side):
-    """What a mask head should predict in boxes [B,n,4]: the masks' values at the centres of side x
-    side cells, 0 or 1, [B,n,side,side]. `masks` [B,n,m,m], 0 … 255, fill the boxes `truth` [B,n,4]
-    of the objects."""
-    cell = (torch.arange(side, device=boxes.device) + 0.5) / side           # [side]
-    start, size = boxes[..., :2], boxes[..., 2:] - boxes[..., :2]           # [B,n,2]
-    place = start[..., None] + size[..., None] * cell                       # [B,n,2,side]
-    place = (place - truth[..., :2, None]) / (truth[..., 2:] - truth[..., :2]).clamp(
-        min=1e-6)[..., None]
-    x, y = (2 * place - 1).flatten(0, 1).unbind(1)                          # [B*n,side]
-    grid = torch.stack(torch.broadcast_tensors(x[:, None], y[..., None]), -1)   # x of columns
-    found = F.grid_sample(masks.flatten(0, 1)[:, None].float() / 255, grid, align_corners=False)
-    return (found.reshape(*boxes.shape[:2], side, side) >= 0.5).float()
+    """What a mask head should predict in boxes [B,n,4]: whether the centre of each of side x side
+    cells is inside of the masks [B,n,m,m] in the objects' boxes `truth`: 0 or 1, [B,n,side,side]."""
+    cells = (torch.arange(side, device=boxes.device) + 0.5) / side
+    xs, ys = (boxes[..., k:k + 1] + (boxes[..., k + 2:k + 3] - boxes[..., k:k + 1]) * cells
+              for k in (0, 1))                                              # 2 x [B,n,side]
+    return (read_masks(masks, truth, xs, ys) >= 0.5).float()
 
 
 # ======================================================================================
@@ -2119,23 +2115,23 @@ class MapNorm(nn.Module):
 
 
 def conv_norm(inputs, outputs, side, *after):
-    """A convolution, its norm and what follows, as a list of layers."""
-    conv = nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=False)
-    return [conv, MapNorm(outputs), *after]
+    """The layers of a convolution with its norm and what follows."""
+    return [nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=False), MapNorm(outputs),
+            *after]
 
 
 class Pyramid(nn.Module):
-    """ViTDet's simple feature pyramid: the encoder's map [B,D,rows,columns] to five maps with C
-    channels, 4, 2, 1, 1/2 and 1/4 times as fine: strides 4 to 64 for patches of 16."""
+    """ViTDet's simple feature pyramid: the encoder's map [B,D,rows,columns] to five with C channels,
+    4, 2, 1, 1/2 and 1/4 times as fine: of strides 4 to 64 for patches of 16."""
 
     def __init__(self, D, C):
         super().__init__()
         up = lambda inputs: nn.ConvTranspose2d(inputs, inputs // 2, 2, 2)
-        merge = lambda inputs: [*conv_norm(inputs, C, 1), *conv_norm(C, C, 3)]
-        self.finest = nn.Sequential(up(D), MapNorm(D // 2), nn.GELU(), up(D // 2), *merge(D // 4))
-        self.fine = nn.Sequential(up(D), *merge(D // 2))
-        self.same = nn.Sequential(*merge(D))
-        self.coarse = nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), *merge(D))
+        to_C = lambda inputs: [*conv_norm(inputs, C, 1), *conv_norm(C, C, 3)]
+        self.finest = nn.Sequential(up(D), MapNorm(D // 2), nn.GELU(), up(D // 2), *to_C(D // 4))
+        self.fine = nn.Sequential(up(D), *to_C(D // 2))
+        self.same = nn.Sequential(*to_C(D))
+        self.coarse = nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), *to_C(D))
 
     def forward(self, x):
         maps = [self.finest(x), self.fine(x), self.same(x), self.coarse(x)]
@@ -2143,351 +2139,329 @@ class Pyramid(nn.Module):
 
 
 class Proposals(nn.Module):
-    """The region proposal network: for each anchor a logit that there is an object, [B,A], and
-    offsets [B,A,4]."""
+    """The region proposal network: of each anchor a logit that it is an object [B,A], and offsets
+    [B,A,4]."""
 
     def __init__(self, C):
         super().__init__()
         self.convs = nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.ReLU(),
                                    nn.Conv2d(C, C, 3, padding=1), nn.ReLU())
-        self.objects, self.offsets = nn.Conv2d(C, 3, 1), nn.Conv2d(C, 12, 1)
+        self.classes, self.offsets = nn.Conv2d(C, 3, 1), nn.Conv2d(C, 12, 1)
 
     def forward(self, maps):
-        flat = lambda x, k: x.permute(0, 2, 3, 1).reshape(len(x), -1, k)    # [B,anchors,k]
+        flat = lambda x, k: x.permute(0, 2, 3, 1).reshape(len(x), -1, k).float()
         maps = [self.convs(x) for x in maps]
-        return (torch.cat([flat(self.objects(x), 1) for x in maps], 1)[..., 0].float(),
-                torch.cat([flat(self.offsets(x), 4) for x in maps], 1).float())
+        return (torch.cat([flat(self.classes(x), 1) for x in maps], 1)[..., 0],
+                torch.cat([flat(self.offsets(x), 4) for x in maps], 1))
 
 
-class BoxHead(nn.Module):
-    """The class logits [R,outputs] and offsets [R,4] of boxes, from their maps [R,C,7,7]."""
+class Head(nn.Module):
+    """A box head: maps [R,C,7,7] of boxes to class logits [R,K'] and offsets [R,4]; or, with
+    `masks`, a mask head: maps [R,C,14,14] to the logits of a mask for each class [R,K',28,28]."""
 
-    def __init__(self, heads, outputs):
+    def __init__(self, heads, outputs, masks=False):
         super().__init__()
-        C = heads.channels
-        self.convs = nn.Sequential(*sum((conv_norm(C, C, 3, nn.ReLU())
-                                         for _ in range(heads.convs)), []))
-        self.hidden = nn.Linear(C * 49, heads.hidden)
-        self.classes, self.offsets = nn.Linear(heads.hidden, outputs), nn.Linear(heads.hidden, 4)
+        C, self.masks = heads.channels, masks
+        self.convs = nn.Sequential(*itertools.chain.from_iterable(
+            conv_norm(C, C, 3, nn.ReLU()) for _ in range(heads.convs)))
+        if masks:
+            self.up, self.classes = nn.ConvTranspose2d(C, C, 2, 2), nn.Conv2d(C, outputs, 1)
+        else:
+            self.hidden = nn.Linear(C * 49, heads.hidden)
+            self.classes = nn.Linear(heads.hidden, outputs)
+            self.offsets = nn.Linear(heads.hidden, 4)
 
     def forward(self, x):
-        x = F.relu(self.hidden(self.convs(x).flatten(1)))                   # [R,hidden]
+        x = self.convs(x)
+        if self.masks:
+            return self.classes(F.relu(self.up(x))).float()
+        x = F.relu(self.hidden(x.flatten(1)))                               # [R,hidden]
         return self.classes(x).float(), self.offsets(x).float()
 
 
-class MaskHead(nn.Module):
-    """The mask logits [R,K,28,28] of boxes, one for each class, from their maps [R,C,14,14]."""
-
-    def __init__(self, heads, K):
-        super().__init__()
-        C = heads.channels
-        self.convs = nn.Sequential(*sum((conv_norm(C, C, 3, nn.ReLU())
-                                         for _ in range(heads.convs)), []))
-        self.up, self.classes = nn.ConvTranspose2d(C, C, 2, 2), nn.Conv2d(C, K, 1)
-
-    def forward(self, x):
-        return self.classes(F.relu(self.up(self.convs(x)))).float()
-
-
 class Detector(nn.Module):
-    """ViTDet. `stages` are the IoUs of the box heads. `frequencies` [K], the number of images of
-    each class, are given for LVIS: classes are then judged each by itself, only some in an image
-    (federated loss). The encoder has the names of ViT's."""
+    """ViTDet for K classes; the encoder's parameters have the names of ViT's. `stages` are the IoUs
+    of the box heads. `images_of` [K], the number of images with each class, is given for LVIS: each
+    class is judged by itself, and only some are judged in an image (federated loss)."""
 
-    def __init__(self, config, heads, K, window, stages, masks, seed=0, frequencies=None):
+    def __init__(self, config, heads, K, window, stages, masks, seed=0, images_of=None):
         super().__init__()
         self.config, self.heads, self.K, self.window = config, heads, K, window
-        self.stages, self.seed, self.frequencies, self.recompute = stages, seed, frequencies, False
-        D, C, depth = config.width, heads.channels, config.depth
+        self.stages, self.seed, self.images_of, self.recompute = stages, seed, images_of, False
+        D, depth = config.width, config.depth
         self.patch_embed = vit.PatchEmbed(config)
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, D))
-        # The last block of each quarter attends everywhere, as all do where a window has room.
-        ends = {depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)}
+        # The last block of each quarter attends everywhere; so do all where one window is enough.
+        everywhere = {depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)}
         self.blocks = nn.ModuleList(
-            vit.Block(D, config.heads, config.grid,
-                      0 if i in ends or window >= max(config.grid) else window)
-            for i in range(depth))
-        self.pyramid, self.proposals = Pyramid(D, C), Proposals(C)
-        outputs = K if frequencies else K + 1               # the last one: background
-        self.box_heads = nn.ModuleList(BoxHead(heads, outputs) for _ in stages)
-        if masks:
-            self.mask_head = MaskHead(heads, K)
+            vit.Block(D, config.heads, config.grid, 0 if i in everywhere
+                      or window >= max(config.grid) else window) for i in range(depth))
+        self.pyramid, self.proposals = Pyramid(D, heads.channels), Proposals(heads.channels)
+        outputs = K if images_of else K + 1                 # the last one is the background
+        self.box_heads = nn.ModuleList(Head(heads, outputs) for _ in stages)
+        self.mask_head = Head(heads, K, masks=True) if masks else None
         self.strides = [config.patch * 2.0 ** (level - 2) for level in range(4)]
         self.init_weights()
 
     def init_weights(self, seed=0):
-        starts = {"proposals.objects.weight": 0.01, "proposals.offsets.weight": 0.01,
-                  "mask_head.classes.weight": 0.001}
-        for k in range(len(self.stages)):
-            starts |= {f"box_heads.{k}.classes.weight": 0.01, f"box_heads.{k}.offsets.weight": 0.001}
-            if self.frequencies:            # each class is improbable at first
-                starts[f"box_heads.{k}.classes.bias"] = -math.log(99)
+        starts = {f"{part}.{kind}.weight": std for part in ("proposals", "mask_head", *(
+            f"box_heads.{k}" for k in range(len(self.stages)))) for kind, std in (
+            ("classes", 0.001 if part == "mask_head" else 0.01), ("offsets", 0.001))}
+        if self.images_of:                                  # each class is improbable at first
+            starts |= {f"box_heads.{k}.classes.bias": -math.log(99) for k in range(3)}
         vit.init_weights(self, seed, starts)
 
     def maps(self, images, seen, scales=None):
-        """The pyramid of images [B,C,H,W] of which (height, width) `seen` [B,2] are not filled up:
-        no token attends to what is. `scales` [B,L,2] are drop_path_scales'."""
-        grid, side = self.config.grid, self.window
-        x = self.patch_embed(vit.patchify(images, self.config.patch)) + self.pos_embed[:, 1:]
-        row, column = (torch.arange(n, device=x.device) * self.config.patch for n in grid)
+        """The pyramid of images [B,C,H,W], of which the (height, width) `seen` [B,2] are not filled
+        up: nothing attends to the rest. `scales` [B,L,2] are drop_path_scales'."""
+        grid, p = self.config.grid, self.config.patch
+        x = self.patch_embed(vit.patchify(images, p)) + self.pos_embed[:, 1:]           # [B,N,D]
+        row, column = (torch.arange(0, n * p, p, device=x.device) for n in grid)
         real = (row < seen[:, :1])[:, :, None] & (column < seen[:, 1:])[:, None]
         real = real.flatten(1)                                              # [B,N]
-        inside = vit.to_windows(real[..., None].float(), grid, side)[..., 0] > 0
-        inside |= ~inside.any(1, keepdim=True)      # an empty window: no softmax of nothing
+        inside = vit.to_windows(real[..., None].float(), grid, self.window)[..., 0] > 0
+        inside |= ~inside.any(1, keepdim=True)      # no softmax over nothing in an empty window
         for i, block in enumerate(self.blocks):
-            mask = (inside if block.attn.window else real)[:, None, None]
-            x = vit.run_block(block, x, self.recompute,
-                              None if scales is None else scales[:, i], mask)   # [B,N,D]
+            x = vit.run_block(block, x, self.recompute, None if scales is None else scales[:, i],
+                              (inside if block.attn.window else real)[:, None, None])
         return self.pyramid(x.transpose(1, 2).unflatten(2, grid))
 
-    def anchors(self, maps):
-        return make_anchors([x.shape[2:] for x in maps], self.config.patch, maps[0].device)
-
     @torch.no_grad()
-    def propose(self, maps, logits, offsets, seen):
-        """The best boxes [B,n,4] of the proposals, and which of them are any, bool [B,n]."""
-        counts, found = [3 * x.shape[2] * x.shape[3] for x in maps], []
-        parts = zip(logits.split(counts, 1), offsets.split(counts, 1),
-                    self.anchors(maps).split(counts))
-        for logit, offset, anchor in parts:
-            score, index = logit.topk(min(self.heads.before_nms, logit.shape[1]))   # [B,n]
-            boxes = decode_boxes(vit.gather_tokens(offset, index), anchor[index], (1, 1, 1, 1))
+    def propose(self, maps, anchors, logits, offsets, seen):
+        """The best boxes [B,n,4] of the proposals, and which of them are one, bool [B,n]."""
+        counts, found = [3 * x[0, 0].numel() for x in maps], []
+        for level in zip(logits.split(counts, 1), offsets.split(counts, 1), anchors.split(counts)):
+            score, index = level[0].topk(min(self.heads.before_nms, level[0].shape[1]))
+            boxes = decode_boxes(vit.gather_tokens(level[1], index), level[2][index])   # [B,n,4]
             boxes, sound = clip_boxes(boxes, seen)
-            remain = sound & nms(boxes, score.masked_fill(~sound, -math.inf), index * 0, 0.7)
+            score = score.masked_fill(~sound, -math.inf)
+            remain = nms(boxes, score, torch.zeros_like(index), 0.7)
             found.append((boxes, score.masked_fill(~remain, -math.inf)))
         boxes, score = (torch.cat(part, 1) for part in zip(*found))
         score, index = score.topk(min(self.heads.after_nms, score.shape[1]))
         return vit.gather_tokens(boxes, index), score > -math.inf
 
     def forward(self, images, batch, scales=None):
-        """The loss of images [B,C,H,W] and a batch of objects (see objects_layout), a mean over
-        images: each has a fixed number of anchors and boxes, so that it is the same whatever the
-        ranks and micro-batches."""
+        """The loss of images [B,C,H,W] with the objects of a batch (see objects_layout). Each image
+        counts alike and has a fixed number of anchors and boxes, so that ranks and micro-batches
+        change nothing."""
         seen, truth, classes = batch["seen"], batch["boxes"], batch["classes"]
         known, heads = classes >= 0, self.heads                             # [B,G]
         draw = lambda stream, n: data.uniform(self.seed, batch["position"], stream, n)  # [B,n]
         maps = self.maps(images, seen, scales)
-
-        # ---- proposals: anchors to objects
         logits, offsets = self.proposals(maps)                              # [B,A] [B,A,4]
-        anchors = self.anchors(maps)[None]                                  # [1,A,4]
-        which, positive, negative = match(box_iou(truth, anchors), known, 0.3, 0.7, nearest=True)
-        chosen, used = sample(positive, negative, draw("anchors", logits.shape[1]), heads.anchors,
-                              0.5)                                          # [B,n]
-        pick = lambda x: x.expand(len(images), *x.shape[1:]).gather(1, chosen)
-        positive = pick(positive) & used
-        targets = encode_boxes(anchors[0][chosen], vit.gather_tokens(truth, pick(which)),
-                               (1, 1, 1, 1))
-        loss = F.binary_cross_entropy_with_logits(pick(logits), positive.float(), used.float(),
-                                                  reduction="sum")
-        loss = loss + ((vit.gather_tokens(offsets, chosen) - targets).abs().sum(-1)
-                       * positive).sum()
-        loss = loss / (heads.anchors * len(images))
+        anchors = make_anchors([x.shape[2:] for x in maps], self.config.patch, seen.device)
+        loss = proposal_losses(anchors, logits, offsets, truth, known, draw, heads.anchors)     # [B]
 
-        # ---- boxes: proposals, and the objects themselves, to classes and better boxes
-        boxes, sound = self.propose(maps, logits, offsets, seen)
+        # ---- boxes: proposals, and the objects themselves, get classes and better boxes
+        boxes, sound = self.propose(maps, anchors, logits, offsets, seen)
         boxes, sound = torch.cat([boxes, truth], 1), torch.cat([sound, known], 1)
-        which, positive, negative = match(box_iou(truth, boxes), known, 0.5, 0.5)
-        chosen, used = sample(positive & sound, negative & sound, draw("boxes", boxes.shape[1]),
-                              heads.boxes, 0.25)                            # [B,S]
-        boxes = sampled = vit.gather_tokens(boxes, chosen)                  # [B,S,4]
-        judged = self.judged(classes, draw) if self.frequencies else None   # [B,K]
-        for k, head in enumerate(self.box_heads):
-            which, positive, _ = match(box_iou(truth, boxes), known, *2 * self.stages[k:k + 1])
-            positive &= used
+        _, positive, negative = match(boxes, truth, known, 0.5, 0.5)
+        chosen, sound = sample(positive & sound, negative & sound, draw("boxes", boxes.shape[1]),
+                               heads.boxes, 0.25)                           # [B,S]
+        boxes = chosen = vit.gather_tokens(boxes, chosen)                   # [B,S,4]
+        judged = federated(classes, draw("classes", self.K), self.images_of) if self.images_of \
+            else None                                                       # [B,K]
+        for head, overlap, sizes in zip(self.box_heads, self.stages, SCALES):
+            which, positive, _ = match(boxes, truth, known, overlap, overlap)
+            positive &= sound                                               # [B,S]
             x = roi_align(maps[:4], boxes, self.strides, 7)                 # [B*S,C,7,7]
-            share = x / len(self.box_heads)     # of the gradient goes on, as there are so many
-            logits, offsets = head(share + (x - share).detach())
-            targets = torch.where(positive, classes.gather(1, which), self.K)       # [B,S]
-            losses = class_losses_of_boxes(logits.unflatten(0, targets.shape), targets, judged)
-            offsets = offsets.unflatten(0, targets.shape)                   # [B,S,4]
-            wanted = encode_boxes(boxes, vit.gather_tokens(truth, which), OFFSET_SCALES[k])
-            losses = losses * used + (offsets - wanted).abs().sum(-1) * positive
-            loss = loss + losses.sum() / (heads.boxes * len(images))
-            if k == 0:
-                first = positive, which, targets
-            boxes, sound = clip_boxes(decode_boxes(offsets.detach(), boxes, OFFSET_SCALES[k]), seen)
-            used = used & sound
-        if not hasattr(self, "mask_head"):
-            return loss
+            part = x / len(self.stages)         # of the gradient goes on: as much as of one head
+            logits, offsets = (y.unflatten(0, which.shape) for y in head(part + (x - part).detach()))
+            targets = classes.gather(1, which).masked_fill(~positive, self.K)
+            wanted = encode_boxes(boxes, vit.gather_tokens(truth, which), sizes)
+            losses = class_losses_of_boxes(logits, targets, judged) * sound
+            losses = losses + (offsets - wanted).abs().sum(-1) * positive   # [B,S]
+            loss = loss + losses.sum(1) / heads.boxes
+            boxes, area = clip_boxes(decode_boxes(offsets.detach(), boxes, sizes), seen)
+            sound = sound & area
+        if not self.mask_head:
+            return loss.mean()
 
-        # ---- masks, of the sampled boxes that are objects: those come first
-        n = max(1, heads.boxes // 4)
-        boxes, (positive, which, targets) = sampled[:, :n], (part[:, :n] for part in first)
+        # ---- masks of the chosen boxes that are objects, which come first
+        boxes = chosen[:, :max(1, heads.boxes // 4)]                        # [B,n,4]
+        which, positive, _ = match(boxes, truth, known, 0.5, 0.5)           # [B,n]
+        wanted = mask_targets(vit.gather_tokens(batch["masks"].flatten(2), which).unflatten(
+            2, 2 * [MASK_SIDE]) / 255, vit.gather_tokens(truth, which), boxes, 28)
+        logits = self.masks(maps, boxes, classes.gather(1, which).clamp(min=0))     # [B,n,28,28]
+        losses = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean((2, 3))
+        return (loss + (losses * positive).sum(1) / positive.sum(1).clamp(min=1)).mean()
+
+    def masks(self, maps, boxes, classes):
+        """The logits [B,n,28,28] of the masks of boxes [B,n,4] of these classes [B,n]."""
         logits = self.mask_head(roi_align(maps[:4], boxes, self.strides, 14))   # [B*n,K,28,28]
-        logits = logits[range(len(logits)), targets.clamp(max=self.K - 1).flatten()]
-        rows = torch.arange(len(images), device=which.device)[:, None]
-        wanted = mask_targets(batch["masks"][rows, which], vit.gather_tokens(truth, which), boxes,
-                              28)
-        losses = F.binary_cross_entropy_with_logits(logits.reshape(wanted.shape), wanted,
-                                                    reduction="none").mean((2, 3))      # [B,n]
-        losses = (losses * positive).sum(1) / positive.sum(1).clamp(min=1)  # [B]
-        return loss + losses.mean()
+        return logits[range(len(logits)), classes.flatten()].unflatten(0, classes.shape)
 
-    def judged(self, classes, draw):
-        """The classes that the federated loss looks at in each image, bool [B,K]: its own and, by
-        chance, others, the frequent ones rather (by the root of their frequency)."""
-        weights = torch.tensor(self.frequencies, device=classes.device).clamp(min=1).sqrt()
-        rank = draw("federated", self.K).log() / weights                    # [B,K]
-        own = F.one_hot(classes.clamp(min=-1) + 1, self.K + 1).amax(1)[:, 1:]
-        chosen = torch.where(own > 0, 1.0, rank).topk(min(FEDERATED, self.K)).indices
-        return torch.zeros_like(own, dtype=torch.bool).scatter(1, chosen, True)
-
-    def detect(self, images, seen, most, least):
-        """The surest `most` objects of each image, of a score above `least`: scores [B,n] (0 where
-        there are fewer), classes [B,n], boxes [B,n,4], masks [B,n,28,28], 0 … 1, or None."""
-        maps, K = self.maps(images, seen), self.K
-        boxes, sound = self.propose(maps, *self.proposals(maps), seen)
-        scores = 0
-        for head, scales in zip(self.box_heads, OFFSET_SCALES):
+    @torch.no_grad()
+    def detect(self, images, seen):
+        """What is found in images [B,C,H,W], the surest first: scores [B,n] (0: no more), classes
+        [B,n], boxes [B,n,4], and masks [B,n,28,28], 0 … 1, or None."""
+        most, least = (300, 0.02) if self.images_of else (100, 0.05)
+        maps, scores = self.maps(images, seen), 0
+        anchors = make_anchors([x.shape[2:] for x in maps], self.config.patch, seen.device)
+        boxes, sound = self.propose(maps, anchors, *self.proposals(maps), seen)     # [B,n,4] [B,n]
+        for head, sizes in zip(self.box_heads, SCALES):
             logits, offsets = head(roi_align(maps[:4], boxes, self.strides, 7))
-            chances = logits.sigmoid() if self.frequencies else logits.softmax(1)[:, :K]
-            scores = scores + chances.unflatten(0, sound.shape) / len(self.box_heads)   # [B,n,K]
-            boxes, _ = clip_boxes(decode_boxes(offsets.unflatten(0, sound.shape), boxes, scales),
-                                  seen)
+            chances = logits.sigmoid() if self.images_of else logits.softmax(1)[:, :self.K]
+            scores = scores + chances.unflatten(0, sound.shape) / len(self.stages)      # [B,n,K]
+            boxes = decode_boxes(offsets.unflatten(0, sound.shape), boxes, sizes)
+            boxes, _ = clip_boxes(boxes, seen)
         scores = (scores * sound[..., None]).flatten(1)                     # [B,n*K]
-        # detectron2 takes all above the threshold; so many hardly ever are.
+        # detectron2 takes all above the threshold; hardly ever are there more than these.
         scores, index = scores.topk(min(self.heads.before_nms, scores.shape[1]))
-        boxes, classes = vit.gather_tokens(boxes, index // K), index % K
-        remain = nms(boxes, scores, classes, 0.5) & (scores > least)
-        scores, index = (scores * remain).topk(min(most, scores.shape[1]))
+        boxes, classes = vit.gather_tokens(boxes, index // self.K), index % self.K
+        scores = scores * (nms(boxes, scores, classes, 0.5) & (scores > least))
+        scores, index = scores.topk(min(most, scores.shape[1]))
         boxes, classes = vit.gather_tokens(boxes, index), classes.gather(1, index)
-        if not hasattr(self, "mask_head"):
-            return scores, classes, boxes, None
-        masks = self.mask_head(roi_align(maps[:4], boxes, self.strides, 14))
-        masks = masks[range(len(masks)), classes.flatten()].sigmoid()
-        return scores, classes, boxes, masks.unflatten(0, classes.shape)
+        return scores, classes, boxes, self.masks(maps, boxes, classes).sigmoid() \
+            if self.mask_head else None
+
+
+def proposal_losses(anchors, logits, offsets, truth, known, draw, n):
+    """The loss [B] of the proposals, logits [B,A] and offsets [B,A,4], on n anchors of each image:
+    whether it is an object (cross-entropy), and where the object is (L1)."""
+    which, positive, negative = match(anchors[None], truth, known, 0.3, 0.7, nearest=True)
+    chosen, sound = sample(positive, negative, draw("anchors", logits.shape[1]), n, 0.5)    # [B,n]
+    positive = positive.gather(1, chosen) & sound
+    wanted = encode_boxes(anchors[chosen], vit.gather_tokens(truth, which.gather(1, chosen)))
+    losses = F.binary_cross_entropy_with_logits(logits.gather(1, chosen), positive.float(),
+                                                reduction="none") * sound
+    distances = (vit.gather_tokens(offsets, chosen) - wanted).abs().sum(-1)
+    return (losses + distances * positive).sum(1) / n
 
 
 def class_losses_of_boxes(logits, targets, judged):
-    """The loss [B,S] of class logits [B,S,outputs] for targets [B,S], K for background: the
-    cross-entropy over K + 1 classes, or, where classes are `judged` [B,K], the sum of their binary
-    cross-entropies."""
+    """The loss [B,S] of class logits [B,S,K'] for targets [B,S], K for the background: the cross-
+    entropy of K + 1 classes, or the sum of the binary ones of the classes `judged` [B,K]."""
     if judged is None:
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(),
-                               reduction="none").reshape(targets.shape)
+        return F.cross_entropy(logits.movedim(2, 1), targets, reduction="none")
     hot = F.one_hot(targets, logits.shape[2] + 1)[..., :-1].float()         # [B,S,K]
     losses = F.binary_cross_entropy_with_logits(logits, hot, reduction="none")
     return (losses * judged[:, None]).sum(-1)
 
 
-# ======================================================================================
-# Detection: objects of an image for training
-# ======================================================================================
+def federated(classes, uniforms, images_of):
+    """The classes that are judged in each image, bool [B,K]: those of its objects [B,G] and, by
+    chance, others, each by the root of the number of its images `images_of` [K]."""
+    K = len(images_of)
+    weights = torch.tensor(images_of, device=classes.device).clamp(min=1).sqrt()
+    own = F.one_hot(classes + 1, K + 1).amax(1)[:, 1:] > 0                  # [B,K]
+    rank = torch.where(own, 1.0, uniforms.log() / weights)      # the largest: drawn by weight
+    chosen = rank.topk(min(FEDERATED, K)).indices
+    return torch.zeros_like(own).scatter(1, chosen, True)
 
-MASK_SIDE = 112         # of the masks of objects in their boxes, four times what is predicted (ours)
 
+def detector_flops(model, images=1):
+    """Operations of a forward pass over one image, as torch counts them for a model without
+    content (on the meta device)."""
+    config, heads = model.config, model.heads
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
+        maps = model.maps(torch.empty(1, config.channels, *config.image), torch.empty(1, 2))
+        model.proposals(maps)
+        for head in model.box_heads:
+            head(torch.empty(heads.boxes, heads.channels, 7, 7))
+        if model.mask_head:
+            model.mask_head(torch.empty(max(1, heads.boxes // 4), heads.channels, 14, 14))
+    return counter.get_total_flops()
+
+
+# ======================================================================================
+# Detection: images for training, masks in COCO's formats
+# ======================================================================================
 
 def see_objects(sample, uniforms, size, channels, numbers=None, most=0, side=0, jitter=(1, 1),
                 flip=False):
-    """A sample as a detector gets it: a canvas uint8 [H,W,C] with the image on it, grey beside it,
-    and a row of objects_layout(most, side). `numbers` {category: class} are of the objects that it
-    shall learn. Raises what decoders raise."""
+    """A sample of data.open_objects as a detector gets it: a canvas uint8 [H,W,C] with the image at
+    its top left, and a row of objects_layout(most, side). `numbers` {category: class} are given in
+    training. Raises what decoders raise."""
     height, width = sample["height"], sample["width"]
     (left, top, right, bottom), (h, w) = data.frame(width, height, size, uniforms, jitter)
+    corner, scale = np.array([left, top] * 2), np.array([w / (right - left), h / (bottom - top)] * 2)
 
     def choose_box(found_width, found_height):
-        if isinstance(sample["image"], dict):
+        if isinstance(sample["image"], dict):           # the world's: in shares of its sides
             return left / width, top / height, right / width, bottom / height
         if (found_width, found_height) != (width, height):
-            raise ValueError(f"it is {found_width} x {found_height}, but its annotations are for "
+            raise ValueError(f"it is {found_width} x {found_height}, its annotations are for "
                              f"{width} x {height}")
         return left, top, right, bottom
 
-    pixels = np.full((*size, channels), 116, np.uint8)
-    pixels[:h, :w] = data.read_pixels(sample["image"], choose_box, (h, w), channels)
-    flip, scale = flip and uniforms[3] < 0.5, np.array([w / (right - left), h / (bottom - top)] * 2)
-    if flip:
-        pixels[:h, :w] = pixels[:h, :w][:, ::-1].copy()
-    row = np.zeros((), objects_layout(most, side))
-    row["classes"], row["seen"], row["scale"], n = -1, (h, w), scale[:2], 0
+    pixels, row = np.full((*size, channels), 116, np.uint8), np.zeros((), objects_layout(most, side))
+    seen, flip, n = pixels[:h, :w], flip and uniforms[3] < 0.5, 0
+    seen[:] = data.read_pixels(sample["image"], choose_box, (h, w), channels)[:, ::-1 if flip else 1]
+    row["classes"], row["seen"], row["scale"] = -1, (h, w), scale[:2]
     for one in sample["objects"] if numbers else ():
-        if one["iscrowd"]:
-            continue
         x, y, dx, dy = one["bbox"]
-        mask = None
-        if side:            # the box is that of what is seen of the mask
-            if "segmentation" not in one:
-                raise ValueError(f"a {one['category']} has no mask")
+        if side:            # the box is that of what can be seen of the mask
             mask = mask_of_runs(read_runs(one["segmentation"], height, width), height, width)
             mask = mask[int(top):math.ceil(bottom), int(left):math.ceil(right)]
-            xs, ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-            if not len(xs):
-                continue
-            x, y, dx, dy = xs[0] + int(left), ys[0] + int(top), np.ptp(xs) + 1, np.ptp(ys) + 1
-        x0, y0, x1, y1 = box = np.clip((x, y, x + dx, y + dy), (left, top) * 2, (right, bottom) * 2)
-        if x1 <= x0 or y1 <= y0:
+            xs, ys = (np.flatnonzero(mask.any(axis)) for axis in (0, 1))
+            x, y, dx, dy = (xs[0] + int(left), ys[0] + int(top), np.ptp(xs) + 1, np.ptp(ys) + 1
+                            ) if len(xs) else (0, 0, 0, 0)
+        box = np.clip((x, y, x + dx, y + dy), corner, (right, bottom) * 2)
+        if one["iscrowd"] or (box[2:] <= box[:2]).any():
             continue
         if side:
-            inside = box - np.array([int(left), int(top)] * 2)
-            mask = Image.fromarray(mask.astype(np.uint8) * 255).resize(
-                (side, side), Image.Resampling.BILINEAR, tuple(inside.tolist()))
-            row["masks"][n] = np.asarray(mask)[:, ::-1] if flip else mask
-        x0, y0, x1, y1 = (box - (left, top) * 2) * scale
+            inside = tuple((box - np.array([int(left), int(top)] * 2)).tolist())
+            mask = Image.fromarray(mask.astype(np.uint8) * 255).resize((side, side), 2, inside)
+            row["masks"][n] = np.asarray(mask)[:, ::-1 if flip else 1]
+        x0, y0, x1, y1 = (box - corner) * scale
         row["boxes"][n] = (w - x1, y0, w - x0, y1) if flip else (x0, y0, x1, y1)
-        row["classes"][n] = numbers[one["category"]]
-        n += 1
+        row["classes"][n], n = numbers[one["category"]], n + 1
     return pixels, row
 
 
 def objects_layout(most=0, side=0):
-    """What see_objects says of an image with at most `most` objects, in pixels of the canvas:
-    "boxes" (left, top, right, bottom), "classes" (-1 beyond the last), "masks", the insides of the
-    boxes at side x side, 0 … 255; "seen", height and width of the image; "scale", its x and y for a
-    pixel of the image."""
+    """What see_objects says of an image with at most `most` objects, in pixels of the canvas: their
+    boxes, classes (-1: no more), masks in their boxes (0 … 255), (height, width) of the image, and
+    how many pixels of the canvas are one of the image (x, y)."""
     return [("boxes", np.float32, (most, 4)), ("classes", np.int64, (most,)),
             ("masks", np.uint8, (most, side, side)), ("seen", np.float32, (2,)),
             ("scale", np.float32, (2,))]
 
 
-# ======================================================================================
-# Detection: masks as run lengths, in COCO's formats (see data.runs_of_mask)
-# ======================================================================================
-
 def mask_of_runs(runs, H, W):
-    """Run lengths [n] as a mask, bool [H,W]. Raises ValueError where they are of another image."""
+    """Run lengths [n] (see data.runs_of_mask) as a mask, bool [H,W]. Raises ValueError."""
     if min(runs, default=0) < 0 or np.sum(runs) != H * W:
         raise ValueError(f"a mask of {np.sum(runs)} pixels in an image of {W} x {H}")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(W, H).T
 
 
 def runs_of_polygon(polygon, H, W):
-    """The run lengths [n] of a polygon [x0, y0, x1, y1, …], with COCO's choice of pixels.
+    """The run lengths [n] of a polygon [x0, y0, x1, y1, …], of the pixels that COCO takes.
 
-    COCO draws the outline on a grid five times as fine. Where that goes from one column of pixels
-    to the next, at the middle of the finer cells, the column's pixels change sides."""
+    COCO draws the outline on a grid five times as fine. Where it passes the middle of a column of
+    pixels, what is below changes sides."""
     x, y = np.trunc(5 * np.reshape(polygon, (-1, 2)).T + 0.5).astype(np.int64)
     dx, dy = np.roll(x, -1) - x, np.roll(y, -1) - y
     steps = np.maximum(abs(dx), abs(dy))
     edge = np.repeat(np.arange(len(x)), steps + 1)
     t = np.arange(len(edge)) - np.repeat(np.cumsum(steps + 1) - steps - 1, steps + 1)
     x, y, dx, dy, steps = (values[edge] for values in (x, y, dx, dy, steps))
-    # A line is drawn from its lower end, on the axis on which it is longer.
-    backwards = np.where(abs(dx) >= abs(dy), dx, dy) < 0
-    x, y = np.where(backwards, x + dx, x), np.where(backwards, y + dy, y)
-    sign, t = np.where(backwards, -1, 1), np.where(backwards, steps - t, t)
-    at = lambda start, d: np.trunc(start + sign * d / np.maximum(steps, 1) * t + 0.5).astype(int)
-    u, v = np.where(abs(dx) >= abs(dy), x + t, at(x, dx)), np.where(
-        abs(dx) >= abs(dy), at(y, dy), y + t)
-    column, row = np.where(u[1:] < u[:-1], u[1:], u[1:] - 1), np.minimum(v[1:], v[:-1])
-    crossed = (u[1:] != u[:-1]) & (column % 5 == 2) & (column >= 0) & (column // 5 < W)
-    row = np.ceil(np.clip((row[crossed] + 0.5) / 5 - 0.5, 0, H)).astype(np.int64)
-    changes, times = np.unique(column[crossed] // 5 * H + row, return_counts=True)
+    # An edge is drawn from its lower end, on the axis on which it is longer.
+    back = np.where(abs(dx) >= abs(dy), dx, dy) < 0
+    x, y, dx, dy = np.where(back, (x + dx, y + dy, -dx, -dy), (x, y, dx, dy))
+    x, y = (np.trunc(start + d / np.maximum(steps, 1) * np.where(back, steps - t, t) + 0.5)
+            .astype(np.int64) for start, d in ((x, dx), (y, dy)))
+    column, row = np.minimum(x[1:], x[:-1]), np.minimum(y[1:], y[:-1])
+    passed = (x[1:] != x[:-1]) & (column % 5 == 2) & (column >= 0) & (column // 5 < W)
+    row = np.ceil(np.clip((row[passed] + 0.5) / 5 - 0.5, 0, H)).astype(np.int64)
+    changes, times = np.unique(column[passed] // 5 * H + row, return_counts=True)
     changes = changes[(times % 2 == 1) & (changes < H * W)]     # twice is not at all
     return np.diff(changes, prepend=0, append=H * W)
 
 
 def text_of_runs(runs):
     """Run lengths as COCO's text: each less the one two before it, in digits of 5 bits, the lowest
-    first, with a sixth bit where more follow; a digit's letter is number 48 on."""
+    first; a sixth bit says that more follow; a digit's letter is number 48 on."""
     rest, digits = np.concatenate([runs[:3], runs[3:] - runs[1:-2]]), []
     going = np.ones(len(rest), bool)
     while going.any():
         low, rest = rest & 31, rest >> 5
-        more = rest != -(low >> 4)      # the top bit of the last digit is the sign
+        more = rest != -(low >> 4)          # the top bit of the last digit is the sign
         digits.append(np.where(going, low + 32 * more + 48, 0))
         going = going & more
-    letters = np.stack(digits, 1) if digits else np.zeros((0, 1))
+    letters = np.stack(digits, 1).ravel()
     return letters[letters > 0].astype(np.uint8).tobytes().decode()
 
 
@@ -2498,8 +2472,9 @@ def runs_of_text(text):
     if not len(ends) or ends[-1] + 1 != len(digits) or digits.min() < 0 or digits.max() > 63:
         raise ValueError("its mask does not decode")
     lengths = np.diff(ends, prepend=-1)
-    place = np.arange(len(digits)) - np.repeat(ends + 1 - lengths, lengths)
-    runs = np.add.reduceat((digits & 31) << 5 * place, ends + 1 - lengths)
+    begins = ends + 1 - lengths
+    place = np.arange(len(digits)) - np.repeat(begins, lengths)
+    runs = np.add.reduceat((digits & 31) << 5 * place, begins)
     runs -= np.where(digits[ends] & 16, 1 << 5 * lengths, 0)
     runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
     return runs
@@ -2511,13 +2486,11 @@ def read_runs(segmentation, H, W):
         masks = [mask_of_runs(runs_of_polygon(one, H, W), H, W) for one in segmentation]
         return data.runs_of_mask(np.logical_or.reduce(masks))
     runs = segmentation["counts"]
-    runs = runs_of_text(runs) if isinstance(runs, str) else np.array(runs, np.int64)
-    mask_of_runs(runs, H, W)
-    return runs
+    return runs_of_text(runs) if isinstance(runs, str) else np.array(runs, np.int64)
 
 
 # ======================================================================================
-# Detection: the scores of COCO and LVIS
+# Detection: scores
 #
 # A truth is an image of data.open_objects, a result a dict of COCO's: "image_id", "category_id",
 # "bbox", "score", "segmentation". All numbers are those of pycocotools and of the lvis package.
@@ -2663,220 +2636,176 @@ def coco_scores(truths, results, categories, kind):
 # Detection: evaluation, pictures, main
 # ======================================================================================
 
-def paste_mask(mask, box, height, width):
-    """A mask [m,m], 0 … 1, in its box, as bool [height,width] of the whole image."""
-    left, top, right, bottom = box
-    across, down = (2 * (np.arange(n) + 0.5 - start) / max(end - start, 1e-6) - 1
-                    for n, start, end in ((width, left, right), (height, top, bottom)))
-    whole, (rows, columns) = np.zeros((height, width), bool), (
-        np.flatnonzero(abs(places) < 1 + 1 / len(mask)) for places in (down, across))
-    if len(rows) and len(columns):
-        y, x = (torch.from_numpy(places[some]).float()
-                for places, some in ((down, rows), (across, columns)))
-        grid = torch.stack(torch.broadcast_tensors(x, y[:, None]), -1)      # [h,w,2]
-        part = F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
-        whole[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] = (part >= 0.5).numpy()
-    return whole
+def find_objects(model, images, batch, samples, categories, args):
+    """What a detector finds in images [B,C,H,W] of a batch: for each of its samples a list of
+    results in COCO's format. Every rank has to call it."""
+    with vit.autocast(args, images.device):
+        found = [x if x is None else x.cpu() for x in model.detect(
+            images, batch["seen"].to(images.device))]
+    everything = []
+    for i, (sample, scale) in enumerate(zip(samples, batch["scale"].cpu())):
+        H, W = sample["height"], sample["width"]
+        scores, classes, boxes, masks = (x if x is None else x[i] for x in found)
+        n = int((scores > 0).sum())
+        boxes = torch.minimum(boxes[:n] / scale.repeat(2), torch.tensor([W, H, W, H]))      # [n,4]
+        results = [{"image_id": sample["id"], "category_id": categories[k]["id"], "score": score,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0]} for k, score, (x0, y0, x1, y1) in zip(
+                        classes.tolist(), scores.tolist(), boxes.tolist())]
+        for k, one in enumerate(results if masks is not None else ()):
+            places = (torch.arange(side)[None, None] + 0.5 for side in (W, H))
+            mask = read_masks(masks[i:i + 1, k:k + 1], boxes[None, k:k + 1], *places) >= 0.5
+            one["segmentation"] = {"size": [H, W], "counts": text_of_runs(
+                data.runs_of_mask(mask[0, 0].numpy()))}
+        everything.append(results)
+    return everything
 
 
-def results_of(found, scale, sample, categories):
-    """What a detector has found in one image, in COCO's format. `found` are its scores [n], classes
-    [n], boxes [n,4] on the canvas and masks [n,28,28] or None; `scale` [2] is objects_layout's."""
-    results, (height, width) = [], (sample["height"], sample["width"])
-    scores, classes, boxes, masks = (x if x is None else x.cpu() for x in found)
-    boxes = (boxes / scale.repeat(2)).minimum(torch.tensor([width, height, width, height]))
-    for i in range(int((scores > 0).sum())):
-        left, top, right, bottom = box = boxes[i].tolist()
-        results.append({"image_id": sample["id"], "category_id": categories[classes[i]]["id"],
-                        "bbox": [round(x, 3) for x in (left, top, right - left, bottom - top)],
-                        "score": round(float(scores[i]), 5)})
-        if masks is not None:
-            runs = data.runs_of_mask(paste_mask(masks[i], box, height, width))
-            results[-1]["segmentation"] = {"size": [height, width], "counts": text_of_runs(runs)}
-    return results
-
-
-def find_objects(model, images, batch, samples, args, categories):
-    """The results of `results_of` for each image [B,C,H,W] of a batch; every rank has to call it."""
-    most, least = (300, 0.02) if model.frequencies else (100, 0.05)
-    with torch.no_grad(), vit.autocast(args, images.device):
-        found = model.detect(images, batch["seen"].to(images.device), most, least)
-    rows = zip(*(x if x is not None else [None] * len(images) for x in found))
-    return [results_of(row, scale, sample, categories)
-            for row, scale, sample in zip(rows, batch["scale"], samples)]
-
-
-def evaluate_detector(model, val, args, device, categories):
-    """COCO's scores over a source, every image once at any number of ranks; also
-    OUT/results.json."""
+def evaluate_detector(model, val, categories, args, device):
+    """COCO's scores over a source, every image once at any number of ranks; OUT/results.json."""
     mine = []
     for images, batch in data.validate(val, args, device):
-        # Positions past the end fill up the last batch.
-        samples = [val.sample(i % len(val)) for i in batch["position"].tolist()]
-        found = find_objects(model, images, batch, samples, args, categories)
-        mine += [(i, some) for i, some, weight in zip(
-            batch["position"].tolist(), found, batch["weight"].tolist()) if weight]
+        positions = batch["position"].tolist()      # past the end: to fill up the last batch
+        samples = [val.sample(i % len(val)) for i in positions]
+        found = find_objects(model, images, batch, samples, categories, args)
+        mine += [row for row in zip(positions, found, samples, batch["weight"].tolist()) if row[3]]
     parts = vit.gather_objects(mine)
 
     def score():
-        read = sorted(sum(parts, []), key=lambda one: one[0])
-        results = [one for _, some in read for one in some]
+        rows = sorted(sum(parts, []), key=lambda row: row[0])
+        results, truths = [one for row in rows for one in row[1]], [row[2] for row in rows]
         Path(args.out).mkdir(parents=True, exist_ok=True)
         vit.write_aside(Path(args.out) / "results.json",
                         lambda aside: aside.write_text(json.dumps(results)))
-        truths = [val.sample(i) for i, _ in read]
         return {**{kind: coco_scores(truths, results, categories, kind)
-                   for kind in (("bbox", "segm") if args.masks else ("bbox",))},
-                "count": len(read), "bad": len(val) - len(read)}
+                   for kind in ("bbox", "segm")[:1 + args.masks]},
+                "count": len(rows), "bad": len(val) - len(rows)}
 
     return vit.on_rank_0(score)
 
 
 def evaluate_results(args):
-    """COCO's scores of the file --evaluate on --val's annotations: the last line of stdout."""
+    """Print the scores of the file --evaluate on the annotations --val, as a line of JSON."""
     source = data.open_objects(args.val, None, (64, 64))
-    if len(source.sources) > 1:
-        raise UserError("--evaluate takes one --val: its ids are those of the results")
-    truths, categories = [source[i] for i in range(len(source))], source.sources[0].categories
+    truths = [source[i] for i in range(len(source))]
     try:
         results = json.loads(Path(args.evaluate).read_text())
-        for one in results:
-            one["score"], one["category_id"] = float(one["score"]), int(one["category_id"])
-            one["bbox"] = [*map(float, one["bbox"])] if "bbox" in one else None
-        unknown = {one["image_id"] for one in results} - {one["id"] for one in truths}
+        unknown = {one["image_id"] for one in results} - {image["id"] for image in truths}
+        if unknown or not results:
+            raise ValueError(f"{len(unknown)} of its images are not in --val, as {unknown}"[:80])
+        masks = all("segmentation" in one for one in results) and source.masks
+        kinds = [kind for kind, given in (("bbox", "bbox" in results[0]), ("segm", masks)) if given]
+        scores = {kind: coco_scores(truths, results, source.categories, kind) for kind in kinds}
     except (OSError, *data.RECORD_ERRORS) as error:
-        raise UserError(f"--evaluate {args.evaluate} cannot be read as COCO's results: "
+        raise UserError(f"--evaluate {args.evaluate} cannot be scored as COCO's results: "
                         f"{type(error).__name__}: {error}") from error
-    if unknown or not results:
-        raise UserError(f"--evaluate {args.evaluate} has {len(unknown)} images that --val has not, "
-                        f"as {min(unknown)}" if unknown else f"{args.evaluate} has no results")
-    kinds = {"bbox": all(one["bbox"] for one in results), "segm": all(
-        "segmentation" in one for one in (*results, *(o for t in truths for o in t["objects"])))}
-    rank0_print(json.dumps({kind: coco_scores(truths, results, categories, kind)
-                            for kind, given in kinds.items() if given}))
+    rank0_print(json.dumps(scores))
 
 
-def draw_objects(pixels, objects, categories, least=0.5):
-    """Pixels uint8 [H,W,C] with objects drawn on them: results of a score from `least` on, or
-    truths, as a PIL image."""
-    H, W = pixels.shape[:2]
-    zoom = max(1, round(320 / max(H, W)))
-    pixels, labels, names = pixels.astype(float), [], {c["id"]: c["name"] for c in categories}
+def draw_objects(sample, objects, categories):
+    """A sample with objects on it, as a PIL image: results of a score of 0.5 or more, or truths."""
+    H, W = sample["height"], sample["width"]
+    pixels = data.read_pixels(sample["image"], functools.partial(
+        data.whole, uniforms=None, size=None), (H, W)).astype(float)
+    names, zoom = {one["id"]: one["name"] for one in categories}, max(1, round(320 / max(H, W)))
+    objects = [{"category": names.get(one.get("category_id")), "score": 1.0, **one}
+               for one in objects]
+    objects = [one for one in objects if one["score"] >= 0.5]
     for one in objects:
-        name = names.get(one.get("category_id"), one.get("category"))
-        colour = np.array(ImageColor.getrgb(f"hsl({47 * zlib.crc32(name.encode()) % 360},90%,50%)"))
-        if one.get("score", 1) < least:
-            continue
-        if one.get("segmentation"):
+        hue = zlib.crc32(one["category"].encode()) % 360
+        one["colour"] = ImageColor.getrgb(f"hsl({hue},90%,50%)")
+        if "segmentation" in one:
             mask = mask_of_runs(read_runs(one["segmentation"], H, W), H, W)
-            pixels[mask] = 0.6 * pixels[mask] + 0.4 * colour
-        labels.append((one, f"{name} {one['score']:.2f}" if "score" in one else name, colour))
-    picture = Image.fromarray(pixels.astype(np.uint8)).resize((W * zoom, H * zoom), 0)
+            pixels[mask] = 0.6 * pixels[mask] + 0.4 * np.array(one["colour"])
+    picture = Image.fromarray(pixels.astype(np.uint8)).resize((zoom * W, zoom * H), 0)
     pen = ImageDraw.Draw(picture)
-    for one, text, colour in labels:
+    for one in objects:
         x, y, w, h = (zoom * value for value in one["bbox"])
-        pen.rectangle((x, y, x + w, y + h), outline=tuple(colour.tolist()), width=2)
-        pen.text((x + 3, y + 1), text, "white", stroke_width=1, stroke_fill="black")
+        pen.rectangle((x, y, x + w, y + h), outline=one["colour"], width=2)
+        pen.text((x + 3, y + 1), f"{one['category']} {one['score']:.2f}".removesuffix(" 1.00"),
+                 "white", stroke_width=1, stroke_fill="black")
     return picture
 
 
-def draw_detections(args, samples, results, categories):
-    """OUT/detections.png: samples with what was found and, beside it, the truth; rank 0 draws."""
+def draw_detections(args, samples, found, categories):
+    """Draw samples with what was found and, but for --predict, the truth beside it, into
+    OUT/detections.png; rank 0 does."""
     if vit.get_rank():
         return
-    rows = []
-    for sample, found in zip(samples, results):
-        size = sample["height"], sample["width"]
-        pixels = data.read_pixels(sample["image"], functools.partial(
-            data.whole, uniforms=None, size=None), size, 3)
-        rows.append([draw_objects(pixels, found, categories),
-                     *([] if args.predict else [draw_objects(pixels, sample["objects"], categories)])])
-    width = max(sum(one.width + 4 for one in row) for row in rows)
-    sheet, y = Image.new("RGB", (width, sum(row[0].height + 4 for row in rows)), "white"), 0
-    for row in rows:
+    rows = [[draw_objects(sample, objects, categories) for objects in
+             (some, sample["objects"])[:1 if args.predict else 2]]
+            for sample, some in zip(samples, found)]
+    sheet = Image.new("RGB", (max(len(row) * (row[0].width + 4) for row in rows),
+                              sum(row[0].height + 4 for row in rows)), "white")
+    for i, row in enumerate(rows):
         for k, one in enumerate(row):
-            sheet.paste(one, (k * (one.width + 4), y))
-        y += row[0].height + 4
+            sheet.paste(one, (k * (one.width + 4), sum(row[0].height + 4 for row in rows[:i])))
     Path(args.out).mkdir(parents=True, exist_ok=True)
     vit.write_aside(Path(args.out) / "detections.png", lambda aside: sheet.save(aside, "PNG"))
 
 
-def trunk_16(tensors, masks=True):
-    """A file's tensors for a detector: no class token; a kernel of patches of 14 pixels becomes one
-    of 16, resized bicubically."""
-    tensors = {name: tensor for name, tensor in vit.our_names(tensors).items()
-               if name != "cls_token" and (masks or not name.startswith("mask_head."))}
-    kernel = tensors.get("patch_embed.proj.weight")
-    if kernel is not None and kernel.shape[-1] == 14:
-        tensors["patch_embed.proj.weight"] = F.interpolate(kernel.float(), (16, 16), mode="bicubic")
-    return tensors
-
-
-def rows_with_objects(source, lvis, seed):
-    """The images with objects, by number; those of rare classes of LVIS several times: an epoch has
-    each max(1, sqrt(0.001 / f)) times, where f is the share of images with its rarest class."""
-    counts = np.concatenate([one.objects for one in source.sources])
-    rows = np.flatnonzero(counts)
-    if len(rows) < len(counts):
-        rank0_print(f"left out: {len(counts) - len(rows):,} images without objects")
-    if not len(rows):
-        raise UserError("--data has no objects to learn")
-    if lvis:
-        here = [{one["category"] for one in source[int(i)]["objects"]} for i in rows]
-        images = Counter(name for names in here for name in names)
-        times = np.array([max(max(1.0, math.sqrt(0.001 * len(rows) / images[name]))
-                              for name in names) for names in here])
-        chance = data.uniform(seed, rows, "repeat", 1)[:, 0]
-        rows = np.repeat(rows, np.floor(times + chance).astype(int))
-    return rows
-
-
-def detector_flops(config, heads, K, window, stages, masks):
-    """Floating-point operations of a forward pass over one image, two per multiply-add."""
-    N, D, C, S = config.num_patches, config.width, heads.channels, heads.boxes
-    side = window if window < max(config.grid) else 0
-    spread = math.prod(-(-n // side) * side for n in config.grid) if side else N    # with windows
-    windowed = config.depth - min(4, config.depth) if side else 0
-    products = N * D * config.patch ** 2 * config.channels + config.depth * 8 * N * D ** 2
-    products += windowed * spread * (4 * D ** 2 + 2 * side ** 2 * D)
-    products += (config.depth - windowed) * N * (4 * D ** 2 + 2 * N * D)
-    places = N * (16 + 4 + 1 + 1 / 4)
-    products += N * D * (3.5 * D + C * 4 + C * 2 + C + C / 4) + places * 9 * C * C      # pyramid
-    products += (places + N / 16) * (18 * C * C + 15 * C)                   # proposals
-    convs = heads.convs * 9 * C * C
-    products += len(stages) * S * (49 * convs + heads.hidden * (49 * C + K + 5))
-    products += masks * max(1, S // 4) * (196 * (convs + 4 * C * C) + 784 * C * K)
-    return 2 * int(products)
-
-
-def open_pictures(args, config):
-    """--predict's pictures as samples without objects, and a batch of them. Raises UserError."""
+def predict_objects(model, categories, args, config, device):
+    """Print what is in --predict's pictures, and draw it. Raises UserError."""
     samples, rows = [], []
-    for k, path in enumerate(args.predict):
+    for path in args.predict:
         try:
             with data.open_image(path) as image:
-                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-                width, height = image.size[::-1] if turned else image.size
-            samples.append({"id": k, "image": path, "height": height, "width": width,
-                            "objects": []})
+                W, H = ImageOps.exif_transpose(image).size
+            samples.append({"id": path, "image": path, "height": H, "width": W, "objects": []})
             rows.append(see_objects(samples[-1], [0] * 4, config.image, config.channels))
         except Exception as error:      # what decoders raise on damage has no common class
             raise UserError(f"--predict {path} cannot be read: {error}") from error
-    pixels, notes = zip(*rows)
-    return samples, {"images": torch.tensor(np.stack(pixels)), **{
-        name: torch.tensor(np.stack([one[name] for one in notes])) for name in ("seen", "scale")}}
+    images = data.normalise(torch.tensor(np.stack([row[0] for row in rows])).to(device))
+    batch = {name: torch.tensor(np.stack([row[1][name] for row in rows]))
+             for name in ("seen", "scale")}
+    found, names = find_objects(model, images, batch, samples, categories, args), {
+        one["id"]: one["name"] for one in categories}
+    for path, some in zip(args.predict, found):
+        rank0_print(f"{path}: " + ", ".join(
+            f"{names[one['category_id']]} {one['score']:.2f} at {[*map(round, one['bbox'])]}"
+            for one in some if one["score"] >= 0.5))
+    draw_detections(args, samples, found, categories)
+
+
+def open_training(args, config, source):
+    """--data as data.Samples: the images with objects. Those of rare classes of LVIS come several
+    times in an epoch: max(1, sqrt(0.001 / f)), where f is the share of images with the rarest."""
+    objects = np.concatenate([one.objects for one in source.sources])
+    rows, numbers = np.flatnonzero(objects), {name: k for k, name in enumerate(source.classes)}
+    if args.masks and not source.masks or not len(rows):
+        raise UserError("--data has no objects to learn" if not len(rows) else
+                        "--data has objects without masks: give --no-masks")
+    if len(rows) < len(objects):
+        rank0_print(f"{len(objects) - len(rows):,} images without objects are left out")
+    if source.federated:
+        here = [{one["category"] for one in source[i]["objects"]} for i in rows.tolist()]
+        images = Counter(name for some in here for name in some)
+        times = [max(1, math.sqrt(0.001 * len(rows) / min(images[name] for name in some)))
+                 for some in here]
+        chance = data.uniform(args.seed, rows, "repeat", 1)[:, 0]
+        rows = np.repeat(rows, (np.array(times) + chance).astype(int))
+    most, side = int(objects.max()), MASK_SIDE * args.masks
+    see = functools.partial(see_objects, size=config.image, channels=config.channels, most=most,
+                            numbers=numbers, side=side, jitter=args.jitter, flip=True)
+    return data.Samples(source, config.image, config.channels, seed=args.seed, rows=rows,
+                        annotate=see, layout=objects_layout(most, side))
 
 
 def load_detector(model, args, classes, file_info):
-    """Load --init: a detector, with its classes where they are the same, or any encoder."""
-    in_use, is_detector = args.predict or args.eval_only, file_info.get("stage") == "detect"
-    heads = ("pyramid.*", "proposals.*", "box_heads.*", "mask_head.*", "*.rel_pos.*")
-    of_classes = ("box_heads.*.classes.*", "mask_head.classes.*")
-    vit.load_weights(model, args.init, new=() if in_use else heads, renew=() if in_use or
-                     file_info.get("classes") == classes else of_classes,
-                     rename=functools.partial(trunk_16, masks=args.masks))
-    if not (in_use or is_detector):
-        rank0_print("the pyramid and the heads start from random weights")
+    """Load --init: any encoder, without its class token and with its patches of 14 pixels resized to
+    16; of a detector also the heads, but for those of other classes."""
+    def names(tensors):
+        tensors = {name: tensor for name, tensor in vit.our_names(tensors).items() if name !=
+                   "cls_token" and (args.masks or not name.startswith("mask_head."))}
+        kernel = tensors["patch_embed.proj.weight"].float()
+        if kernel.shape[-1] == 14:
+            tensors["patch_embed.proj.weight"] = F.interpolate(kernel, (16, 16), mode="bicubic")
+        return tensors
+
+    in_use = args.predict or args.eval_only
+    same = in_use or file_info.get("classes") == classes
+    vit.load_weights(model, args.init, rename=names, new=() if in_use else (
+        "*.rel_pos.*", "pyramid.*", "proposals.*", "box_heads.*", "mask_head.*"),
+        renew=() if same else ("box_heads.*.classes.*", "mask_head.classes.*"))
 
 
 def detect(argv):
@@ -2886,58 +2815,41 @@ def detect(argv):
     device = None if args.plan else vit.start(args)
 
     # ---- data
-    train = val = None
-    categories = [{"id": i, "name": name} for i, name in enumerate(file_info.get("classes", []), 1)]
-    if not (args.predict or args.eval_only or args.plan):
+    trained = file_info.get("detector", {}) if args.predict or args.eval_only else {}
+    classes, images_of, train, val = file_info.get("classes") or [""] * 80, None, None, None
+    if trained:
+        images_of = [1] * len(classes) if trained["federated"] else None
+    elif not args.plan:
         train = data.open_objects(args.data, args.images, config.image)
-        categories = train.categories
-        if args.masks and not all(source.masks for source in train.sources):
-            raise UserError("--data has objects without masks: give --no-masks")
-    if args.val and not (args.predict or args.plan):
+        classes = train.classes
+        images_of = [one["image_count"] for one in train.categories] if train.federated else None
+    categories = [{"id": k, "name": name} for k, name in enumerate(classes, 1)]
+    if args.val and not (args.plan or args.predict):
         val = data.open_objects(args.val, args.val_images or args.images, config.image)
-        ids = {one["name"]: one["id"] for one in val.categories}
-        if missing := {*ids} - {one["name"] for one in categories}:
+        known = {one["name"]: one for one in val.categories}
+        if missing := sorted({*known} - {*classes}):
             raise UserError(f"--val has {len(missing)} categories that the model lacks: "
-                            f"{', '.join(sorted(missing)[:5])}")
-        categories = [{**one, "id": ids.get(one["name"], -i)} for i, one in enumerate(categories)]
+                            f"{', '.join(missing[:5])}")
+        categories = [known.get(one["name"], {**one, "id": -one["id"]}) for one in categories]
         see = functools.partial(see_objects, size=config.image, channels=config.channels)
         val = data.Samples(val, config.image, config.channels, shuffle=False, annotate=see,
                            layout=objects_layout())
-    classes = [one["name"] for one in categories]
-    frequencies = [one.get("image_count", 0) for one in categories] if any(
-        "frequency" in one for one in categories) else None
-    if args.predict or args.eval_only and len(classes) == file_info["shapes"][
-            "box_heads.0.classes.bias"][0]:
-        frequencies = [1] * len(classes)
 
     # ---- model: a checkpoint in --out, else --init, else random weights
-    K, stages = len(classes) or 80, STAGES[args.heads]
-    make = lambda: Detector(config, heads, K, args.window, stages, args.masks, args.seed,
-                            frequencies)
-    flops = 3 * detector_flops(config, heads, K, args.window, stages, args.masks)
+    make = lambda: Detector(config, heads, len(classes), args.window, STAGES[args.heads],
+                            args.masks, args.seed, images_of)
+    with torch.device("meta"):
+        flops = 3 * detector_flops(make())
     if args.plan:
         return vit.plan(args, make, [(config.depth, config.width, config.num_patches)], flops)
     model, wrapped = vit.build(make, args, device, ("detect",))
     if args.init:
         load_detector(model, args, classes, file_info)
     if args.predict:
-        samples, batch = open_pictures(args, config)
-        images = data.normalise(batch["images"].to(device))
-        found = find_objects(model, images, batch, samples, args, categories)
-        for path, some in zip(args.predict, found):
-            rank0_print(f"{path}: " + (", ".join(
-                f"{classes[one['category_id'] - 1]} {one['score']:.2f} at {one['bbox']}"
-                for one in some if one["score"] >= 0.5) or "nothing"))
-        return draw_detections(args, samples, found, categories)
+        return predict_objects(model, categories, args, config, device)
     if args.eval_only:
-        return vit.report(args, evaluate_detector(model, val, args, device, categories))
-    most = max(int(source.objects.max()) for source in train.sources)
-    see = functools.partial(see_objects, size=config.image, channels=config.channels,
-                            numbers={name: k for k, name in enumerate(classes)}, most=most,
-                            side=MASK_SIDE * args.masks, jitter=args.jitter, flip=True)
-    train = data.Samples(train, config.image, config.channels, seed=args.seed, annotate=see,
-                         rows=rows_with_objects(train, frequencies, args.seed),
-                         layout=objects_layout(most, MASK_SIDE * args.masks))
+        return vit.report(args, evaluate_detector(model, val, categories, args, device))
+    train = open_training(args, config, train)
     schedule = vit.make_schedule(args, len(train))
     if not vit.open_run(args, "detect", model, train, val, {"classes": classes}):
         return
@@ -2948,18 +2860,18 @@ def detect(argv):
             return {}
         samples = [val.sample(i) for i in examples["position"].tolist()]
         images = data.normalise(examples["images"].to(device))
-        draw_detections(args, samples, find_objects(model, images, examples, samples, args,
-                                                    categories), categories)
-        scores.update(evaluate_detector(model, val, args, device, categories))
-        return {f"{kind}_{name}": scores[kind][name] for kind in ("bbox", "segm") if kind in scores
-                for name in ("AP", "AP50", "AP75")} | {"count": scores["count"],
-                                                       "bad": scores["bad"]}
+        found = find_objects(model, images, examples, samples, categories, args)
+        draw_detections(args, samples, found, categories)
+        scores.update(evaluate_detector(model, val, categories, args, device))
+        return {f"{kind}_{name}": scores[kind][name] for kind in ("bbox", "segm")[:1 + args.masks]
+                for name in ("AP", "AP50", "AP75")}
 
     # ---- loop
     groups = vit.decay_groups(model, args.weight_decay, NO_DECAY, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
     model_info = {"config": asdict(config), "stage": "detect", "classes": classes, "detector": {
-        "heads": args.heads, "window": args.window, "masks": args.masks}}
+        "heads": args.heads, "window": args.window, "masks": args.masks,
+        "federated": bool(images_of)}}
     run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info, flops)
     batches = data.training_batches(train, args, run.state["step"], schedule, device)
     for _ in run.steps(draw_and_evaluate):
