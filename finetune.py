@@ -2023,10 +2023,10 @@ def nms(boxes, scores, groups, threshold):
     order = scores.argsort(dim=1, descending=True, stable=True)             # [B,n]
     boxes, groups = vit.gather_tokens(boxes, order), groups.gather(1, order)
     drops = (box_iou(boxes, boxes) > threshold) & (groups[:, :, None] == groups[:, None])
-    drops = drops.triu(1).float()                                           # [B,n,n]
+    drops = drops.triu(1).to(scores.dtype)                                  # [B,n,n]
     remain, before = torch.ones_like(scores), None
     while before is None or not remain.equal(before):
-        before, remain = remain, ((remain[:, None] @ drops)[:, 0] == 0).float()
+        before, remain = remain, ((remain[:, None] @ drops)[:, 0] == 0).to(scores.dtype)
     return torch.empty_like(remain).scatter(1, order, remain) > 0
 
 
