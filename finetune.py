@@ -2369,11 +2369,11 @@ def detector_flops(model, images=1):
 # Detection: images for training, masks in COCO's formats
 # ======================================================================================
 
-def see_objects(sample, uniforms, size, channels, numbers=None, most=0, side=0, jitter=(1, 1),
+def see_objects(sample, uniforms, size, channels, numbers, most=0, side=0, jitter=(1, 1),
                 flip=False):
     """A sample of data.open_objects as a detector gets it: a canvas uint8 [H,W,C] with the image at
-    its top left, and a row of objects_layout(most, side). `numbers` {category: class} are given in
-    training. Raises what decoders raise."""
+    its top left, and a row of objects_layout(most, side). `numbers` {category: class}. Raises what
+    decoders raise."""
     height, width = sample["height"], sample["width"]
     (left, top, right, bottom), (h, w) = data.frame(width, height, size, uniforms, jitter)
     corner, scale = np.array([left, top] * 2), np.array([w / (right - left), h / (bottom - top)] * 2)
@@ -2390,7 +2390,7 @@ def see_objects(sample, uniforms, size, channels, numbers=None, most=0, side=0, 
     seen, flip, n = pixels[:h, :w], flip and uniforms[3] < 0.5, 0
     seen[:] = data.read_pixels(sample["image"], choose_box, (h, w), channels)[:, ::-1 if flip else 1]
     row["classes"], row["seen"], row["scale"] = -1, (h, w), scale[:2]
-    for one in sample["objects"] if numbers else ():
+    for one in sample["objects"]:
         x, y, dx, dy = one["bbox"]
         if side:            # the box is that of what can be seen of the mask
             mask = mask_of_runs(read_runs(one["segmentation"], height, width), height, width)
@@ -2413,8 +2413,8 @@ def see_objects(sample, uniforms, size, channels, numbers=None, most=0, side=0, 
 
 def objects_layout(most=0, side=0):
     """What see_objects says of an image with at most `most` objects, in pixels of the canvas: their
-    boxes, classes (-1: no more), masks in their boxes (0 … 255), (height, width) of the image, and
-    how many pixels of the canvas are one of the image (x, y)."""
+    boxes, classes (-1: no more), masks in their boxes (0 … 255), the (height, width) of the image,
+    and what the image's x and y were multiplied by."""
     return [("boxes", np.float32, (most, 4)), ("classes", np.int64, (most,)),
             ("masks", np.uint8, (most, side, side)), ("seen", np.float32, (2,)),
             ("scale", np.float32, (2,))]
@@ -2653,7 +2653,7 @@ def find_objects(model, images, batch, samples, categories, args):
                         classes.tolist(), scores.tolist(), boxes.tolist())]
         for k, one in enumerate(results if masks is not None else ()):
             places = (torch.arange(side)[None, None] + 0.5 for side in (W, H))
-            mask = read_masks(masks[i:i + 1, k:k + 1], boxes[None, k:k + 1], *places) >= 0.5
+            mask = read_masks(masks[None, k:k + 1], boxes[None, k:k + 1], *places) >= 0.5
             one["segmentation"] = {"size": [H, W], "counts": text_of_runs(
                 data.runs_of_mask(mask[0, 0].numpy()))}
         everything.append(results)
@@ -2661,7 +2661,8 @@ def find_objects(model, images, batch, samples, categories, args):
 
 
 def evaluate_detector(model, val, categories, args, device):
-    """COCO's scores over a source, every image once at any number of ranks; OUT/results.json."""
+    """COCO's scores over a source, every image once at any number of ranks. Writes
+    OUT/results.json and OUT/detections.png."""
     mine = []
     for images, batch in data.validate(val, args, device):
         positions = batch["position"].tolist()      # past the end: to fill up the last batch
@@ -2676,6 +2677,8 @@ def evaluate_detector(model, val, categories, args, device):
         Path(args.out).mkdir(parents=True, exist_ok=True)
         vit.write_aside(Path(args.out) / "results.json",
                         lambda aside: aside.write_text(json.dumps(results)))
+        shown = rows[::math.ceil(len(rows) / 8)]
+        draw_detections(args, [row[2] for row in shown], [row[1] for row in shown], categories)
         return {**{kind: coco_scores(truths, results, categories, kind)
                    for kind in ("bbox", "segm")[:1 + args.masks]},
                 "count": len(rows), "bad": len(val) - len(rows)}
@@ -2728,9 +2731,7 @@ def draw_objects(sample, objects, categories):
 
 def draw_detections(args, samples, found, categories):
     """Draw samples with what was found and, but for --predict, the truth beside it, into
-    OUT/detections.png; rank 0 does."""
-    if vit.get_rank():
-        return
+    OUT/detections.png."""
     rows = [[draw_objects(sample, objects, categories) for objects in
              (some, sample["objects"])[:1 if args.predict else 2]]
             for sample, some in zip(samples, found)]
@@ -2751,7 +2752,7 @@ def predict_objects(model, categories, args, config, device):
             with data.open_image(path) as image:
                 W, H = ImageOps.exif_transpose(image).size
             samples.append({"id": path, "image": path, "height": H, "width": W, "objects": []})
-            rows.append(see_objects(samples[-1], [0] * 4, config.image, config.channels))
+            rows.append(see_objects(samples[-1], [0] * 4, config.image, config.channels, {}))
         except Exception as error:      # what decoders raise on damage has no common class
             raise UserError(f"--predict {path} cannot be read: {error}") from error
     images = data.normalise(torch.tensor(np.stack([row[0] for row in rows])).to(device))
@@ -2763,20 +2764,26 @@ def predict_objects(model, categories, args, config, device):
         rank0_print(f"{path}: " + ", ".join(
             f"{names[one['category_id']]} {one['score']:.2f} at {[*map(round, one['bbox'])]}"
             for one in some if one["score"] >= 0.5))
-    draw_detections(args, samples, found, categories)
+    vit.on_rank_0(lambda: draw_detections(args, samples, found, categories))
 
 
-def open_training(args, config, source):
-    """--data as data.Samples: the images with objects. Those of rare classes of LVIS come several
-    times in an epoch: max(1, sqrt(0.001 / f)), where f is the share of images with the rarest."""
+def object_samples(source, where, classes, args, config):
+    """A source of objects as data.Samples: for --data its images with objects, jittered; for --val
+    all as they are. Raises UserError.
+
+    Images with rare classes of LVIS come several times in an epoch: max(1, sqrt(0.001 / f)), where
+    f is the share of images with their rarest class."""
+    training, rows = where == "--data", None
     objects = np.concatenate([one.objects for one in source.sources])
-    rows, numbers = np.flatnonzero(objects), {name: k for k, name in enumerate(source.classes)}
-    if args.masks and not source.masks or not len(rows):
-        raise UserError("--data has no objects to learn" if not len(rows) else
-                        "--data has objects without masks: give --no-masks")
-    if len(rows) < len(objects):
-        rank0_print(f"{len(objects) - len(rows):,} images without objects are left out")
-    if source.federated:
+    if args.masks and not source.masks:
+        raise UserError(f"{where} has objects without masks: give --no-masks")
+    if training:
+        rows = np.flatnonzero(objects)
+        if not len(rows):
+            raise UserError("--data has no objects to learn")
+        if len(rows) < len(objects):
+            rank0_print(f"{len(objects) - len(rows):,} images without objects are left out")
+    if training and source.federated:
         here = [{one["category"] for one in source[i]["objects"]} for i in rows.tolist()]
         images = Counter(name for some in here for name in some)
         times = [max(1, math.sqrt(0.001 * len(rows) / min(images[name] for name in some)))
@@ -2784,10 +2791,12 @@ def open_training(args, config, source):
         chance = data.uniform(args.seed, rows, "repeat", 1)[:, 0]
         rows = np.repeat(rows, (np.array(times) + chance).astype(int))
     most, side = int(objects.max()), MASK_SIDE * args.masks
-    see = functools.partial(see_objects, size=config.image, channels=config.channels, most=most,
-                            numbers=numbers, side=side, jitter=args.jitter, flip=True)
-    return data.Samples(source, config.image, config.channels, seed=args.seed, rows=rows,
-                        annotate=see, layout=objects_layout(most, side))
+    see = functools.partial(
+        see_objects, size=config.image, channels=config.channels, most=most, side=side,
+        numbers={name: k for k, name in enumerate(classes)},
+        jitter=args.jitter if training else (1, 1), flip=training)
+    return data.Samples(source, config.image, config.channels, seed=args.seed, shuffle=training,
+                        rows=rows, annotate=see, layout=objects_layout(most, side))
 
 
 def load_detector(model, args, classes, file_info):
@@ -2831,9 +2840,7 @@ def detect(argv):
             raise UserError(f"--val has {len(missing)} categories that the model lacks: "
                             f"{', '.join(missing[:5])}")
         categories = [known.get(one["name"], {**one, "id": -one["id"]}) for one in categories]
-        see = functools.partial(see_objects, size=config.image, channels=config.channels)
-        val = data.Samples(val, config.image, config.channels, shuffle=False, annotate=see,
-                           layout=objects_layout())
+        val = object_samples(val, "--val", classes, args, config)
 
     # ---- model: a checkpoint in --out, else --init, else random weights
     make = lambda: Detector(config, heads, len(classes), args.window, STAGES[args.heads],
@@ -2849,19 +2856,15 @@ def detect(argv):
         return predict_objects(model, categories, args, config, device)
     if args.eval_only:
         return vit.report(args, evaluate_detector(model, val, categories, args, device))
-    train = open_training(args, config, train)
+    train = object_samples(train, "--data", classes, args, config)
     schedule = vit.make_schedule(args, len(train))
     if not vit.open_run(args, "detect", model, train, val, {"classes": classes}):
         return
-    examples, scores = val and data.examples(val, device), {}
+    scores = {}
 
-    def draw_and_evaluate():
+    def evaluate_and_draw():
         if not val:
             return {}
-        samples = [val.sample(i) for i in examples["position"].tolist()]
-        images = data.normalise(examples["images"].to(device))
-        found = find_objects(model, images, examples, samples, categories, args)
-        draw_detections(args, samples, found, categories)
         scores.update(evaluate_detector(model, val, categories, args, device))
         return {f"{kind}_{name}": scores[kind][name] for kind in ("bbox", "segm")[:1 + args.masks]
                 for name in ("AP", "AP50", "AP75")}
@@ -2874,7 +2877,7 @@ def detect(argv):
         "federated": bool(images_of)}}
     run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info, flops)
     batches = data.training_batches(train, args, run.state["step"], schedule, device)
-    for _ in run.steps(draw_and_evaluate):
+    for _ in run.steps(evaluate_and_draw):
         for batch in run.micro_batches(batches):
             images, scales = data.normalise(batch["images"]), None          # [B,C,H,W]
             if args.drop_path:
