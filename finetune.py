@@ -1882,7 +1882,8 @@ DETECT_BY_MODEL = {"base": dict(layer_decay=0.7, drop_path=0.1),
 STAGES = {"cascade": (0.5, 0.6, 0.7), "one": (0.5,)}        # IoU from which on a box is an object
 # The later the head, the smaller the offsets that it learns; what they are multiplied by
 SCALES = (10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)
-FEDERATED = 50          # classes that are judged in an image of LVIS
+# LVIS: classes that are judged in an image; what makes a class improbable (0.01) at first
+FEDERATED, RARE = 50, math.log(99)
 MASK_SIDE = 112         # of objects' masks in their boxes: four times that of predictions (ours)
 
 
@@ -2114,69 +2115,26 @@ class MapNorm(nn.Module):
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def conv_norm(inputs, outputs, side, *after):
-    """The layers of a convolution with its norm and what follows."""
-    return [nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=False), MapNorm(outputs),
-            *after]
+def convs_of(heads):
+    """The layers of 3 x 3 convolutions that a head begins with."""
+    return [layer for _ in range(heads.convs)
+            for layer in (*conv_norm(heads.channels, heads.channels, 3), nn.ReLU())]
 
 
-class Pyramid(nn.Module):
-    """ViTDet's simple feature pyramid: the encoder's map [B,D,rows,columns] to five with C channels,
-    4, 2, 1, 1/2 and 1/4 times as fine: of strides 4 to 64 for patches of 16."""
-
-    def __init__(self, D, C):
-        super().__init__()
-        up = lambda inputs: nn.ConvTranspose2d(inputs, inputs // 2, 2, 2)
-        to_C = lambda inputs: [*conv_norm(inputs, C, 1), *conv_norm(C, C, 3)]
-        self.finest = nn.Sequential(up(D), MapNorm(D // 2), nn.GELU(), up(D // 2), *to_C(D // 4))
-        self.fine = nn.Sequential(up(D), *to_C(D // 2))
-        self.same = nn.Sequential(*to_C(D))
-        self.coarse = nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), *to_C(D))
-
-    def forward(self, x):
-        maps = [self.finest(x), self.fine(x), self.same(x), self.coarse(x)]
-        return [*maps, maps[-1][..., ::2, ::2]]
+def conv_norm(inputs, outputs, side):
+    return nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=False), MapNorm(outputs)
 
 
-class Proposals(nn.Module):
-    """The region proposal network: of each anchor a logit that it is an object [B,A], and offsets
-    [B,A,4]."""
-
-    def __init__(self, C):
-        super().__init__()
-        self.convs = nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.ReLU(),
-                                   nn.Conv2d(C, C, 3, padding=1), nn.ReLU())
-        self.classes, self.offsets = nn.Conv2d(C, 3, 1), nn.Conv2d(C, 12, 1)
-
-    def forward(self, maps):
-        flat = lambda x, k: x.permute(0, 2, 3, 1).reshape(len(x), -1, k).float()
-        maps = [self.convs(x) for x in maps]
-        return (torch.cat([flat(self.classes(x), 1) for x in maps], 1)[..., 0],
-                torch.cat([flat(self.offsets(x), 4) for x in maps], 1))
-
-
-class Head(nn.Module):
-    """A box head: maps [R,C,7,7] of boxes to class logits [R,K'] and offsets [R,4]; or, with
-    `masks`, a mask head: maps [R,C,14,14] to the logits of a mask for each class [R,K',28,28]."""
-
-    def __init__(self, heads, outputs, masks=False):
-        super().__init__()
-        C, self.masks = heads.channels, masks
-        self.convs = nn.Sequential(*itertools.chain.from_iterable(
-            conv_norm(C, C, 3, nn.ReLU()) for _ in range(heads.convs)))
-        if masks:
-            self.up, self.classes = nn.ConvTranspose2d(C, C, 2, 2), nn.Conv2d(C, outputs, 1)
-        else:
-            self.hidden = nn.Linear(C * 49, heads.hidden)
-            self.classes = nn.Linear(heads.hidden, outputs)
-            self.offsets = nn.Linear(heads.hidden, 4)
-
-    def forward(self, x):
-        x = self.convs(x)
-        if self.masks:
-            return self.classes(F.relu(self.up(x))).float()
-        x = F.relu(self.hidden(x.flatten(1)))                               # [R,hidden]
-        return self.classes(x).float(), self.offsets(x).float()
+def simple_pyramid(D, C):
+    """ViTDet's feature pyramid: modules from the encoder's map [B,D,rows,columns] to maps with C
+    channels, 4, 2, 1 and 1/2 times as fine: of strides 4 to 32 for patches of 16."""
+    up = lambda inputs: nn.ConvTranspose2d(inputs, inputs // 2, 2, 2)
+    to_C = lambda inputs: (*conv_norm(inputs, C, 1), *conv_norm(C, C, 3))
+    return nn.ModuleList((
+        nn.Sequential(up(D), MapNorm(D // 2), nn.GELU(), up(D // 2), *to_C(D // 4)),
+        nn.Sequential(up(D), *to_C(D // 2)),
+        nn.Sequential(*to_C(D)),
+        nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), *to_C(D))))
 
 
 class Detector(nn.Module):
@@ -2188,7 +2146,7 @@ class Detector(nn.Module):
         super().__init__()
         self.config, self.heads, self.K, self.window = config, heads, K, window
         self.stages, self.seed, self.images_of, self.recompute = stages, seed, images_of, False
-        D, depth = config.width, config.depth
+        D, C, depth = config.width, heads.channels, config.depth
         self.patch_embed = vit.PatchEmbed(config)
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, D))
         # The last block of each quarter attends everywhere; so do all where one window is enough.
@@ -2196,24 +2154,31 @@ class Detector(nn.Module):
         self.blocks = nn.ModuleList(
             vit.Block(D, config.heads, config.grid, 0 if i in everywhere
                       or window >= max(config.grid) else window) for i in range(depth))
-        self.pyramid, self.proposals = Pyramid(D, heads.channels), Proposals(heads.channels)
-        outputs = K if images_of else K + 1                 # the last one is the background
-        self.box_heads = nn.ModuleList(Head(heads, outputs) for _ in stages)
-        self.mask_head = Head(heads, K, masks=True) if masks else None
+        self.pyramid = simple_pyramid(D, C)
+        # Of each of the three anchors at a place: a logit that it is an object, and four offsets
+        self.proposals = nn.Sequential(
+            nn.Conv2d(C, C, 3, padding=1), nn.ReLU(), nn.Conv2d(C, C, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(C, 3 * 5, 1))
+        # [R,C,7,7] to the logits of classes (the last one is the background) and four offsets
+        self.box_heads = nn.ModuleList(nn.Sequential(
+            *convs_of(heads), nn.Flatten(), nn.Linear(C * 49, heads.hidden), nn.ReLU(),
+            nn.Linear(heads.hidden, K + (not images_of) + 4)) for _ in stages)
+        # [R,C,14,14] to the logits of a mask for each class, [R,K,28,28]
+        self.mask_head = nn.Sequential(*convs_of(heads), nn.ConvTranspose2d(C, C, 2, 2), nn.ReLU(),
+                                       nn.Conv2d(C, K, 1)) if masks else None
         self.strides = [config.patch * 2.0 ** (level - 2) for level in range(4)]
         self.init_weights()
 
     def init_weights(self, seed=0):
-        starts = {f"{part}.{kind}.weight": std for part in ("proposals", "mask_head", *(
-            f"box_heads.{k}" for k in range(len(self.stages)))) for kind, std in (
-            ("classes", 0.001 if part == "mask_head" else 0.01), ("offsets", 0.001))}
-        if self.images_of:                                  # each class is improbable at first
-            starts |= {f"box_heads.{k}.classes.bias": -math.log(99) for k in range(3)}
-        vit.init_weights(self, seed, starts)
+        last = [name for name, p in self.named_parameters() if p.dim() > 1 and name.startswith((
+            f"proposals.{len(self.proposals) - 1}.", f"mask_head.{3 * self.heads.convs + 2}.",
+            *(f"box_heads.{k}.{3 * self.heads.convs + 3}." for k in range(3))))]
+        vit.init_weights(self, seed, dict.fromkeys(last, 0.001))            # ours; 0.01 and 0.001
 
-    def maps(self, images, seen, scales=None):
-        """The pyramid of images [B,C,H,W], of which the (height, width) `seen` [B,2] are not filled
-        up: nothing attends to the rest. `scales` [B,L,2] are drop_path_scales'."""
+    def find(self, images, seen, scales=None):
+        """The pyramid of images [B,C,H,W], whose (height, width) `seen` [B,2] are not filled up
+        (nothing attends to the rest); the anchors [A,4], their logits [B,A] and offsets [B,A,4].
+        `scales` [B,L,2] are drop_path_scales'."""
         grid, p = self.config.grid, self.config.patch
         x = self.patch_embed(vit.patchify(images, p)) + self.pos_embed[:, 1:]           # [B,N,D]
         row, column = (torch.arange(0, n * p, p, device=x.device) for n in grid)
@@ -2224,7 +2189,13 @@ class Detector(nn.Module):
         for i, block in enumerate(self.blocks):
             x = vit.run_block(block, x, self.recompute, None if scales is None else scales[:, i],
                               (inside if block.attn.window else real)[:, None, None])
-        return self.pyramid(x.transpose(1, 2).unflatten(2, grid))
+        x = x.transpose(1, 2).unflatten(2, grid)                            # [B,D,rows,columns]
+        maps = [level(x) for level in self.pyramid]
+        maps.append(maps[-1][..., ::2, ::2])
+        found = torch.cat([self.proposals(x).permute(0, 2, 3, 1).reshape(len(x), -1, 5)
+                           for x in maps], 1).float()                       # [B,A,5]
+        anchors = make_anchors([x.shape[2:] for x in maps], p, x.device)
+        return maps, anchors, found[..., 0], found[..., 1:]
 
     @torch.no_grad()
     def propose(self, maps, anchors, logits, offsets, seen):
@@ -2248,9 +2219,7 @@ class Detector(nn.Module):
         seen, truth, classes = batch["seen"], batch["boxes"], batch["classes"]
         known, heads = classes >= 0, self.heads                             # [B,G]
         draw = lambda stream, n: data.uniform(self.seed, batch["position"], stream, n)  # [B,n]
-        maps = self.maps(images, seen, scales)
-        logits, offsets = self.proposals(maps)                              # [B,A] [B,A,4]
-        anchors = make_anchors([x.shape[2:] for x in maps], self.config.patch, seen.device)
+        maps, anchors, logits, offsets = self.find(images, seen, scales)
         loss = proposal_losses(anchors, logits, offsets, truth, known, draw, heads.anchors)     # [B]
 
         # ---- boxes: proposals, and the objects themselves, get classes and better boxes
@@ -2267,7 +2236,8 @@ class Detector(nn.Module):
             positive &= sound                                               # [B,S]
             x = roi_align(maps[:4], boxes, self.strides, 7)                 # [B*S,C,7,7]
             part = x / len(self.stages)         # of the gradient goes on: as much as of one head
-            logits, offsets = (y.unflatten(0, which.shape) for y in head(part + (x - part).detach()))
+            x = head(part + (x - part).detach()).float().unflatten(0, which.shape)
+            logits, offsets = x[..., :-4], x[..., -4:]                      # [B,S,K'] [B,S,4]
             targets = classes.gather(1, which).masked_fill(~positive, self.K)
             wanted = encode_boxes(boxes, vit.gather_tokens(truth, which), sizes)
             losses = class_losses_of_boxes(logits, targets, judged) * sound
@@ -2289,7 +2259,7 @@ class Detector(nn.Module):
 
     def masks(self, maps, boxes, classes):
         """The logits [B,n,28,28] of the masks of boxes [B,n,4] of these classes [B,n]."""
-        logits = self.mask_head(roi_align(maps[:4], boxes, self.strides, 14))   # [B*n,K,28,28]
+        logits = self.mask_head(roi_align(maps[:4], boxes, self.strides, 14)).float()
         return logits[range(len(logits)), classes.flatten()].unflatten(0, classes.shape)
 
     @torch.no_grad()
@@ -2297,15 +2267,14 @@ class Detector(nn.Module):
         """What is found in images [B,C,H,W], the surest first: scores [B,n] (0: no more), classes
         [B,n], boxes [B,n,4], and masks [B,n,28,28], 0 … 1, or None."""
         most, least = (300, 0.02) if self.images_of else (100, 0.05)
-        maps, scores = self.maps(images, seen), 0
-        anchors = make_anchors([x.shape[2:] for x in maps], self.config.patch, seen.device)
-        boxes, sound = self.propose(maps, anchors, *self.proposals(maps), seen)     # [B,n,4] [B,n]
+        (maps, *found), scores = self.find(images, seen), 0
+        boxes, sound = self.propose(maps, *found, seen)                     # [B,n,4] [B,n]
         for head, sizes in zip(self.box_heads, SCALES):
-            logits, offsets = head(roi_align(maps[:4], boxes, self.strides, 7))
-            chances = logits.sigmoid() if self.images_of else logits.softmax(1)[:, :self.K]
-            scores = scores + chances.unflatten(0, sound.shape) / len(self.stages)      # [B,n,K]
-            boxes = decode_boxes(offsets.unflatten(0, sound.shape), boxes, sizes)
-            boxes, _ = clip_boxes(boxes, seen)
+            x = head(roi_align(maps[:4], boxes, self.strides, 7)).float().unflatten(0, sound.shape)
+            chances = (x[..., :-4] - RARE).sigmoid() if self.images_of else \
+                x[..., :-4].softmax(-1)[..., :self.K]
+            scores = scores + chances / len(self.stages)                    # [B,n,K]
+            boxes, _ = clip_boxes(decode_boxes(x[..., -4:], boxes, sizes), seen)
         scores = (scores * sound[..., None]).flatten(1)                     # [B,n*K]
         # detectron2 takes all above the threshold; hardly ever are there more than these.
         scores, index = scores.topk(min(self.heads.before_nms, scores.shape[1]))
@@ -2336,7 +2305,7 @@ def class_losses_of_boxes(logits, targets, judged):
     if judged is None:
         return F.cross_entropy(logits.movedim(2, 1), targets, reduction="none")
     hot = F.one_hot(targets, logits.shape[2] + 1)[..., :-1].float()         # [B,S,K]
-    losses = F.binary_cross_entropy_with_logits(logits, hot, reduction="none")
+    losses = F.binary_cross_entropy_with_logits(logits - RARE, hot, reduction="none")
     return (losses * judged[:, None]).sum(-1)
 
 
@@ -2351,18 +2320,18 @@ def federated(classes, uniforms, images_of):
     return torch.zeros_like(own).scatter(1, chosen, True)
 
 
-def detector_flops(model, images=1):
+def detector_flops(model):
     """Operations of a forward pass over one image, as torch counts them for a model without
     content (on the meta device)."""
-    config, heads = model.config, model.heads
+    C, n = model.heads.channels, model.heads.boxes
     with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
-        maps = model.maps(torch.empty(1, config.channels, *config.image), torch.empty(1, 2))
-        model.proposals(maps)
+        model.find(torch.empty(1, model.config.channels, *model.config.image), torch.empty(1, 2))
         for head in model.box_heads:
-            head(torch.empty(heads.boxes, heads.channels, 7, 7))
+            head(torch.empty(n, C, 7, 7))
         if model.mask_head:
-            model.mask_head(torch.empty(max(1, heads.boxes // 4), heads.channels, 14, 14))
+            model.mask_head(torch.empty(max(1, n // 4), C, 14, 14))
     return counter.get_total_flops()
+
 
 
 # ======================================================================================
@@ -2660,30 +2629,57 @@ def find_objects(model, images, batch, samples, categories, args):
     return everything
 
 
-def evaluate_detector(model, val, categories, args, device):
-    """COCO's scores over a source, every image once at any number of ranks. Writes
-    OUT/results.json and OUT/detections.png."""
-    mine = []
+def find_all(model, val, categories, args, device):
+    """[(position, sample, results)] of all of `val` that can be read, in order, on rank 0."""
+    rows = []
     for images, batch in data.validate(val, args, device):
         positions = batch["position"].tolist()      # past the end: to fill up the last batch
         samples = [val.sample(i % len(val)) for i in positions]
         found = find_objects(model, images, batch, samples, categories, args)
-        mine += [row for row in zip(positions, found, samples, batch["weight"].tolist()) if row[3]]
-    parts = vit.gather_objects(mine)
+        rows += [row for row, weight in zip(zip(positions, samples, found),
+                                            batch["weight"].tolist()) if weight]
+    rows = vit.gather_objects(rows)
+    return rows and sorted(sum(rows, []), key=lambda row: row[0])
+
+
+def evaluate_detector(model, val, categories, args, device):
+    """COCO's scores over a source, every image once at any number of ranks. Writes
+    OUT/results.json and OUT/detections.png."""
+    rows = find_all(model, val, categories, args, device)
 
     def score():
-        rows = sorted(sum(parts, []), key=lambda row: row[0])
-        results, truths = [one for row in rows for one in row[1]], [row[2] for row in rows]
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+        _, truths, found = zip(*rows)
+        draw_detections(args, rows[::math.ceil(len(rows) / 8)], categories)
+        results = sum(found, [])
         vit.write_aside(Path(args.out) / "results.json",
                         lambda aside: aside.write_text(json.dumps(results)))
-        shown = rows[::math.ceil(len(rows) / 8)]
-        draw_detections(args, [row[2] for row in shown], [row[1] for row in shown], categories)
         return {**{kind: coco_scores(truths, results, categories, kind)
                    for kind in ("bbox", "segm")[:1 + args.masks]},
                 "count": len(rows), "bad": len(val) - len(rows)}
 
     return vit.on_rank_0(score)
+
+
+def predict_objects(model, categories, args, config, device):
+    """Print what is in --predict's pictures, and draw it. Raises UserError."""
+    samples, names = [], {one["id"]: one["name"] for one in categories}
+    for path in args.predict:
+        try:
+            with data.open_image(path) as image:
+                W, H = ImageOps.exif_transpose(image).size
+        except Exception as error:      # what decoders raise on damage has no common class
+            raise UserError(f"--predict {path} cannot be read: {error}") from error
+        samples.append({"id": path, "image": path, "where": path, "height": H, "width": W,
+                        "objects": []})
+    see = functools.partial(see_objects, size=config.image, channels=config.channels, numbers={})
+    val = data.Samples(samples, config.image, config.channels, shuffle=False, annotate=see,
+                       rows=np.arange(len(samples)), layout=objects_layout())
+    rows = find_all(model, val, categories, args, device)
+    for _, sample, found in rows or ():
+        rank0_print(f"{sample['id']}: " + ", ".join(
+            f"{names[one['category_id']]} {one['score']:.2f} at {[*map(round, one['bbox'])]}"
+            for one in found if one["score"] >= 0.5))
+    vit.on_rank_0(lambda: draw_detections(args, rows, categories))
 
 
 def evaluate_results(args):
@@ -2709,32 +2705,27 @@ def draw_objects(sample, objects, categories):
     H, W = sample["height"], sample["width"]
     pixels = data.read_pixels(sample["image"], functools.partial(
         data.whole, uniforms=None, size=None), (H, W)).astype(float)
-    names, zoom = {one["id"]: one["name"] for one in categories}, max(1, round(320 / max(H, W)))
-    objects = [{"category": names.get(one.get("category_id")), "score": 1.0, **one}
-               for one in objects]
-    objects = [one for one in objects if one["score"] >= 0.5]
+    names, zoom, labels = {one["id"]: one["name"] for one in categories}, max(1, 320 // max(H, W)), []
     for one in objects:
-        hue = zlib.crc32(one["category"].encode()) % 360
-        one["colour"] = ImageColor.getrgb(f"hsl({hue},90%,50%)")
-        if "segmentation" in one:
-            mask = mask_of_runs(read_runs(one["segmentation"], H, W), H, W)
-            pixels[mask] = 0.6 * pixels[mask] + 0.4 * np.array(one["colour"])
+        name = one.get("category") or names[one["category_id"]]
+        colour = ImageColor.getrgb(f"hsl({zlib.crc32(name.encode()) % 360},90%,50%)")
+        if one.get("score", 1) >= 0.5:
+            labels.append((one["bbox"], colour, f"{name} {one.get('score', 1):.2f}"))
+            if "segmentation" in one:
+                mask = mask_of_runs(read_runs(one["segmentation"], H, W), H, W)
+                pixels[mask] = 0.6 * pixels[mask] + 0.4 * np.array(colour)
     picture = Image.fromarray(pixels.astype(np.uint8)).resize((zoom * W, zoom * H), 0)
     pen = ImageDraw.Draw(picture)
-    for one in objects:
-        x, y, w, h = (zoom * value for value in one["bbox"])
-        pen.rectangle((x, y, x + w, y + h), outline=one["colour"], width=2)
-        pen.text((x + 3, y + 1), f"{one['category']} {one['score']:.2f}".removesuffix(" 1.00"),
-                 "white", stroke_width=1, stroke_fill="black")
+    for (x, y, w, h), colour, text in labels:
+        pen.rectangle([zoom * side for side in (x, y, x + w, y + h)], outline=colour, width=2)
+        pen.text((zoom * x + 3, zoom * y + 1), text, "white", stroke_width=1, stroke_fill="black")
     return picture
 
 
-def draw_detections(args, samples, found, categories):
-    """Draw samples with what was found and, but for --predict, the truth beside it, into
-    OUT/detections.png."""
+def draw_detections(args, rows, categories):
+    """Draw find_all's rows and, but for --predict, the truths beside them: OUT/detections.png."""
     rows = [[draw_objects(sample, objects, categories) for objects in
-             (some, sample["objects"])[:1 if args.predict else 2]]
-            for sample, some in zip(samples, found)]
+             (found, sample["objects"])[:1 if args.predict else 2]] for _, sample, found in rows]
     sheet = Image.new("RGB", (max(len(row) * (row[0].width + 4) for row in rows),
                               sum(row[0].height + 4 for row in rows)), "white")
     for i, row in enumerate(rows):
@@ -2742,29 +2733,6 @@ def draw_detections(args, samples, found, categories):
             sheet.paste(one, (k * (one.width + 4), sum(row[0].height + 4 for row in rows[:i])))
     Path(args.out).mkdir(parents=True, exist_ok=True)
     vit.write_aside(Path(args.out) / "detections.png", lambda aside: sheet.save(aside, "PNG"))
-
-
-def predict_objects(model, categories, args, config, device):
-    """Print what is in --predict's pictures, and draw it. Raises UserError."""
-    samples, rows = [], []
-    for path in args.predict:
-        try:
-            with data.open_image(path) as image:
-                W, H = ImageOps.exif_transpose(image).size
-            samples.append({"id": path, "image": path, "height": H, "width": W, "objects": []})
-            rows.append(see_objects(samples[-1], [0] * 4, config.image, config.channels, {}))
-        except Exception as error:      # what decoders raise on damage has no common class
-            raise UserError(f"--predict {path} cannot be read: {error}") from error
-    images = data.normalise(torch.tensor(np.stack([row[0] for row in rows])).to(device))
-    batch = {name: torch.tensor(np.stack([row[1][name] for row in rows]))
-             for name in ("seen", "scale")}
-    found, names = find_objects(model, images, batch, samples, categories, args), {
-        one["id"]: one["name"] for one in categories}
-    for path, some in zip(args.predict, found):
-        rank0_print(f"{path}: " + ", ".join(
-            f"{names[one['category_id']]} {one['score']:.2f} at {[*map(round, one['bbox'])]}"
-            for one in some if one["score"] >= 0.5))
-    vit.on_rank_0(lambda: draw_detections(args, samples, found, categories))
 
 
 def object_samples(source, where, classes, args, config):
@@ -2812,9 +2780,9 @@ def load_detector(model, args, classes, file_info):
 
     in_use = args.predict or args.eval_only
     same = in_use or file_info.get("classes") == classes
-    vit.load_weights(model, args.init, rename=names, new=() if in_use else (
-        "*.rel_pos.*", "pyramid.*", "proposals.*", "box_heads.*", "mask_head.*"),
-        renew=() if same else ("box_heads.*.classes.*", "mask_head.classes.*"))
+    heads = ("box_heads.*", "mask_head.*")
+    vit.load_weights(model, args.init, rename=names, renew=() if same else heads, new=() if in_use
+                     else ("*.rel_pos.*", "pyramid.*", "proposals.*", *heads))
 
 
 def detect(argv):
