@@ -1200,9 +1200,8 @@ def runs_of_mask(mask):
 
 
 def read_coco(path):
-    """A COCO or LVIS file: (columns with a record of each image and its objects, categories, the
-    largest number of objects to learn of one image). What is left out is counted and named. Raises
-    UserError."""
+    """A COCO or LVIS file: (columns with a record of each image and its objects, categories). What
+    is left out is counted and named. Raises UserError."""
     left_out = {}
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -1233,22 +1232,21 @@ def read_coco(path):
                         f"{error}; it needs images, annotations and categories") from error
     for fault, ids in left_out.items():
         rank0_print(f"{path}: left out {len(ids):,} annotations {fault}, the first: id {ids[0]}")
-    most = [sum(not one["iscrowd"] for one in image["objects"]) for image in images.values()]
+    counts = [sum(not one["iscrowd"] for one in image["objects"]) for image in images.values()]
     masks = all("segmentation" in one for image in images.values() for one in image["objects"])
-    return {**pack_strings("names", files), "most": np.array(most, np.int64), "masks": masks,
+    return {**pack_strings("names", files), "objects": np.array(counts, np.int64), "masks": masks,
             **pack_strings("records", map(json.dumps, images.values()))}, categories
 
 
 class Coco:
     """The images and objects of a file as COCO's or LVIS's; the images are in a folder."""
 
-    def __init__(self, path, folder, columns, categories):
+    def __init__(self, folder, columns, categories):
         self.folder, self.columns, self.categories = folder, columns, categories
         self.classes = [word_of(one["name"]) for one in categories]
-        self.objects = columns["most"]          # to learn in each image: without crowds
-        self.masks = bool(columns["masks"])     # whether all have masks
-        self.chunks = even_chunks(len(self))
-        self.mark = crc(columns["names"], columns["records"])
+        self.objects = columns["objects"]       # how many to learn in each image, without crowds
+        self.masks = columns["masks"]           # whether all have masks
+        self.chunks, self.mark = even_chunks(len(self)), crc(columns["names"], columns["records"])
 
     def __len__(self):
         return len(self.objects)
@@ -1256,9 +1254,6 @@ class Coco:
     def __getitem__(self, i):
         path = os.path.join(self.folder, string_at(self.columns, "names", i))
         return {**json.loads(string_at(self.columns, "records", i)), "image": path, "where": path}
-
-    def files(self):
-        return (os.path.join(self.folder, name) for name in all_strings(self.columns, "names"))
 
 
 class WorldObjects:
@@ -1275,36 +1270,34 @@ class WorldObjects:
 
     def __getitem__(self, i):
         sample, (H, W) = self.world[i], self.size
-        return {"image": sample["image"], "where": sample["where"], "id": i, "height": H, "width": W,
-                "objects": [{"bbox": (x0, y0, x1 - x0, y1 - y0), "category": SHAPES[shape],
-                             "area": int(mask.sum()), "iscrowd": 0, "segmentation": {
-                                 "size": self.size, "counts": runs_of_mask(mask)}}
-                            for shape, x0, y0, x1, y1, mask in boxes(sample["image"], H, W)]}
-
-    def files(self):
-        return iter(())
+        objects = [{"bbox": (x0, y0, x1 - x0, y1 - y0), "category": SHAPES[shape], "iscrowd": 0,
+                    "area": int(mask.sum()),
+                    "segmentation": {"size": self.size, "counts": runs_of_mask(mask)}}
+                   for shape, x0, y0, x1, y1, mask in boxes(sample["image"], H, W)]
+        return {"image": sample["image"], "where": sample["where"], "id": i, "height": H,
+                "width": W, "objects": objects}
 
 
 def open_objects(specs, folder, size):
     """Open world-boxes, world-boxes-val or files as COCO's, whose images are in `folder` (default:
     that of the file), joined to one source. Raises UserError."""
     splits = {"world-boxes": ("train", 20_000), "world-boxes-val": ("val", 500)}
-    sources = []
+    sources, known = [], {}
     for spec in map(str, specs):
         name, _, count = spec.partition(":")
-        if name in splits and (not count or count.isdecimal() and int(count)):
+        if name in splits and count.isdecimal() == bool(count):
             split, usual = splits[name]
             sources.append(WorldObjects(split, int(count or usual), tuple(size)))
         elif spec.lower().endswith(".json"):
             found = on_rank_0(functools.partial(read_coco, spec))
-            sources.append(Coco(spec, folder or os.path.dirname(spec), *found))
+            sources.append(Coco(folder or os.path.dirname(spec), *found))
         else:
             raise UserError(f"no objects in {spec}: give world-boxes, world-boxes-val, with :COUNT "
                             "or without, or a .json as COCO's")
         if not len(sources[-1]):
             raise UserError(f"no image in {spec}")
-    joined, known = Joined(sources), {
-        one["name"]: one for source in sources for one in source.categories}
+        known |= {one["name"]: one for one in sources[-1].categories}
+    joined = Joined(sources)
     joined.categories = [known[name] for name in joined.classes]
     joined.masks = all(source.masks for source in sources)
     joined.federated = all("frequency" in one for one in joined.categories)     # LVIS

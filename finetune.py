@@ -1898,16 +1898,14 @@ def parse_detect_flags(argv):
     add("--val-images", metavar="DIR", help="folder of --val's images; default: --images")
     add("--heads", choices=STAGES, help="cascade: three box heads, each for the boxes of the one "
         "before; default cascade, or as --init")
-    add("--no-masks", dest="masks", action="store_false", help="boxes only, for data without masks; "
-        "default: boxes and masks, or as --init")
+    add("--no-masks", dest="masks", action="store_false", help="boxes only, for data without "
+        "masks; default: boxes and masks, or as --init")
     add("--window", type=vit.positive, metavar="PATCHES", help="side of the windows that most "
         "blocks attend in; default 14, or as --init")
     add("--jitter", type=vit.number(0.01, 10), nargs=2, metavar="SIZE", help="smallest and largest "
         "size of images in training, relative to what fits; 1 1 is off; default by recipe")
-    add("--layer-decay", type=vit.number(1e-9, 1), metavar="FACTOR", help="learning rate of a layer "
-        "relative to the layer above it; 1 off; default by recipe")
-    add("--drop-path", type=vit.number(0, 0.999), metavar="SHARE", help="share of images that skip "
-        "a branch of the last block; 0 off; default by recipe")
+    add("--layer-decay", type=vit.number(1e-9, 1), metavar="FACTOR", help="as of classify")
+    add("--drop-path", type=vit.number(0, 0.999), metavar="SHARE", help="as of classify")
     add("--evaluate", metavar="RESULTS", help="print the scores of a file of COCO's results on "
         "--val's .json and stop")
     args = parser.parse_args(argv)
@@ -2019,8 +2017,8 @@ def nms(boxes, scores, groups, threshold):
     those after it, of its group [B,n], whose IoU with it is above the threshold. Returns which
     remain, bool [B,n].
 
-    Without a loop over boxes: a box remains if none that remains drops it. This rule is applied to
-    all until nothing changes. Only one answer agrees with it, since it looks at surer boxes only."""
+    Without a loop over boxes: a box remains if none that remains drops it. This is applied to all
+    until nothing changes. Only one answer agrees with it, since it asks surer boxes only."""
     order = scores.argsort(dim=1, descending=True, stable=True)             # [B,n]
     boxes, groups = vit.gather_tokens(boxes, order), groups.gather(1, order)
     drops = (box_iou(boxes, boxes) > threshold) & (groups[:, :, None] == groups[:, None])
@@ -2092,8 +2090,8 @@ def read_masks(masks, boxes, xs, ys):
 
 
 def mask_targets(masks, truth, boxes, side):
-    """What a mask head should predict in boxes [B,n,4]: whether the centre of each of side x side
-    cells is inside of the masks [B,n,m,m] in the objects' boxes `truth`: 0 or 1, [B,n,side,side]."""
+    """What a mask head should predict in boxes [B,n,4]: 1 where the centre of one of side x side
+    cells is inside of the masks [B,n,m,m] in the objects' boxes `truth`, else 0."""
     cells = (torch.arange(side, device=boxes.device) + 0.5) / side
     xs, ys = (boxes[..., k:k + 1] + (boxes[..., k + 2:k + 3] - boxes[..., k:k + 1]) * cells
               for k in (0, 1))                                              # 2 x [B,n,side]
@@ -2220,7 +2218,7 @@ class Detector(nn.Module):
         known, heads = classes >= 0, self.heads                             # [B,G]
         draw = lambda stream, n: data.uniform(self.seed, batch["position"], stream, n)  # [B,n]
         maps, anchors, logits, offsets = self.find(images, seen, scales)
-        loss = proposal_losses(anchors, logits, offsets, truth, known, draw, heads.anchors)     # [B]
+        loss = proposal_losses(anchors, logits, offsets, truth, known, draw, heads.anchors) # [B]
 
         # ---- boxes: proposals, and the objects themselves, get classes and better boxes
         boxes, sound = self.propose(maps, anchors, logits, offsets, seen)
@@ -2343,9 +2341,10 @@ def see_objects(sample, uniforms, size, channels, numbers, most=0, side=0, jitte
     """A sample of data.open_objects as a detector gets it: a canvas uint8 [H,W,C] with the image at
     its top left, and a row of objects_layout(most, side). `numbers` {category: class}. Raises what
     decoders raise."""
-    height, width = sample["height"], sample["width"]
+    height, width, flip = sample["height"], sample["width"], flip and uniforms[3] < 0.5
     (left, top, right, bottom), (h, w) = data.frame(width, height, size, uniforms, jitter)
-    corner, scale = np.array([left, top] * 2), np.array([w / (right - left), h / (bottom - top)] * 2)
+    corner, last = np.array([left, top] * 2), np.array([right, bottom] * 2)
+    scale, turn = np.array([w, h] * 2) / (last - corner), slice(None, None, -1 if flip else 1)
 
     def choose_box(found_width, found_height):
         if isinstance(sample["image"], dict):           # the world's: in shares of its sides
@@ -2355,25 +2354,26 @@ def see_objects(sample, uniforms, size, channels, numbers, most=0, side=0, jitte
                              f"{width} x {height}")
         return left, top, right, bottom
 
-    pixels, row = np.full((*size, channels), 116, np.uint8), np.zeros((), objects_layout(most, side))
-    seen, flip, n = pixels[:h, :w], flip and uniforms[3] < 0.5, 0
-    seen[:] = data.read_pixels(sample["image"], choose_box, (h, w), channels)[:, ::-1 if flip else 1]
+    row, n = np.zeros((), objects_layout(most, side)), 0
+    pixels = np.full((*size, channels), 116, np.uint8)          # about ImageNet's mean
+    pixels[:h, :w] = data.read_pixels(sample["image"], choose_box, (h, w), channels)[:, turn]
     row["classes"], row["seen"], row["scale"] = -1, (h, w), scale[:2]
     for one in sample["objects"]:
         x, y, dx, dy = one["bbox"]
         if side:            # the box is that of what can be seen of the mask
             mask = mask_of_runs(read_runs(one["segmentation"], height, width), height, width)
-            mask = mask[int(top):math.ceil(bottom), int(left):math.ceil(right)]
-            xs, ys = (np.flatnonzero(mask.any(axis)) for axis in (0, 1))
-            x, y, dx, dy = (xs[0] + int(left), ys[0] + int(top), np.ptp(xs) + 1, np.ptp(ys) + 1
-                            ) if len(xs) else (0, 0, 0, 0)
-        box = np.clip((x, y, x + dx, y + dy), corner, (right, bottom) * 2)
+            mask[:int(top)], mask[math.ceil(bottom):] = False, False
+            mask[:, :int(left)], mask[:, math.ceil(right):] = False, False
+            if not mask.any():
+                continue
+            xs, ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+            x, y, dx, dy = xs[0], ys[0], np.ptp(xs) + 1, np.ptp(ys) + 1
+        box = np.clip((x, y, x + dx, y + dy), corner, last)
         if one["iscrowd"] or (box[2:] <= box[:2]).any():
             continue
         if side:
-            inside = tuple((box - np.array([int(left), int(top)] * 2)).tolist())
-            mask = Image.fromarray(mask.astype(np.uint8) * 255).resize((side, side), 2, inside)
-            row["masks"][n] = np.asarray(mask)[:, ::-1 if flip else 1]
+            row["masks"][n] = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(
+                (side, side), Image.Resampling.BILINEAR, tuple(box.tolist())))[:, turn]
         x0, y0, x1, y1 = (box - corner) * scale
         row["boxes"][n] = (w - x1, y0, w - x0, y1) if flip else (x0, y0, x1, y1)
         row["classes"][n], n = numbers[one["category"]], n + 1
@@ -2384,16 +2384,15 @@ def objects_layout(most=0, side=0):
     """What see_objects says of an image with at most `most` objects, in pixels of the canvas: their
     boxes, classes (-1: no more), masks in their boxes (0 … 255), the (height, width) of the image,
     and what the image's x and y were multiplied by."""
-    return [("boxes", np.float32, (most, 4)), ("classes", np.int64, (most,)),
-            ("masks", np.uint8, (most, side, side)), ("seen", np.float32, (2,)),
-            ("scale", np.float32, (2,))]
+    return [("boxes", np.float32, (most, 4)), ("classes", np.int64, (most,)), ("masks", np.uint8, (
+        most, side, side)), ("seen", np.float32, (2,)), ("scale", np.float32, (2,))]
 
 
 def mask_of_runs(runs, H, W):
     """Run lengths [n] (see data.runs_of_mask) as a mask, bool [H,W]. Raises ValueError."""
     if min(runs, default=0) < 0 or np.sum(runs) != H * W:
         raise ValueError(f"a mask of {np.sum(runs)} pixels in an image of {W} x {H}")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(W, H).T
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(W, H).T.copy()
 
 
 def runs_of_polygon(polygon, H, W):
@@ -2705,7 +2704,8 @@ def draw_objects(sample, objects, categories):
     H, W = sample["height"], sample["width"]
     pixels = data.read_pixels(sample["image"], functools.partial(
         data.whole, uniforms=None, size=None), (H, W)).astype(float)
-    names, zoom, labels = {one["id"]: one["name"] for one in categories}, max(1, 320 // max(H, W)), []
+    names, zoom = {one["id"]: one["name"] for one in categories}, max(1, 320 // max(H, W))
+    labels = []
     for one in objects:
         name = one.get("category") or names[one["category_id"]]
         colour = ImageColor.getrgb(f"hsl({zlib.crc32(name.encode()) % 360},90%,50%)")
@@ -2736,21 +2736,18 @@ def draw_detections(args, rows, categories):
 
 
 def object_samples(source, where, classes, args, config):
-    """A source of objects as data.Samples: for --data its images with objects, jittered; for --val
-    all as they are. Raises UserError.
+    """A source of objects as data.Samples: --data's images with objects, in random sizes, or all of
+    --val's. Raises UserError.
 
-    Images with rare classes of LVIS come several times in an epoch: max(1, sqrt(0.001 / f)), where
-    f is the share of images with their rarest class."""
-    training, rows = where == "--data", None
-    objects = np.concatenate([one.objects for one in source.sources])
-    if args.masks and not source.masks:
-        raise UserError(f"{where} has objects without masks: give --no-masks")
-    if training:
-        rows = np.flatnonzero(objects)
-        if not len(rows):
-            raise UserError("--data has no objects to learn")
-        if len(rows) < len(objects):
-            rank0_print(f"{len(objects) - len(rows):,} images without objects are left out")
+    In an epoch, images with rare classes of LVIS come max(1, sqrt(0.001 / f)) times, where f is the
+    share of images with their rarest class."""
+    training, objects = where == "--data", np.concatenate([one.objects for one in source.sources])
+    rows = np.flatnonzero(objects if training else objects >= 0)
+    if not len(rows) or args.masks and not source.masks:
+        raise UserError(f"{where} has objects without masks: give --no-masks" if len(rows) else
+                        f"{where} has no objects to learn")
+    if len(rows) < len(objects):
+        rank0_print(f"{len(objects) - len(rows):,} images without objects are left out")
     if training and source.federated:
         here = [{one["category"] for one in source[i]["objects"]} for i in rows.tolist()]
         images = Counter(name for some in here for name in some)
@@ -2761,28 +2758,21 @@ def object_samples(source, where, classes, args, config):
     most, side = int(objects.max()), MASK_SIDE * args.masks
     see = functools.partial(
         see_objects, size=config.image, channels=config.channels, most=most, side=side,
-        numbers={name: k for k, name in enumerate(classes)},
-        jitter=args.jitter if training else (1, 1), flip=training)
+        numbers={name: k for k, name in enumerate(classes)}, flip=training,
+        jitter=args.jitter if training else (1, 1))
     return data.Samples(source, config.image, config.channels, seed=args.seed, shuffle=training,
                         rows=rows, annotate=see, layout=objects_layout(most, side))
 
 
-def load_detector(model, args, classes, file_info):
-    """Load --init: any encoder, without its class token and with its patches of 14 pixels resized to
-    16; of a detector also the heads, but for those of other classes."""
-    def names(tensors):
-        tensors = {name: tensor for name, tensor in vit.our_names(tensors).items() if name !=
-                   "cls_token" and (args.masks or not name.startswith("mask_head."))}
-        kernel = tensors["patch_embed.proj.weight"].float()
-        if kernel.shape[-1] == 14:
-            tensors["patch_embed.proj.weight"] = F.interpolate(kernel, (16, 16), mode="bicubic")
-        return tensors
-
-    in_use = args.predict or args.eval_only
-    same = in_use or file_info.get("classes") == classes
-    heads = ("box_heads.*", "mask_head.*")
-    vit.load_weights(model, args.init, rename=names, renew=() if same else heads, new=() if in_use
-                     else ("*.rel_pos.*", "pyramid.*", "proposals.*", *heads))
+def encoder_16(tensors):
+    """A file's tensors under our names, without class token, and with a kernel for patches of 16
+    pixels: one of 14 is resized bicubically."""
+    tensors = vit.our_names(tensors)
+    tensors.pop("cls_token", None)
+    if tensors["patch_embed.proj.weight"].shape[-1] == 14:
+        tensors["patch_embed.proj.weight"] = F.interpolate(
+            tensors["patch_embed.proj.weight"].float(), (16, 16), mode="bicubic")
+    return tensors
 
 
 def detect(argv):
@@ -2792,11 +2782,10 @@ def detect(argv):
     device = None if args.plan else vit.start(args)
 
     # ---- data
-    trained = file_info.get("detector", {}) if args.predict or args.eval_only else {}
-    classes, images_of, train, val = file_info.get("classes") or [""] * 80, None, None, None
-    if trained:
-        images_of = [1] * len(classes) if trained["federated"] else None
-    elif not args.plan:
+    trained = file_info["detector"] if args.predict or args.eval_only else {}
+    classes, train, val = file_info.get("classes") or [""] * 80, None, None     # --plan: COCO's 80
+    images_of = [1] * len(classes) if trained.get("federated") else None
+    if not trained and not args.plan:
         train = data.open_objects(args.data, args.images, config.image)
         classes = train.classes
         images_of = [one["image_count"] for one in train.categories] if train.federated else None
@@ -2818,8 +2807,10 @@ def detect(argv):
     if args.plan:
         return vit.plan(args, make, [(config.depth, config.width, config.num_patches)], flops)
     model, wrapped = vit.build(make, args, device, ("detect",))
-    if args.init:
-        load_detector(model, args, classes, file_info)
+    if args.init:       # of a detector the heads, too, but for other classes
+        parts = ("*.rel_pos.*", "pyramid.*", "proposals.*", "box_heads.*", "mask_head.*")
+        vit.load_weights(model, args.init, rename=encoder_16, new=() if trained else parts, renew=()
+                         if file_info.get("classes") == classes else parts[3:])
     if args.predict:
         return predict_objects(model, categories, args, config, device)
     if args.eval_only:
