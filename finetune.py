@@ -2604,39 +2604,33 @@ def coco_scores(truths, results, categories, kind):
 # Detection: evaluation, pictures, main
 # ======================================================================================
 
-def find_objects(model, images, batch, samples, categories, args):
-    """What a detector finds in images [B,C,H,W] of a batch: for each of its samples a list of
-    results in COCO's format. Every rank has to call it."""
-    with vit.autocast(args, images.device):
-        found = [x if x is None else x.cpu() for x in model.detect(
-            images, batch["seen"].to(images.device))]
-    everything = []
-    for i, (sample, scale) in enumerate(zip(samples, batch["scale"].cpu())):
-        H, W = sample["height"], sample["width"]
-        scores, classes, boxes, masks = (x if x is None else x[i] for x in found)
-        n = int((scores > 0).sum())
-        boxes = torch.minimum(boxes[:n] / scale.repeat(2), torch.tensor([W, H, W, H]))      # [n,4]
-        results = [{"image_id": sample["id"], "category_id": categories[k]["id"], "score": score,
-                    "bbox": [x0, y0, x1 - x0, y1 - y0]} for k, score, (x0, y0, x1, y1) in zip(
-                        classes.tolist(), scores.tolist(), boxes.tolist())]
-        for k, one in enumerate(results if masks is not None else ()):
-            places = (torch.arange(side)[None, None] + 0.5 for side in (W, H))
-            mask = read_masks(masks[None, k:k + 1], boxes[None, k:k + 1], *places) >= 0.5
-            one["segmentation"] = {"size": [H, W], "counts": text_of_runs(
-                data.runs_of_mask(mask[0, 0].numpy()))}
-        everything.append(results)
-    return everything
+def results_of(found, sample, scale, categories):
+    """What a detector has found in one sample as COCO's results: `found` are scores [n], classes
+    [n], boxes [n,4] and masks [n,28,28] or None; `scale` [2] is objects_layout's."""
+    (scores, classes, boxes, masks), H, W = found, sample["height"], sample["width"]
+    boxes = torch.minimum(boxes / scale.repeat(2), torch.tensor([W, H, W, H]))      # [n,4]
+    results = [{"image_id": sample["id"], "category_id": categories[k]["id"], "score": score,
+                "bbox": [x0, y0, x1 - x0, y1 - y0]} for k, score, (x0, y0, x1, y1) in zip(
+                    classes.tolist(), scores.tolist(), boxes.tolist()) if score]
+    for k, one in enumerate(results if masks is not None else ()):
+        places = (torch.arange(side)[None, None] + 0.5 for side in (W, H))
+        mask = read_masks(masks[None, k:k + 1], boxes[None, k:k + 1], *places) >= 0.5
+        runs = data.runs_of_mask(mask[0, 0].numpy())
+        one["segmentation"] = {"size": [H, W], "counts": text_of_runs(runs)}
+    return results
 
 
-def find_all(model, val, categories, args, device):
+def find_objects(model, val, categories, args, device):
     """[(position, sample, results)] of all of `val` that can be read, in order, on rank 0."""
     rows = []
     for images, batch in data.validate(val, args, device):
-        positions = batch["position"].tolist()      # past the end: to fill up the last batch
-        samples = [val.sample(i % len(val)) for i in positions]
-        found = find_objects(model, images, batch, samples, categories, args)
-        rows += [row for row, weight in zip(zip(positions, samples, found),
-                                            batch["weight"].tolist()) if weight]
+        with vit.autocast(args, device):
+            found = model.detect(images, batch["seen"].to(device))
+        found = zip(*([None] * len(images) if x is None else x.cpu() for x in found))
+        for i, one, scale, weight in zip(batch["position"].tolist(), found, batch["scale"],
+                                         batch["weight"].tolist()):
+            if weight:          # not past the end, and it can be read
+                rows.append((i, val.sample(i), results_of(one, val.sample(i), scale, categories)))
     rows = vit.gather_objects(rows)
     return rows and sorted(sum(rows, []), key=lambda row: row[0])
 
@@ -2644,12 +2638,11 @@ def find_all(model, val, categories, args, device):
 def evaluate_detector(model, val, categories, args, device):
     """COCO's scores over a source, every image once at any number of ranks. Writes
     OUT/results.json and OUT/detections.png."""
-    rows = find_all(model, val, categories, args, device)
+    rows = find_objects(model, val, categories, args, device)
 
     def score():
-        _, truths, found = zip(*rows)
+        truths, results = [row[1] for row in rows], [one for row in rows for one in row[2]]
         draw_detections(args, rows[::math.ceil(len(rows) / 8)], categories)
-        results = sum(found, [])
         vit.write_aside(Path(args.out) / "results.json",
                         lambda aside: aside.write_text(json.dumps(results)))
         return {**{kind: coco_scores(truths, results, categories, kind)
@@ -2673,7 +2666,7 @@ def predict_objects(model, categories, args, config, device):
     see = functools.partial(see_objects, size=config.image, channels=config.channels, numbers={})
     val = data.Samples(samples, config.image, config.channels, shuffle=False, annotate=see,
                        rows=np.arange(len(samples)), layout=objects_layout())
-    rows = find_all(model, val, categories, args, device)
+    rows = find_objects(model, val, categories, args, device)
     for _, sample, found in rows or ():
         rank0_print(f"{sample['id']}: " + ", ".join(
             f"{names[one['category_id']]} {one['score']:.2f} at {[*map(round, one['bbox'])]}"
@@ -2723,7 +2716,7 @@ def draw_objects(sample, objects, categories):
 
 
 def draw_detections(args, rows, categories):
-    """Draw find_all's rows and, but for --predict, the truths beside them: OUT/detections.png."""
+    """Draw find_objects' rows and, but for --predict, the truths beside them: OUT/detections.png."""
     rows = [[draw_objects(sample, objects, categories) for objects in
              (found, sample["objects"])[:1 if args.predict else 2]] for _, sample, found in rows]
     sheet = Image.new("RGB", (max(len(row) * (row[0].width + 4) for row in rows),
