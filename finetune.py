@@ -21,6 +21,10 @@ and judge them by nearest neighbours, a linear classifier, or a few labelled ima
 
     torchrun finetune.py linear --init runs/wsp/model.pt --data photos/train --val photos/val
 
+detect trains a detector on an encoder: boxes, classes and masks of objects.
+
+    torchrun finetune.py detect --init runs/wsp/model.pt
+
 zeroshot trains a text tower for an encoder, or uses a released one: classes are given in words.
 
     python finetune.py zeroshot --init maws_clip.pt --tokenizer tokenizer.json --predict cat.jpg \\
@@ -1904,8 +1908,10 @@ def parse_detect_flags(argv):
         "blocks attend in; default 14, or as --init")
     add("--jitter", type=vit.number(0.01, 10), nargs=2, metavar="SIZE", help="smallest and largest "
         "size of images in training, relative to what fits; 1 1 is off; default by recipe")
-    add("--layer-decay", type=vit.number(1e-9, 1), metavar="FACTOR", help="as of classify")
-    add("--drop-path", type=vit.number(0, 0.999), metavar="SHARE", help="as of classify")
+    add("--layer-decay", type=vit.number(1e-9, 1), metavar="FACTOR", help="learning rate of a "
+        "layer relative to the one above it; 1 off; default by recipe")
+    add("--drop-path", type=vit.number(0, 0.999), metavar="SHARE", help="share of images that skip "
+        "a branch of the last block; 0 off; default by recipe")
     add("--evaluate", metavar="RESULTS", help="print the scores of a file of COCO's results on "
         "--val's .json and stop")
     args = parser.parse_args(argv)
@@ -2171,7 +2177,8 @@ class Detector(nn.Module):
         last = [name for name, p in self.named_parameters() if p.dim() > 1 and name.startswith((
             f"proposals.{len(self.proposals) - 1}.", f"mask_head.{3 * self.heads.convs + 2}.",
             *(f"box_heads.{k}.{3 * self.heads.convs + 3}." for k in range(3))))]
-        vit.init_weights(self, seed, dict.fromkeys(last, 0.001))            # ours; 0.01 and 0.001
+        # ViTDet: 0.01 for classes and proposals, 0.001 for box offsets and masks
+        vit.init_weights(self, seed, dict.fromkeys(last, 0.001))
 
     def find(self, images, seen, scales=None):
         """The pyramid of images [B,C,H,W], whose (height, width) `seen` [B,2] are not filled up
@@ -2329,7 +2336,6 @@ def detector_flops(model):
         if model.mask_head:
             model.mask_head(torch.empty(max(1, n // 4), C, 14, 14))
     return counter.get_total_flops()
-
 
 
 # ======================================================================================
@@ -2716,7 +2722,8 @@ def draw_objects(sample, objects, categories):
 
 
 def draw_detections(args, rows, categories):
-    """Draw find_objects' rows and, but for --predict, the truths beside them: OUT/detections.png."""
+    """Draw find_objects' rows and, but for --predict, the truths beside them, in
+    OUT/detections.png."""
     rows = [[draw_objects(sample, objects, categories) for objects in
              (found, sample["objects"])[:1 if args.predict else 2]] for _, sample, found in rows]
     sheet = Image.new("RGB", (max(len(row) * (row[0].width + 4) for row in rows),
@@ -2798,6 +2805,7 @@ def detect(argv):
     with torch.device("meta"):
         flops = 3 * detector_flops(make())
     if args.plan:
+        rank0_print("activations are those of the encoder; pyramid and heads need more")
         return vit.plan(args, make, [(config.depth, config.width, config.num_patches)], flops)
     model, wrapped = vit.build(make, args, device, ("detect",))
     if args.init:       # of a detector the heads, too, but for other classes
