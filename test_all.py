@@ -3722,6 +3722,20 @@ def test_detectors_of_lvis_learn_rare_classes_and_only_what_is_judged():
     assert often[:50].mean() < 0.3 < 0.7 < often[50:].mean()
 
 
+def test_encoders_with_patches_of_14_pixels_become_detectors():
+    model = ViT(Config(64, 2, 4, 14, 28), classes=3)
+    path = folder() / "model.pt"
+    save_tensors(path, {"model": model.state_dict(), "config": vars(model.config)})
+    out = folder() / "run"
+    _, weights, said = train(out, "--init", path, "--data", "world-boxes:12", "--val",
+                             "world-boxes-val:2", "--steps", 1, "--lr", 0, stage=Detect)
+    assert "cls_token" not in weights and "new: blocks.*, " in said
+    old, new = model.patch_embed.proj.weight, weights["patch_embed.proj.weight"]
+    assert new.shape == (64, 3, 16, 16) and close(new.mean((2, 3)), old.mean((2, 3)).detach(), 0.1)
+    assert torch.equal(weights["blocks.1.mlp.fc1.weight"], model.blocks[1].mlp.fc1.weight)
+    assert torch.equal(weights["pos_embed"], model.pos_embed)       # two by two again
+
+
 def test_mistakes_of_detection_get_one_line():
     out, place = folder(), annotated().parent
     content = json.loads(annotated().read_text())
