@@ -2522,7 +2522,7 @@ def match_truths(overlaps, crowd, ignored):
 def compare(found, truths, kind, image, lvis):
     """The results and truths of one image and category: (scores [D], hits and misses, bool [4,10,D]
     each, numbers of truths that count [4])."""
-    found = sorted(found, key=lambda one: -one["score"])
+    found = sorted(found, key=lambda one: -one["score"])[:300]
     crowd = np.array([one["iscrowd"] for one in truths], bool)              # [G]
     area = np.array([one["area"] for one in truths])                        # [G]
     outside = lambda area: (area < AREAS[:, :1]) | (area > AREAS[:, 1:])    # [4,n]
@@ -2551,14 +2551,13 @@ def curves(rows, area, most):
     order = np.argsort(-np.concatenate([row[0][:most] for row in rows]), kind="stable")
     hits, misses = (np.cumsum(np.concatenate(
         [row[k][area, :, :most] for row in rows], 1)[:, order], 1) for k in (1, 2))     # [10,n]
-    precision = np.zeros((10, 102))
-    if len(order):
-        best = hits / (hits + misses + np.spacing(1))
-        best = np.maximum.accumulate(best[:, ::-1], 1)[:, ::-1]     # at this recall or a higher one
-        for line, recall, values in zip(precision, hits / count, best):
-            at = np.searchsorted(recall, RECALLS)
-            line[:101] = np.append(values, 0)[at]
-    return precision[:, :101], hits[:, -1] / count if len(order) else np.zeros(10)
+    if not len(order):
+        return np.zeros((10, 101)), np.zeros(10)
+    best = hits / (hits + misses + np.spacing(1))
+    best = np.maximum.accumulate(best[:, ::-1], 1)[:, ::-1]         # at this recall or a higher one
+    precision = [np.append(values, 0)[np.searchsorted(recall, RECALLS)]
+                 for recall, values in zip(hits / count, best)]
+    return np.array(precision), hits[:, -1] / count
 
 
 def coco_scores(truths, results, categories, kind):
@@ -2591,19 +2590,16 @@ def coco_scores(truths, results, categories, kind):
     found = {(area, n): {k: curve for k in rows if (curve := curves(rows[k], area, n))}
              for area, n in ((0, most), (1, most), (2, most), (3, most), (0, 1), (0, 10))}
     mean = lambda values: float(np.mean(values)) if (values := [*values]) else -1.0
-    every = found[0, most].values()
-    scores = {"AP": mean(p for p, _ in every), "AP50": mean(p[0] for p, _ in every),
-              "AP75": mean(p[5] for p, _ in every)}
-    scores |= {f"AP{size}": mean(p for p, _ in found[area, most].values())
-               for area, size in ((1, "s"), (2, "m"), (3, "l"))}
-    if lvis:
-        scores |= {f"AP{letter}": mean(
-            found[0, most][one["id"]][0] for one in categories
-            if one["frequency"] == letter and one["id"] in found[0, most]) for letter in "rcf"}
-    scores |= {f"AR{n}": mean(r for _, r in found[0, n].values())
-               for n in (1, 10, most) if not lvis or n == most}
-    return scores | {f"AR{size}": mean(r for _, r in found[area, most].values())
-                     for area, size in ((1, "s"), (2, "m"), (3, "l"))}
+    AP = lambda area, at=slice(None), of=rows: mean(
+        curve[0][at] for k, curve in found[area, most].items() if k in of)
+    AR = lambda area, n: mean(curve[1] for curve in found[area, n].values())
+    scores = {"AP": AP(0), "AP50": AP(0, 0), "AP75": AP(0, 5), "APs": AP(1), "APm": AP(2),
+              "APl": AP(3)}
+    for letter in "rcf" if lvis else "":
+        scores[f"AP{letter}"] = AP(0, of={one["id"] for one in categories
+                                          if one["frequency"] == letter})
+    scores |= {f"AR{n}": AR(0, n) for n in ((most,) if lvis else (1, 10, most))}
+    return scores | {"ARs": AR(1, most), "ARm": AR(2, most), "ARl": AR(3, most)}
 
 
 # ======================================================================================
