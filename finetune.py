@@ -2265,7 +2265,8 @@ class Detector(nn.Module):
     def masks(self, maps, boxes, classes):
         """The logits [B,n,28,28] of the masks of boxes [B,n,4] of these classes [B,n]."""
         logits = self.mask_head(roi_align(maps[:4], boxes, self.strides, 14)).float()
-        return logits[range(len(logits)), classes.flatten()].unflatten(0, classes.shape)
+        rows = torch.arange(len(logits), device=logits.device)
+        return logits[rows, classes.flatten()].unflatten(0, classes.shape)
 
     @torch.no_grad()
     def detect(self, images, seen):
@@ -2684,7 +2685,8 @@ def evaluate_results(args):
         results = json.loads(Path(args.evaluate).read_text())
         unknown = {one["image_id"] for one in results} - {image["id"] for image in truths}
         if unknown or not results:
-            raise ValueError(f"{len(unknown)} of its images are not in --val, as {unknown}"[:80])
+            raise ValueError(f"{len(unknown)} of its images are not in --val, as {min(unknown)}"
+                             if unknown else "it is empty")
         masks = all("segmentation" in one for one in results) and source.masks
         kinds = [kind for kind, given in (("bbox", "bbox" in results[0]), ("segm", masks)) if given]
         scores = {kind: coco_scores(truths, results, source.categories, kind) for kind in kinds}
