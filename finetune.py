@@ -1878,7 +1878,8 @@ HEADS = {"vitdet": Heads(256, 4, 1024, 256, 512, 2000, 1000),
 DETECT_RECIPES = {
     "vitdet": dict(batch=64, epochs=100, lr=1e-4, weight_decay=0.1, warmup=0.0014, clip_grad=0.0,
                    jitter=[0.1, 2.0]),
-    "ours": dict(batch=16, epochs=1, lr=1e-3, weight_decay=0.05, warmup=0.05, clip_grad=1.0,
+    # With less warmup the maps of short runs lose what differs between images.
+    "ours": dict(batch=16, epochs=1, lr=5e-4, weight_decay=0.05, warmup=0.25, clip_grad=1.0,
                  jitter=[0.5, 1.5], layer_decay=0.8, drop_path=0.0)}
 DETECT_BY_MODEL = {"base": dict(layer_decay=0.7, drop_path=0.1),
                    "large": dict(layer_decay=0.8, drop_path=0.4),   # 2b, 6.5b: not published
