@@ -173,6 +173,8 @@ def call(stage, flags, world=1, node=None):
     return on_ranks(world, main, [*words, *map(str, flags)], node=node)[0][1]
 
 
+# Flags of vit.start, and of a short run
+CPU = argparse.Namespace(device="cpu", precision="fp32", parallel="ddp", workers=0)
 QUICK = ("--image-size", "32", "--batch", "12", "--steps", "10", "--lr", "1e-3", "--workers", "0",
          "--eval-every", "0", "--log-every", "1", "--device", "cpu")
 
@@ -769,13 +771,6 @@ def test_folder_is_sorted_and_labelled_by_its_first_level():
     assert source.classes == ["cat", "dog"] and len(source) == 20
     assert [source[i]["label"] for i in range(20)] == [0] * 10 + [1] * 10
     assert [Path(source[i]["where"]).name for i in range(3)] == ["01.jpg", "03.jpg", "05.jpg"]
-    both = data.open_data(photos(), "world:5")
-    assert len(both) == 25 and both[24]["where"] == "world train 4"
-    assert both.classes[both[0]["label"]] == "cat"
-    assert not data.is_world("worldcup") and data.is_world("world:7")
-    for text, spec in (("no image below", folder()), ("no data at", "nowhere"),
-                       ("after the colon comes a number", "world:many")):
-        refused(text, data.open_data, spec)
 
 
 # ======================================================================================
@@ -1021,7 +1016,7 @@ def test_an_index_is_never_wrong():
 def captions(spec, together):
     """All captions, as one rank of a run or as a run of its own, which believes in no other."""
     if together:
-        vit.start(mae.parse_flags(["--device", "cpu"])[0])
+        vit.start(CPU)
     else:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     source = data.open_data(spec)
@@ -1034,33 +1029,34 @@ def test_many_ranks_and_runs_index_at_once():
         root = folder()
         for k in range(6):
             make_tar(root / f"{k}.tar", range(k, k + 3))
-        found = on_ranks(4, captions, str(root), together)
-        assert all(one == expected for one, _ in found)
+        assert all(found == expected for found, _ in on_ranks(4, captions, str(root), together))
         assert len(list(root.glob("*.tar.index.npz"))) == 6 and not list(root.glob("*.tmp"))
     (root / "b.tar").write_bytes(gzip.compress(b""))
     refused("b.tar is compressed", on_ranks, 4, captions, str(root), True)  # said by every rank
 
 
 def test_indexes_are_beside_the_shards_or_in_index_dir():
-    root, aside = folder(), folder()
-    path = make_tar(root / "x.tar", range(5))
+    aside, path = folder(), make_tar(folder() / "x.tar", range(5))
     assert len(data.open_data(path, index_dir=aside / "deep")) == 5
-    assert len(list((aside / "deep").iterdir())) == 2 and len(list(root.iterdir())) == 1
-    blocked = new_file("x", "not a folder")             # where not even root may write
-    refused("give a folder where you may write", functools.partial(
-        data.open_data, index_dir=blocked), path)
+    assert len(list((aside / "deep").iterdir())) == 2 and len(list(path.parent.iterdir())) == 1
+    blocked = functools.partial(data.open_data, index_dir=new_file("x", "not a folder"))
+    refused("give a folder where you may write", blocked, path)     # where not even root may
 
 
-def test_specs_of_shards():
+def test_specs():
     root = sharded()["folder"]
     assert data.expand_braces("a{08..11}{x,y}.tar")[3:6] == ["a09y.tar", "a10x.tar", "a10y.tar"]
+    assert not data.is_world("worldcup") and data.is_world("world:7")
     for text, spec in (("no shard", f"{root}/x-{{00..03}}.tar"), ("no data at", f"{root}/n-*.tar"),
-                       ("no data at", f"{root}/nothing.tar"),
+                       ("no data at", f"{root}/nothing.tar"), ("no data at", "nowhere"),
                        ("unpack a compressed one", f"{root}/x-{{0..1}}.tar.gz"),
-                       ("is neither a folder nor a plain .tar", __file__)):
+                       ("is neither a folder nor a plain .tar", __file__),
+                       ("no image below", folder()),
+                       ("after the colon comes a number", "world:many")):
         refused(text, data.open_data, spec)
     joined = data.open_data(sharded()["three"], photos(), "world:7")
     assert len(joined) == 47 and joined[20]["label"] == joined[0]["label"]
+    assert joined[46]["where"] == "world train 6" and joined.classes[joined[0]["label"]] == "cat"
     assert joined.fingerprint() != data.open_data(sharded()["three"]).fingerprint()
 
 
@@ -1074,21 +1070,21 @@ def command(*flags):
 
 
 def test_pack_writes_shards_of_any_source_and_goes_on():
-    out = folder() / "packed"
-    code, told, _ = command("pack", sharded()["three"], out, "--shard-size", 8)
+    out, three = folder() / "packed", sharded()["three"]
+    code, told, _ = command("pack", three, out, "--shard-size", 8)
     assert code == 0 and told["samples"] == 20 and told["shards"] == 3 and told["left_out"] == 0
-    source, before = data.open_data(out), data.open_data(sharded()["three"])
+    source, before = data.open_data(out), data.open_data(three)
     for i in (0, 9, 19):
         assert source[i]["image"]() == before[i]["image"]()     # the same bytes
         assert all(source[i][key] == before[i][key] for key in ("label", "tags", "caption"))
     first = {path.name: path.read_bytes() for path in out.glob("*.tar")}
     (out / "00001.tar").unlink()                        # as if it had been stopped
-    assert command("pack", sharded()["three"], out, "--shard-size", 8)[0] == 0
+    assert command("pack", three, out, "--shard-size", 8)[0] == 0
     assert first == {path.name: path.read_bytes() for path in out.glob("*.tar")}
-    code, _, said = command("pack", sharded()["three"], out, "--shard-size", 9)
-    assert code == 2 and "holds shards of something else" in said
-    code, _, said = command("pack", photos(), photos() / "cat" / "out")
-    assert code == 2 and "is inside" in said
+    for text, *flags in (("holds shards of something else", three, out, "--shard-size", 9),
+                         ("is inside", photos(), photos() / "cat" / "out")):
+        code, _, said = command("pack", *flags)
+        assert code == 2 and text in said
     small = folder() / "small"
     code, told, said = command("pack", damaged(), "world:3", small, "--resize", 48)
     assert told["samples"] == 15 and told["left_out"] == 6 and said.count("left out: ") == 6
@@ -1235,7 +1231,7 @@ def test_ranks_layouts_and_accumulation_train_the_same():
             assert saved.keys() == weights.keys() and f"{world} ranks" in said
             for key in weights:     # a key's bias has no effect: its gradient is rounding alone
                 assert key.endswith("qkv.bias") or close(saved[key], weights[key], 1e-2), (
-                    name, world, more, key, (saved[key]-weights[key]).abs().max()/weights[key].abs().max())
+                    name, world, more, key)
 
 
 def resumed(begun, flags, world=1, at=5, stage=mae):
@@ -1738,7 +1734,7 @@ def disagree(flag, *values):
     mae.main([*QUICK, "--out", str(HERE / "never"), flag, values[int(os.environ["RANK"])]])
 
 
-def two_classes(*names):
+def classes_of_cats(*names):
     """A folder of these classes, each with the ten cats."""
     root = folder()
     for name in names:
@@ -1747,102 +1743,83 @@ def two_classes(*names):
 
 
 def test_mistakes_get_one_line():
-    """In every stage: what the line says, the stage or task, flags."""
-    cats, tagged, several = photos() / "cat", tagged_photos()[0], thirteen()[1]
-    models = {name: f"--init {trained(name)[0] / 'model.pt'}"
-              for name in ("mae", "wsp", "classify", "zeroshot")}
-    photo_flags, trunk = f"--data {photos()} --val {photos()}", models["mae"]
+    """In every stage and task: a command => what its line says."""
+    models = {name: f"--init {trained(name)[0]}/model.pt" for name in RUNS}
+    trunk, tagged, both = models["mae"], tagged_photos()[0], f"--data {photos()} --val {photos()}"
+    hashtags = f"{models['wsp']} --eval-only --val {photos()}"
     judge = f"{models['classify']} --eval-only --val"
     words = f"{models['zeroshot']} --eval-only --val {photos()}"
-    seven = manifest([{"image": str(photo()), "label": 7}])
+    predict = f"{models['zeroshot']} --predict {photo()}"
+    one, several = manifest([{"image": str(photo()), "label": 7}]), thirteen()[1]
+    cats, cat, fish = photos() / "cat", classes_of_cats("cat"), classes_of_cats("cat", "fish")
     names = lambda *lines: new_file("names.txt", "".join(f"{line}\n" for line in lines))
-    cow = names("cow\tcat")
+    nothing, twice, three = names(""), names("cat", "dog", "cat"), names("cat", "dog", "cow")
+    shared, cow = names("cat", "cat, dog"), names("cow\tcat")
     broken = new_file("config.json", "{").parent
     (broken / "finished").touch()
-    for stage, *mistakes in (
-            (mae,
-             ("image side 30 is not divisible by patch 8; the nearest that are: 24 or 32",
-              "--image-size 30"),
-             ("image side 5 is not divisible by patch 8; the nearest that are: 8",
-              "--image-size 5"),
-             ("--image-size takes one or two numbers", "--image-size 8 8 8"),
-             ("--predict and --eval-only use a trained model", "--predict x.jpg"),
-             ("argument --mask-ratio: 1 is not a number from 0 to 0.999", "--mask-ratio 1"),
-             ("--decoder-width 30 must be divisible", "--decoder-width 30"),
-             ("argument --warmup: 2 is not a number from 0 to 1", "--warmup 2"),
-             ("argument --workers: -1 is not a whole number from 0 on", "--workers -1"),
-             ("argument --batch: many is not a whole number from 1 on", "--batch many"),
-             ("--samples: inf is not a number from 1 on", "--samples inf"),
-             ("argument --samples: not allowed with argument --steps", "--steps 9 --samples 9"),
-             ("unrecognized arguments: --modle base", "--modle base"),
-             ("no weights file nowhere.pt", "--init nowhere.pt"),
-             ("has nano (width 128, depth 6); leave --model out", f"{trunk} --model tiny"),
-             ("--patch-size 4, but --init", f"{trunk} --patch-size 4"),
-             ("nowhere.jpg cannot be read", f"{trunk} --predict nowhere.jpg"),
-             ("--val: the images to evaluate on", f"{trunk} --eval-only --data {photos()}"),
-             ("config.json is missing or damaged", f"--out {broken}")),
-            (wsp,
-             ("the vocabulary is empty: the most frequent tag, cat, is on 9 images",
-              f"--data {tagged} --min-count 10"),
-             ("no image of --data has a hashtag", f"--data {photos()}"),
-             ("no image of --val has a tag of the vocabulary",
-              f"--data {tagged} --min-count 2 --val {photos()}"),
-             ("has no vocabulary", f"{trunk} --predict x.jpg"),
-             ("--predict nowhere.jpg cannot be read", f"{models['wsp']} --predict nowhere.jpg"),
-             ("argument --drop-path: 1 is not a number from 0 to 0.999", "--drop-path 1")),
-            ("classify",
-             ("argument --mixup: 2 is not a number from 0 to 1", "--mixup 2"),
-             ("--val has 1 classes that the model lacks: fish",
-              f"--data {photos()} --val {two_classes('cat', 'fish')}"),
-             ("--val has 6 classes that the model lacks: 2, 3, 4, 5, 6 and 1 more; the model has 2",
-              f"{judge} {seven}"),
-             ("--val has 1 classes that the model lacks: bird; the model has 2: cat, dog",
-              f"{judge} {several}"),
-             ("there is nothing to tell apart", f"--data {two_classes('cat')}"),
-             ("there is nothing to tell apart", f"--data {cats}"),
-             ("labels of --data are lists", f"--data {several}"),
-             ("--batch 3 cannot be divided among 1 ranks, 2 or more images at a time",
-              f"{photo_flags} --batch 3 --mixup 1"),
-             ("no alpha channel", f"{photo_flags} --channels 4 --randaugment 9"),
-             ("has no head", f"{trunk} --eval-only --val {photos()}"),
-             ("predicts hashtags, not classes", f"{models['wsp']} --eval-only --val {photos()}"),
-             ("is empty", f"{photo_flags} --classes {names('', '')}"),
-             ("'cat', a class of --data, is the name of 2 classes of the model",
-              f"{photo_flags} --classes {names('cat', 'dog', 'cat')}"),
-             ("has 3 lines, but", f"{judge} {photos()} --classes {names('cat', 'dog', 'cow')}"),
-             ("line 1: not one of the model's classes",
-              f"{judge} {photos()} --class-map {cow}"),
-             ("--freeze trains a head on a pretrained encoder", "--freeze")),
-            ("clasify",
-             ("the first word is the task, one of: classify", "")),
-            ("features",
-             ("leave --val out", f"{trunk} --val x")),
-            ("knn",
-             ("knn needs an encoder", photo_flags),
-             ("there is nothing to tell apart", f"{trunk} --data {cats} --val {photos()}")),
-            ("linear",
-             ("linear needs --val", f"{trunk} --data {photos()}"),
-             ("linear holds back a tenth of --data, but it has 4 images",
-              f"{trunk} --data world-labelled:4")),
-            ("lowshot",
-             ("leave --parallel out", f"{trunk} {photo_flags} --parallel fsdp")),
-            ("zeroshot",
-             ("--data has no captions", f"{trunk} --data {photos()}"),
-             ("has no text tower", f"{trunk} --eval-only --val {photos()}"),
-             ("give its file as --init, or --unlock", "--data world:40"),
-             ("is empty", f"{words} --classes {names('')}"),
-             ("'cat', a class of --val, is the name of 2 classes",
-              f"{words} --classes {names('cat', 'cat, dog')}"),
-             ("has a line without {}", f"{words} --templates {names('a {}', 'a picture')}"),
-             ("has neither classes nor captions", f"{words} --val {cats}"),
-             ("give XLM-R's tokenizer.json", f"{words} --tokenizer {broken}/config.json"),
-             ("holds no text tower", f"{trunk} --text-init {mae_model()}"),
-             ("leave --unlock out",
-              f"{trunk} --data world:40 --unlock --cache-features {folder()}"),
-             ("--predict needs something to choose from",
-              f"{models['zeroshot']} --predict {photo()}"))):
-        for text, flags in mistakes:
-            refused(text, asked, stage, *flags.split())
+    stages, commands = {"mae": mae, "wsp": wsp}, f"""
+mae --image-size 30 => image side 30 is not divisible by patch 8; the nearest that are: 24 or 32
+mae --image-size 5 => image side 5 is not divisible by patch 8; the nearest that are: 8
+mae --image-size 8 8 8 => --image-size takes one or two numbers
+mae --mask-ratio 1 => argument --mask-ratio: 1 is not a number from 0 to 0.999
+mae --decoder-width 30 => --decoder-width 30 must be divisible
+mae --warmup 2 => argument --warmup: 2 is not a number from 0 to 1
+mae --workers -1 => argument --workers: -1 is not a whole number from 0 on
+mae --batch many => argument --batch: many is not a whole number from 1 on
+mae --samples inf => --samples: inf is not a number from 1 on
+mae --steps 9 --samples 9 => argument --samples: not allowed with argument --steps
+mae --modle base => unrecognized arguments: --modle base
+mae --init nowhere.pt => no weights file nowhere.pt
+mae {trunk} --model tiny => has nano (width 128, depth 6); leave --model out
+mae {trunk} --patch-size 4 => --patch-size 4, but --init
+mae --predict x.jpg => --predict and --eval-only use a trained model
+mae {trunk} --predict nowhere.jpg => nowhere.jpg cannot be read
+mae {trunk} --eval-only --data {photos()} => --val: the images to evaluate on
+mae --out {broken} => config.json is missing or damaged
+wsp --data {tagged} --min-count 10 => is empty: the most frequent tag, cat, is on 9 images
+wsp --data {photos()} => no image of --data has a hashtag
+wsp --data {tagged} --min-count 2 --val {photos()} => no image of --val has a tag of the vocabulary
+wsp {trunk} --predict x.jpg => has no vocabulary
+wsp {models['wsp']} --predict nowhere.jpg => --predict nowhere.jpg cannot be read
+wsp --drop-path 1 => argument --drop-path: 1 is not a number from 0 to 0.999
+classify --mixup 2 => argument --mixup: 2 is not a number from 0 to 1
+classify --data {photos()} --val {fish} => --val has 1 classes that the model lacks: fish
+classify {judge} {one} => lacks: 2, 3, 4, 5, 6 and 1 more; the model has 2: cat, dog
+classify {judge} {several} => --val has 1 classes that the model lacks: bird; the model has 2
+classify --data {cat} => there is nothing to tell apart
+classify --data {cats} => there is nothing to tell apart
+classify --data {several} => labels of --data are lists
+classify {both} --batch 3 --mixup 1 => cannot be divided among 1 ranks, 2 or more images at a time
+classify {both} --channels 4 --randaugment 9 => no alpha channel
+classify {trunk} --eval-only --val {photos()} => has no head
+classify {hashtags} => predicts hashtags, not classes
+classify {both} --classes {nothing} => is empty
+classify {both} --classes {twice} => 'cat', a class of --data, is the name of 2 classes of the model
+classify {judge} {photos()} --classes {three} => has 3 lines, but
+classify {judge} {photos()} --class-map {cow} => line 1: not one of the model's classes
+classify --freeze => --freeze trains a head on a pretrained encoder
+clasify => the first word is the task, one of: classify
+features {trunk} --val x => leave --val out
+knn {both} => knn needs an encoder
+knn {trunk} --data {cats} --val {photos()} => there is nothing to tell apart
+linear {trunk} --data {photos()} => linear needs --val
+linear {trunk} --data world-labelled:4 => linear holds back a tenth of --data, but it has 4 images
+lowshot {trunk} {both} --parallel fsdp => leave --parallel out
+zeroshot {trunk} --data {photos()} => --data has no captions
+zeroshot {trunk} --eval-only --val {photos()} => has no text tower
+zeroshot --data world:40 => give its file as --init, or --unlock
+zeroshot {words} --classes {nothing} => is empty
+zeroshot {words} --classes {shared} => 'cat', a class of --val, is the name of 2 classes
+zeroshot {words} --templates {three} => has a line without {{}}
+zeroshot {words} --val {cats} => has neither classes nor captions
+zeroshot {words} --tokenizer {broken}/config.json => give XLM-R's tokenizer.json
+zeroshot {trunk} --text-init {mae_model()} => holds no text tower
+zeroshot {trunk} --data world:40 --unlock --cache-features {broken} => leave --unlock out
+zeroshot {predict} => --predict needs something to choose from
+"""
+    for command, text in re.findall("(.+) => (.+)", commands):
+        stage, *flags = command.split()
+        refused(text, asked, stages.get(stage, stage), *flags)
     if not torch.cuda.is_available():
         refused("--device cuda is not available here; found: ", asked, mae, "--device", "cuda")
     refused("rank 1 has --batch 24, this one 12: start all ranks with the same", on_ranks, 2,
@@ -1872,13 +1849,12 @@ def test_changes_that_a_run_cannot_take_are_refused_and_change_nothing():
 
 
 def test_a_mistake_ends_a_real_process_with_one_line_and_code_2():
-    for line, script, *flags in (
-            ("mae.py: no data at nowhere", "mae.py", "--data", "nowhere"),
-            ("File exists", "mae.py", "--out", __file__),
-            ("mae.py: argument --decoder-heads: 0 is not a whole number from 1 on", "mae.py",
-             "--decoder-heads", "0"),
-            ("0 is not a whole number", "data.py", "world", "--image-size", "0")):
-        run = subprocess.run([sys.executable, HERE / script, *flags], capture_output=True,
+    for command, line in (
+            ("mae.py --data nowhere", "mae.py: no data at nowhere"),
+            (f"mae.py --out {__file__}", "File exists"),
+            ("mae.py --decoder-heads 0", "--decoder-heads: 0 is not a whole number from 1 on"),
+            ("data.py world --image-size 0", "0 is not a whole number")):
+        run = subprocess.run([sys.executable, *f"{HERE}/{command}".split()], capture_output=True,
                              text=True, timeout=60, cwd=folder())
         assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
         assert line in run.stderr.strip().splitlines()[-1]
@@ -1899,19 +1875,21 @@ def test_every_flag_is_explained():
 
 
 def test_data_commands_end_in_one_line_of_json():
-    code, told, _ = command("info", photos())
-    assert code == 0 and told["samples"] == 20 and told["classes"] == 2
-    code, told, text = command("info", sharded()["three"])
-    assert told["tags_per_image"] == 2 and told["head"][0] == ["#pet", 20]
-    code, told, text = command("verify", damaged(), "--workers", 2)
-    assert code == 1 and told["samples"] == 18 and told["bad"] == 6 and text.count("bad: ") == 6
-    code, told, _ = command("bench", photos(), "--image-size", 32, "--seconds", 1, "--workers", 1)
-    assert code == 0 and told["images_per_second"] > 0
     place = folder() / "world.png"
-    assert command("world", "--out", place)[0] == 0
+    for flags, code, expected in (
+            (("info", photos()), 0, {"samples": 20, "classes": 2}),
+            (("info", sharded()["three"]), 0, {"tags_per_image": 2}),
+            (("verify", damaged(), "--workers", 2), 1, {"samples": 18, "bad": 6}),
+            (("bench", photos(), "--image-size", 32, "--seconds", 1, "--workers", 1), 0, {}),
+            (("world", "--out", place), 0, {})):
+        found, told, text = command(*flags)
+        assert found == code and (told or {}).items() >= expected.items(), text
+        assert text.count("bad: ") == expected.get("bad", 0)
+        assert flags[0] != "bench" or told["images_per_second"] > 0
+        assert "tags_per_image" not in expected or told["head"][0] == ["#pet", 20]
+    Image.open(place).load()
     refused("world-val has 1,000 pictures", data.main, ["world", "--split", "world-val", "--first",
                                                         "990", "--out", str(place)])
-    Image.open(place).load()
 
 
 def test_only_four_packages_and_readable_files():
@@ -2060,10 +2038,10 @@ def test_tag_loss_is_the_formula():
         tags = torch.stack([torch.randperm(12)[:10] for _ in range(3)])
         tags[0, k:], tags[1, 1:] = -1, -1                   # k, 1 and 10 tags
         hot = torch.zeros(3, 13, dtype=torch.float64).scatter(1, tags % 13, 1)[:, :12]
-        with_log = -(hot / hot.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1)
-        expected = with_log if kind == "softmax" else F.binary_cross_entropy_with_logits(
-            logits, hot, reduction="none").mean(1)
         found = wsp.tag_losses(logits, tags, kind)
+        expected = F.cross_entropy(logits, hot / hot.sum(1, keepdim=True), reduction="none") \
+            if kind == "softmax" else F.binary_cross_entropy_with_logits(
+                logits, hot, reduction="none").mean(1)
         assert close(found, expected, 1e-5)
         ours, theirs = (torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0]
                         for loss in (found, expected))
@@ -2417,7 +2395,7 @@ def test_features_are_what_the_encoder_makes_of_whole_images():
 
 def test_images_that_cannot_be_read_have_no_features():
     names = sorted(photos().glob("cat/*"))[:4]
-    names.insert(2, damaged() / "empty.jpg")
+    names.insert(2, new_file("empty.jpg", ""))
     images = manifest({"image": str(name)} for name in names)
     for world in (1, 3):
         metrics, out, _ = asked("features", "--init", mae_model(), "--data", images, world=world)
@@ -2508,7 +2486,7 @@ def test_linear_fit_is_at_its_minimum():
 
 def part_of_fit(features, labels, parts):
     """A rank's part of a fit: rows parts[rank] … parts[rank + 1] are its own."""
-    vit.start(argparse.Namespace(device="cpu", precision="fp32", parallel="ddp", workers=0))
+    vit.start(CPU)
     mine = slice(parts[vit.get_rank()], parts[vit.get_rank() + 1])
     return finetune.fit_linear(features[mine], labels[mine], 3, 0.01, vit.all_reduce_sum)
 
@@ -2603,9 +2581,9 @@ def obvious_pipeline(path, uniforms, size):
         box = data.random_resized_crop(*opened.size, uniforms, size)
         pixels = opened.convert("RGB").crop([round(side) for side in box])
     pixels = pixels.resize(size[::-1], Image.Resampling.BICUBIC)
-    values = torch.from_numpy(np.asarray(pixels).transpose(2, 0, 1).copy()).float() / 255
-    return (values - torch.tensor(data.IMAGENET_MEAN).reshape(3, 1, 1)) \
-        / torch.tensor(data.IMAGENET_STD).reshape(3, 1, 1)
+    values = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
+    mean, std = torch.tensor([data.IMAGENET_MEAN, data.IMAGENET_STD])[:, :, None, None]
+    return (values - mean) / std
 
 
 def claim_decoding_is_faster_than_the_obvious_pipeline():
@@ -2661,8 +2639,7 @@ def claim_torchrun_restarts_a_killed_rank():
     out = folder() / "run"
     flags = [*QUICK, "--data", photos(), "--save-every", 0.01, "--steps", 400, "--log-every", 100]
     expected = train(folder() / "run", *flags, world=2)
-    launcher = (*TORCHRUN, "--max-restarts", "3")
-    launcher = ("env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", *launcher)
+    launcher = ("env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", *TORCHRUN, "--max-restarts", "3")
     run = started(*flags, "--val", "world-val:13", "--out", out, launcher=launcher)
     for kill in range(3):
         wait_for(lambda: len(vit.checkpoints(out)) and int(
@@ -2842,18 +2819,17 @@ def test_contrastive_loss_is_that_of_all_pairs():
     loss = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
     loss.backward()
     for world in (1, 3):
-        found = [answer for answer, _ in on_ranks(world, part_of_loss, images.detach(),
-                                                  texts.detach(), scale.detach())]
-        for rank, (theirs, by_images, by_texts, by_scale) in enumerate(found):
-            mine = slice(rank * 6 // world, (rank + 1) * 6 // world)
-            assert close(theirs, loss, 1e-9) and close(by_scale, scale.grad, 1e-9)
-            assert close(by_images, images.grad[mine], 1e-9)
-            assert close(by_texts, texts.grad[mine], 1e-9)
+        found = on_ranks(world, part_of_loss, images.detach(), texts.detach(), scale.detach())
+        losses, by_images, by_texts, by_scale = zip(*(answer for answer, _ in found))
+        for parts, whole in ((by_images, images.grad), (by_texts, texts.grad)):
+            assert close(torch.cat(parts), whole, 1e-9)
+        assert all(close(one, loss, 1e-9) for one in losses)
+        assert all(close(one, scale.grad, 1e-9) for one in by_scale)
 
 
 def part_of_loss(images, texts, scale):
     """global_loss on this rank's share of the pairs."""
-    vit.start(argparse.Namespace(device="cpu", precision="fp32", parallel="ddp", workers=0))
+    vit.start(CPU)
     rank, world = vit.get_rank(), vit.get_world_size()
     mine = slice(rank * 6 // world, (rank + 1) * 6 // world)
     return finetune.global_loss(images[mine], texts[mine], scale)
