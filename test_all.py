@@ -33,7 +33,7 @@ import tempfile
 import time
 import traceback
 import zlib
-from collections import Counter
+from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 from unittest import mock
@@ -1163,20 +1163,24 @@ RUNS = {
 }
 
 
+Trained = namedtuple("Trained", "out losses weights said stage flags")
+
+
 @functools.lru_cache
 def trained(name):
-    """One of RUNS with a checkpoint after every step: (its folder, losses, weights, text)."""
+    """One of RUNS with a checkpoint after every step."""
     stage, *flags = RUNS[name]()
     out = folder() / "run"
-    return (out, *train(out, *flags, "--save-every", 0, "--keep", 99, stage=stage))
+    return Trained(out, *train(out, *flags, "--save-every", 0, "--keep", 99, stage=stage), stage,
+                   flags)
 
 
 def stepwise():
-    return trained("mae")[0]
+    return trained("mae").out
 
 
 def model_of(name):
-    return trained(name)[0] / "model.pt"
+    return trained(name).out / "model.pt"
 
 
 def test_same_run_twice_and_with_workers_and_from_shards_is_bit_equal():
@@ -1184,10 +1188,10 @@ def test_same_run_twice_and_with_workers_and_from_shards_is_bit_equal():
                        ("classify", "--workers 2"), ("mae", f"--data {sharded()['one']}"),
                        ("mae", f"--data {sharded()['three']}"),
                        ("mae", f"--data {sharded()['jsonl']}")):
-        (_, losses, weights, _), (stage, *flags) = trained(name), RUNS[name]()
-        again = train(folder() / "run", *flags, *more.split(), stage=stage)
-        assert again[0] == losses and equal(again[1], weights), (name, more)
-    assert train(folder() / "run", "--data", photos(), "--seed", 1)[0] != trained("mae")[1]
+        first = trained(name)
+        again = train(folder() / "run", *first.flags, *more.split(), stage=first.stage)
+        assert again[0] == first.losses and equal(again[1], first.weights), (name, more)
+    assert train(folder() / "run", "--data", photos(), "--seed", 1)[0] != trained("mae").losses
 
 
 def test_ranks_layouts_and_accumulation_train_the_same():
@@ -1204,14 +1208,15 @@ def test_ranks_layouts_and_accumulation_train_the_same():
             ("freeze mean", (2, ""), (1, "--micro-batch 5"), (2, recompute)),
             ("zeroshot", (3, ""), (2, "--micro-batch 3 --activation-checkpoint"), (2, fsdp)),
             ("unlock", (2, "--parallel fsdp --micro-batch 2"))):
-        (_, losses, weights, _), (stage, *flags) = trained(name), RUNS[name]()
+        first = trained(name)
         for world, more in layouts:
-            other, saved, said = train(folder() / "run", *flags, *more.split(), world=world,
-                                       node=2 if "hsdp" in more else None, stage=stage)
-            assert close(other, losses, 1e-4), (name, world, more, other, losses)
-            assert saved.keys() == weights.keys() and f"{world} ranks" in said
+            losses, weights, said = train(
+                folder() / "run", *first.flags, *more.split(), world=world, stage=first.stage,
+                node=2 if "hsdp" in more else None)
+            assert close(losses, first.losses, 1e-4), (name, world, more, losses, first.losses)
+            assert weights.keys() == first.weights.keys() and f"{world} ranks" in said
             for key in weights:     # a key's bias has no effect: its gradient is rounding alone
-                assert key.endswith("qkv.bias") or close(saved[key], weights[key], 1e-2), (
+                assert key.endswith("qkv.bias") or close(weights[key], first.weights[key], 1e-2), (
                     name, world, more, key)
 
 
@@ -1230,40 +1235,42 @@ def test_resumed_run_is_bit_equal_at_the_same_ranks():
     for name, at in (("mae", 4), ("mae", 9), ("mae", 10),   # inside an epoch, near and at the end
                      ("shards", 4), ("wsp", 6), ("classify", 6), ("freeze mean", 6),
                      ("zeroshot", 6)):
-        (begun, losses, weights, _), (stage, *flags) = trained(name), RUNS[name]()
-        again, saved, said, out = resumed(begun, flags, at=at, stage=stage)
-        assert again == losses and equal(saved, weights) and f"step-{at:08d}" in said, (name, at)
-        assert (out / "finished").exists()
+        first = trained(name)
+        losses, weights, said, out = resumed(first.out, first.flags, at=at, stage=first.stage)
+        assert losses == first.losses and equal(weights, first.weights), (name, at)
+        assert f"step-{at:08d}" in said and (out / "finished").exists()
 
 
 def test_resumed_run_may_change_ranks_and_layout():
     for name, at, world, how in (("mae", 5, 3, "ddp"), ("mae", 5, 2, "fsdp"), ("wsp", 3, 2, "fsdp"),
                                  ("classify", 3, 2, "fsdp"), ("freeze mean", 3, 2, "fsdp")):
-        (begun, losses, weights, _), (stage, *flags) = trained(name), RUNS[name]()
-        again, saved, _, out = resumed(begun, (*flags, "--parallel", how), world, at, stage)
-        assert close(again, losses, 1e-4), (name, at, world, how)
-        if "head.weight" in saved:
-            assert close(saved["head.weight"], weights["head.weight"], 2e-3), name
+        first = trained(name)
+        losses, weights, _, out = resumed(first.out, (*first.flags, "--parallel", how), world, at,
+                                          first.stage)
+        assert close(losses, first.losses, 1e-4), (name, at, world, how)
+        if "head.weight" in weights:
+            assert close(weights["head.weight"], first.weights["head.weight"], 2e-3), name
         assert all((path / "complete.json").exists() for path in out.glob("checkpoints/*"))
     fsdp = folder() / "run"                             # saved by two fsdp ranks, read by one
     train(fsdp, "--data", photos(), "--parallel", "fsdp", "--save-every", 0, "--keep", 99, world=2)
-    assert close(resumed(fsdp, ("--data", photos()))[0], trained("mae")[1], 1e-4)
+    assert close(resumed(fsdp, ("--data", photos()))[0], trained("mae").losses, 1e-4)
 
 
 def test_evaluation_does_not_depend_on_ranks():
-    """Every image counts once, in every stage; and as at the end of the training."""
+    """Every image counts once, in every stage, as at the end of the training."""
     for name, val, count in (("mae", "world-val:13", 13), ("shards", sharded()["three"], 20),
                              ("wsp", tagged_photos()[0], 18), ("classify", thirteen()[0], 13),
                              ("zeroshot", "world-val:13", 13)):
-        out, found, classes = trained(name)[0], [], set()
+        first, found, classes = trained(name), [], set()
         for world, micro_batch in ((1, 64), (2, 64), (3, 2)):
-            metrics, place, said = asked(RUNS[name]()[0], "--init", out / "model.pt", "--val", val,
+            metrics, place, said = asked(first.stage, "--init", model_of(name), "--val", val,
                                          "--eval-only", "--micro-batch", micro_batch, world=world)
             assert metrics["count"] == count and metrics["bad"] == 0
             assert json.loads(said.splitlines()[-1]) == metrics
             found.append(metrics)
             classes |= {path.read_text() for path in place.glob("classes.txt")}
-        found += [vit.read_json(out / "metrics.json")] if name not in ("classify", "shards") else []
+        if name not in ("classify", "shards"):          # which had other images at the end
+            found.append(vit.read_json(first.out / "metrics.json"))
         assert all(close(one[key], metrics[key], 1e-5) for one in found for key in metrics), found
         assert len(classes) == (name in ("classify", "zeroshot"))
 
@@ -1283,7 +1290,7 @@ def test_damaged_checkpoint_is_refused_until_it_is_deleted():
     shutil.rmtree(out / "checkpoints/step-00000004")
     again, weights, said, _ = resumed(out, ("--data", photos()))
     assert "resuming from" in said and "step-00000003" in said
-    assert again == trained("mae")[1] and equal(weights, trained("mae")[2])
+    assert again == trained("mae").losses and equal(weights, trained("mae").weights)
 
 
 def test_resume_rules():
@@ -1295,7 +1302,7 @@ def test_resume_rules():
             "--seed", 2)
     heavy = resumed(stepwise(), (*flags, "--weight-decay", 500, "--allow-changed"))[1]
     norm = lambda weights: weights["blocks.0.mlp.fc1.weight"].norm()
-    assert norm(heavy) < 0.9 * norm(trained("mae")[2])      # the optimizer has the new value
+    assert norm(heavy) < 0.9 * norm(trained("mae").weights)      # the optimizer has the new value
     half = resumed(stepwise(), (*flags, "--precision", "fp16", "--allow-changed"))[3]
     state = vit.read_json(vit.checkpoints(half)[0] / "complete.json")["state"]
     assert state["fp16"] and state["loss_scale"] > 1
@@ -1312,14 +1319,14 @@ def test_init_takes_weights_and_nothing_else():
     flags = ("--init", model_of("mae"))
     losses, _, said = train(folder() / "run", "--data", photos(), *flags)
     assert "loaded 110 of 110 tensors (100.0% of parameters)" in said and len(losses) == 10
-    assert losses[0] < trained("mae")[1][0]
+    assert losses[0] < trained("mae").losses[0]
     assert "loaded" not in on_ranks(2, mae.main, [*QUICK, "--out", str(folder()), "--steps", "1",
                                                   *map(str, flags)])[1][1]      # rank 0 alone does
     train(folder() / "run", *flags, "--image-size", "16", "40")             # resized positions
 
 
 def test_half_precision_keeps_fp32_weights_in_every_layout():
-    expected = trained("mae")[1]
+    expected = trained("mae").losses
     for precision, world, how in (("bf16", 1, "ddp"), ("bf16", 2, "fsdp"), ("fp16", 2, "fsdp"),
                                   ("fp16", 2, "ddp")):
         losses, weights, said = train(folder() / "run", "--data", photos(), "--parallel", how,
@@ -1439,7 +1446,7 @@ def test_run_leaves_what_others_rely_on():
     for name, pictures in (("mae", "reconstruction.png"), ("wsp", "predictions.png"),
                            ("classify", "predictions.png")):
         for picture in ("curves.png", pictures):
-            Image.open(trained(name)[0] / picture).load()
+            Image.open(trained(name).out / picture).load()
 
 
 def test_predict_reconstructs_ones_own_pictures():
@@ -1456,7 +1463,7 @@ def test_predictions_are_probabilities_of_names():
     for name, names, *more in (("wsp", ("cat", "dog", "nice", "rare")),
                                ("classify", ("cat", "dog")),
                                ("zeroshot", texts, "--texts", *texts)):
-        said = asked(RUNS[name]()[0], "--init", model_of(name), "--predict", photo(),
+        said = asked(trained(name).stage, "--init", model_of(name), "--predict", photo(),
                      *more)[2]
         line = next(line for line in said.splitlines() if line.startswith(str(photo())))
         answers = dict(re.findall(r"[:,] ([^,:]+) (\d\.\d+)(?=,|$)", line))
@@ -1804,11 +1811,12 @@ def test_changes_that_a_run_cannot_take_are_refused_and_change_nothing():
              ("--classes", new_file("names.txt", "dog\ncat\n"))),
             ("holds a run with other flags", "classify", ("--optimizer", "sgd")),
             ("holds a run with other flags", "classify", ("--layer-decay", 0.5))):
-        out, (stage, *flags) = trained(name)[0], RUNS[name]()
-        before = (out / "config.json").read_text()
-        refused(text, functools.partial(train, stage=stage), out, *flags, *change,
+        first = trained(name)
+        before = (first.out / "config.json").read_text()
+        refused(text, functools.partial(train, stage=first.stage), first.out, *first.flags, *change,
                 "--allow-changed")
-        assert (out / "finished").exists() and (out / "config.json").read_text() == before
+        assert (first.out / "finished").exists()
+        assert (first.out / "config.json").read_text() == before
 
 
 def test_a_mistake_ends_a_real_process_with_one_line_and_code_2():
@@ -2025,7 +2033,7 @@ def test_drop_path_keeps_the_mean_and_grows_with_depth():
 
 
 def test_stage_2_leaves_its_vocabulary_and_tags():
-    out, losses, weights, said = trained("wsp")
+    out, losses, weights, said, *_ = trained("wsp")
     assert close(losses[0], math.log(4)) and weights["head.weight"].abs().sum() > 0
     content, lines = torch.load(out / "model.pt"), records(out, "step")
     assert content["vocabulary"] == ["cat", "dog", "nice", "rare"] and content["stage"] == "wsp"
@@ -2057,7 +2065,7 @@ def test_both_arms_of_stage_2_share_every_value():
     assert torch.equal(weights["pos_embed"], scratch_weights["pos_embed"])
     assert close(losses[0], math.log(4)) and not weights["head.weight"].any()
     name = "blocks.3.attn.qkv.weight"
-    assert torch.equal(weights[name], trained("mae")[2][name])
+    assert torch.equal(weights[name], trained("mae").weights[name])
     one, other = (stage_2("--steps", 2, "--lr", 0.1, "--weight-decay", decay)[1]
                   for decay in (0, 1))
     moved = {name for name in one if not torch.equal(one[name], other[name])}
@@ -2232,7 +2240,7 @@ def test_average_precision_is_the_formula():
 
 
 def test_finetuning_leaves_what_others_rely_on():
-    out, losses, weights, said = trained("classify")
+    out, losses, weights, *_ = trained("classify")
     assert abs(losses[0] - math.log(2)) < 1e-3
     content, best = torch.load(out / "model.pt"), torch.load(out / "best.pt")
     assert content["classes"] == ["cat", "dog"] and content["stage"] == "classify"
@@ -2245,7 +2253,7 @@ def test_finetuning_leaves_what_others_rely_on():
 
 def test_a_head_is_kept_for_the_same_classes_and_pooling():
     stage, *flags = classifying()
-    out, path = trained("classify")[0], folder() / "x.pt"       # of the mean of the patches
+    out, path = trained("classify").out, folder() / "x.pt"       # of the mean of the patches
     content = torch.load(out / "model.pt")
     content["config"]["pool"] = "cls"
     torch.save(content, path)
@@ -2460,7 +2468,7 @@ def test_linear_chooses_on_held_back_images_and_leaves_a_classifier():
     assert found["train"] == 60 and found["held_back"] < 0.5 and found["top1"] > 0.9
     other, place, _ = asked("linear", *flags, world=3)
     content, theirs = torch.load(out / "model.pt"), torch.load(place / "model.pt")
-    weights, before = content["model"], trained("mae")[2]
+    weights, before = content["model"], trained("mae").weights
     assert other == found and close(theirs["model"]["head.weight"], weights["head.weight"], 1e-2)
     assert content["stage"] == "linear" and len(content["classes"]) == 40
     assert all(torch.equal(weights[name], before[name]) for name in weights.keys() & before.keys())
@@ -2469,9 +2477,9 @@ def test_linear_chooses_on_held_back_images_and_leaves_a_classifier():
 
 
 def test_freeze_trains_only_the_head():
-    before = trained("mae")[2]
+    before = trained("mae").weights
     for name, norm in (("freeze", set()), ("freeze mean", {"fc_norm.weight", "fc_norm.bias"})):
-        weights = trained(name)[2]
+        weights = trained(name).weights
         new = {"head.weight", "head.bias"} | norm
         assert weights.keys() - before.keys() == new
         assert all(torch.equal(weights[key], before[key]) for key in weights.keys() - new)
@@ -2789,24 +2797,25 @@ def part_of_loss(images, texts, scale):
 
 def test_locked_and_unlocked_towers():
     """Locked, only the text tower and the projections are trained; unlocked, all."""
-    name, image_tower = "blocks.0.attn.qkv.weight", trained("mae")[2]
+    name, image_tower = "blocks.0.attn.qkv.weight", trained("mae").weights
     locked, unlocked = trained("zeroshot"), trained("unlock")
-    assert torch.equal(locked[2][f"vision_encoder.{name}"], image_tower[name])
-    assert not torch.equal(unlocked[2][f"vision_encoder.{name}"], image_tower[name])
-    assert unlocked[1][0] == locked[1][0] and unlocked[1][-1] != locked[1][-1]
+    assert torch.equal(locked.weights[f"vision_encoder.{name}"], image_tower[name])
+    assert not torch.equal(unlocked.weights[f"vision_encoder.{name}"], image_tower[name])
+    assert unlocked.losses[0] == locked.losses[0] and unlocked.losses[-1] != locked.losses[-1]
 
 
 def test_kept_features_train_the_same_on_any_number_of_ranks():
     """--cache-features: computed once, by all ranks, from whole images."""
     (stage, *flags), kept = pairing(), folder()
-    runs = [train(folder() / "run", *flags, "--cache-features", kept, world=world, stage=stage)[0]
-            for world in (3, 1)]
-    assert close(*runs, 1e-4) and len([*kept.iterdir()]) == 1 and runs[0] != trained("zeroshot")[1]
+    losses = [train(folder() / "run", *flags, "--cache-features", kept, world=world, stage=stage)[0]
+              for world in (3, 1)]
+    assert close(*losses, 1e-4) and losses[0] != trained("zeroshot").losses
+    assert len([*kept.iterdir()]) == 1
 
 
 def test_zero_shot_classes_are_means_over_names_and_templates():
     """Class vectors, top-1 and top-5, and retrieval, by plain loops."""
-    out, words = trained("zeroshot")[0], data.class_names()
+    out, words = trained("zeroshot").out, data.class_names()
     given = ("--init", out / "model.pt", "--eval-only", "--val", "world-val:50", "--classes",
              new_file("names.txt", "".join(f"{word}, a {word}\n" for word in words)),
              "--templates", new_file("templates.txt", "a {}.\n\nsee {} {}\n"), "--image-size", 32)
@@ -2867,7 +2876,7 @@ def trained_towers(out):
 
 
 def test_zero_shot_model_is_an_encoder_like_any_other():
-    out = trained("zeroshot")[0]
+    out = trained("zeroshot").out
     metrics, *_ = asked("features", "--init", out / "model.pt", "--data", photos())
     assert metrics["width"] == trained_towers(out).config.width
 
