@@ -567,21 +567,6 @@ def test_order_reads_in_windows_of_shards():
         assert np.array_equal(data.Order(cut, 0)(np.arange(60)), data.Order([20], 0)(np.arange(60)))
 
 
-def test_positions_are_dealt_to_ranks_without_gap():
-    for world, micro in ((1, 12), (2, 3), (3, 4)):
-        ranks = [list(data.training_positions(5, 8, 12, micro, rank, world))
-                 for rank in range(world)]
-        flat = np.sort(np.concatenate([part for rank in ranks for part in rank]))
-        assert np.array_equal(flat, np.arange(60, 96))
-        step = np.concatenate([part for rank in ranks for part in rank[:12 // world // micro]])
-        assert np.array_equal(np.sort(step), np.arange(60, 72))
-    for count, world in itertools.product((1, 5, 13, 64), (1, 2, 3, 4)):
-        ranks = [list(data.validation_positions(count, 4, rank, world)) for rank in range(world)]
-        assert len({len(rank) for rank in ranks}) == 1, "ranks would wait for each other for ever"
-        flat = np.sort(np.concatenate([part for rank in ranks for part in rank]))
-        assert np.array_equal(flat[:count], np.arange(count)) and len(set(flat)) == len(flat)
-
-
 # ======================================================================================
 # From files to pixels
 # ======================================================================================
@@ -600,7 +585,7 @@ def test_random_resized_crop_is_distributed_as_it_should():
     fits = (share * 120_000 * aspect <= 400**2) & (share * 120_000 / aspect <= 300**2)
     for found, expected in ((shares, share[fits]), (aspects, aspect[fits])):
         deciles = [np.percentile(values, (10, 50, 90)) for values in (found, expected)]
-        assert close(*deciles, 0.03)
+        assert np.allclose(*deciles, 0.03, 0)
     wide = data.random_resized_crop(1000, 10, [0.5] * 22, (32, 32))
     assert wide == (1000 / 2 - 20 / 3, 0, 1000 / 2 + 20 / 3, 10)   # nothing fits: centre
     assert data.centre_crop(400, 200, None, (32, 64), share=1) == (0, 0, 400, 200)
@@ -688,16 +673,9 @@ def test_flip_mirrors_about_half():
     assert 440 < mirrored.sum() < 560 and torch.equal(data.flip(images, numbers), expected)
 
 
-def test_workers_change_no_pixel_and_share_no_crop():
-    samples = data.Samples(data.open_data(photos()), (32, 32), 3, data.random_resized_crop)
-    batches = [list(data.load(samples, data.training_positions(0, 4, 8, 8, 0, 1), workers,
-                              torch.device("cpu"))) for workers in (0, 3)]
-    assert len(batches[0]) == 4
-    for ours, theirs in zip(*batches, strict=True):
-        assert all(torch.equal(ours[key], theirs[key]) for key in ("images", "position"))
-    single = data.Samples(data.open_data("world:1"), (32, 32), 3, data.random_resized_crop)
-    crops = single.__getitems__(range(16))["images"]
-    assert len(torch.unique(crops, dim=0)) == 16           # one picture, never the same crop
+def test_no_crop_is_seen_twice():
+    samples = data.Samples(data.open_data("world:1"), (32, 32), 3, data.random_resized_crop)
+    assert len(torch.unique(samples.__getitems__(range(16))["images"], dim=0)) == 16
 
 
 def damaged():
@@ -931,8 +909,7 @@ def test_damaged_tars_lose_what_is_damaged_and_say_so():
             (whole[:at] + enormous.tobuf(), 10, "1 other files")):
         found, bad, said = opened(content)
         assert len(found) == count and report in said and bool(report) == bool(said), (found, said)
-        if len(content) == at + 700:
-            assert bad == ["ValueError: the tar is cut short"]
+        assert bad == (["ValueError: the tar is cut short"] if count == 11 else [])
     source, said = quietly(data.open_data, new_file("b.tar", whole + whole))    # by cat
     assert len(source) == 40 and said == ""
     for content in (b"", bytes(10240), b"\x7f" * 5000):
@@ -1249,6 +1226,7 @@ def test_resumed_run_may_change_ranks_and_layout():
 def test_evaluation_does_not_depend_on_ranks():
     """Every image counts once, in every stage, as at the end of the training."""
     for name, val, count in (("mae", "world-val:13", 13), ("shards", sharded()["three"], 20),
+                             ("shards", "world-val:1", 1),      # fewer images than ranks
                              ("wsp", tagged_photos()[0], 18), ("classify", thirteen()[0], 13),
                              ("zeroshot", "world-val:13", 13)):
         first, found, classes = trained(name), [], set()
@@ -2106,7 +2084,8 @@ def test_mixing_weighs_targets_as_it_weighs_pixels():
         lam, rest = shares[own, own], shares[own, partner]
         assert close(lam + rest, torch.ones(40)) and close(shares.sum(1), torch.ones(40))
         assert close(lam, lam[partner], 1e-5)
-        assert close(mixed.mean((1, 2, 3)), lam * own + rest * partner, 1e-4)   # by area, exactly
+        means = lam * own + rest * partner                  # by area, exactly
+        assert torch.allclose(mixed.mean((1, 2, 3)), means, 1e-4, 0)
         values = [set(image.unique().tolist()) for image in mixed]
         assert all(some <= {i, i ^ 1} or mixup and len(some) == 1 for i, some in enumerate(values))
         pasted = sum(len(some) == 2 for some in values)
@@ -2240,15 +2219,17 @@ def test_a_head_is_kept_for_the_same_classes_and_pooling():
     content = torch.load(out / "model.pt")
     content["config"]["pool"] = "cls"
     torch.save(content, path)
-    heads, still = [], ("--pool", "mean", "--steps", 1, "--lr", 0, "--init")
-    for init, text in ((out / "model.pt", "(100.0% of parameters)"),
-                       (path, "a new head for 2 classes: --init has one for 2 other classes or po"),
-                       (model_of("wsp"), "--init has one for 4 hashtags")):
-        _, weights, said = train(folder() / "run", *flags, *still, init, stage=stage)
-        assert text in said and ("a new head" in said) == (init != out / "model.pt")
+    heads = []
+    for text, *more in (
+            ("(100.0% of parameters)", out / "model.pt"),
+            ("a new head for 2 classes: --init has one for 4 hashtags", model_of("wsp")),
+            ("other classes or pooling", path, "--pool", "mean")):
+        _, weights, said = train(folder() / "run", *flags, "--steps", 1, "--lr", 0, "--init", *more,
+                                 stage=stage)
+        assert text in said and ("a new head" in said) == (len(heads) > 0)
         heads.append(weights["head.weight"])
     assert torch.equal(heads[0], content["model"]["head.weight"])
-    assert not torch.equal(heads[1], heads[0])
+    assert not torch.equal(heads[2], heads[0])
 
 
 evaluated = functools.partial(asked, "classify", "--eval-only")
