@@ -461,7 +461,14 @@ def test_weights_load_whatever_wraps_them():
         assert equal(state, other.state_dict())
         assert "(100.0% of parameters)" in said[-1] and "new: none; unused: none" in said[-1]
     foreign = folder() / "foreign.pt"
+    zeros = {name: 0 * value for name, value in state.items()}
+    for content, chosen in (({"state_dict": zeros, "state_dict_ema": state}, "state_dict_ema"),
+                            ({"student": wrapped | zeros, "teacher": wrapped}, "teacher")):
+        torch.save(content, foreign)
+        vit.load_weights(other, foreign, log=said.append)
+        assert equal(state, other.state_dict()) and f"({chosen}; it also has " in said[-1]
     for content, text in (
+            ({"model": state, "best": np.float64(81.2)}, "holds a numpy._core.multiarray.scalar"),
             ({"model": state, "config": {"hidden_size": 64}},
              "has width 64 and depth 2, which none of nano, tiny,"),
             ({**state, "patch_embed.proj.weight": torch.zeros(64, 192)},
@@ -470,6 +477,18 @@ def test_weights_load_whatever_wraps_them():
         refused(text, vit.config_from, foreign)
     done = vit.load_weights(ViT(SMALL), path, log=said.append)       # an encoder takes its part
     assert "unused: mask_token, decoder_pos_embed, dec" in said[-1] and not done["new"]
+
+
+def test_heads_that_a_file_does_not_tell_are_guessed_aloud_or_given():
+    foreign, six = folder() / "foreign.pt", folder() / "six.pt"
+    torch.save(ViT(Config.named("nano")).state_dict(), foreign)
+    config, said = quietly(vit.config_from, foreign)
+    assert config[0].heads == 4 and "4 is taken, as nano has" in said and "--heads" in said
+    config, said = quietly(vit.config_from, foreign, 8)
+    assert config[0].heads == 8 and not said
+    torch.save(ViT(Config(128, 6, 4, 8, 64, 6)).state_dict(), six)
+    refused("is for images of 6 channels; 1, 3 and 4 can be read", mae.parse_flags,
+            ["--init", str(six)])
 
 
 def test_weights_that_do_not_fit_are_refused_and_change_nothing():
@@ -1370,6 +1389,36 @@ def test_the_2b_model_is_shared_out_evenly():
         assert abs(row["total"] * 1e9 / peak - 1) < 0.15, (row, peak)
 
 
+def sharded_positions():
+    """Where two ranks of fsdp cut the positions of a ViT: [(dimension, shape of a part)]."""
+    args = argparse.Namespace(**vars(CPU) | {"parallel": "fsdp", "activation_checkpoint": False},
+                              seed=0)
+    device = vit.start(args)
+    model, _ = vit.build(lambda: ViT(SMALL), args, device)
+    parts = model.pos_embed, model.cls_token
+    assert torch.equal(model.pos_embed.full_tensor()[:, 0], torch.zeros(1, 64))
+    return [(part.placements[0].dim, tuple(part.to_local().shape)) for part in parts]
+
+
+def test_ranks_share_a_model_by_memory():
+    """auto: ddp where 18 bytes a parameter fit into half of the memory; the largest micro-batch
+    whose activations fill half of it; tables of one row are cut along their width."""
+    one, node, nodes = (vit.Environment(0, 0, world, local)
+                        for world, local in ((1, 1), (8, 8), (64, 8)))
+    auto, fsdp = argparse.Namespace(parallel="auto"), argparse.Namespace(parallel="fsdp")
+    for args, count, env, how in (
+            (auto, 2e9, one, "one process"), (auto, 2e9, node, "ddp"), (auto, 2e9, nodes, "ddp"),
+            (auto, 6.5e9, node, "fsdp"), (auto, 6.5e9, nodes, "hsdp"), (fsdp, 1e6, node, "fsdp")):
+        assert vit.choose_parallel(args, count, 80e9, env) == how, (count, env)
+    args = argparse.Namespace(precision="bf16", activation_checkpoint=False)
+    towers = [(24, 2560, 65), (8, 512, 257)]
+    image = vit.activation_bytes(towers, 2, False)
+    assert vit.choose_micro_batch(args, towers, 80e9) == int(40e9 / image)
+    assert vit.choose_micro_batch(args, [(12, 768, 50)], 80e9) == 256
+    for parts, _ in on_ranks(2, sharded_positions):
+        assert parts == [(2, (1, 17, 32)), (2, (1, 1, 32))]
+
+
 def test_plan_agrees_with_what_torch_counts():
     """Operations and activations by the formulas, against torch's counter and saved tensors."""
     vit_towers = [(12, 768, 197)]
@@ -1437,6 +1486,16 @@ def test_predictions_are_probabilities_of_names():
         line = next(line for line in said.splitlines() if line.startswith(str(photo())))
         answers = dict(re.findall(r"[:,] ([^,:]+) (\d\.\d+)(?=,|$)", line))
         assert answers.keys() == {*names} and abs(sum(map(float, answers.values())) - 1) < 0.01
+
+
+def test_curves_show_each_loss_beside_its_own_baseline():
+    path = folder() / "curves.png"
+    records = [{"step": i, "samples": i, "loss": 4 - i / 9, "entropy": 3.9} for i in range(1, 9)]
+    records += [{"step": i, "samples": i, "val_loss": 4 - i / 8, "val_entropy": 3.5,
+                 "val_recall5": i / 9, "val_entropy_of": 1.0} for i in (4, 8)]
+    vit.draw_curves(records, path)
+    colours = {colour for _, colour in Image.open(path).crop((0, 0, 480, 300)).getcolors(1 << 20)}
+    assert {(31, 95, 180), (192, 48, 40), (144, 144, 144), (224, 144, 32)} <= colours
 
 
 def test_reconstruction_shows_what_the_true_means_alone_show():
@@ -1545,6 +1604,14 @@ def poisoned(flags, step=3):
         mae.main(flags)
 
 
+def test_no_checkpoint_is_written_while_steps_are_skipped():
+    out = folder() / "run"
+    flags = [*QUICK, "--out", str(out), "--data", str(photos()), "--save-every", "0", "--keep", "9"]
+    on_ranks(1, poisoned, flags)
+    assert [path.name for path in vit.checkpoints(out)][-5:] == [
+        f"step-{step:08}" for step in (6, 5, 3, 2, 1)]
+
+
 def test_nan_on_one_rank_skips_the_step_on_all():
     for world, how in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
         out = folder() / "run"
@@ -1645,6 +1712,16 @@ def test_one_run_at_a_time_in_a_folder():
     train(out, "--data", photos(), "--steps", 2)        # no lock is left behind
 
 
+def test_a_second_ctrl_c_while_saving_is_no_write_error():
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    failure = vit.CheckpointException("save failed", {0: (KeyboardInterrupt(), None)})
+    with mock.patch.object(vit.dcp, "save", side_effect=failure), \
+            contextlib.suppress(KeyboardInterrupt):
+        vit.save(argparse.Namespace(out=folder(), keep=2), model, optimizer, {"step": 1}, {})
+        raise AssertionError("not interrupted")
+
+
 def test_full_disk_is_told_in_one_line_and_leaves_nothing_half():
     """A limit on the size of files stands for the disk: the model fits, the optimizer does not."""
     out = folder() / "run"
@@ -1699,7 +1776,9 @@ mae --workers -1 => argument --workers: -1 is not a whole number from 0 on
 mae --batch many => argument --batch: many is not a whole number from 1 on
 mae --samples inf => --samples: inf is not a number from 1 on
 mae --steps 9 --samples 9 => argument --samples: not allowed with argument --steps
-mae --modle base => unrecognized arguments: --modle base
+mae --modle base => unrecognized arguments: --modle base; did you mean --model?
+mae {trunk} --heads 8 => --heads 8, but --init
+mae --out /proc/x => --out /proc/x cannot be written: No such file
 mae --init nowhere.pt => no weights file nowhere.pt
 mae {trunk} --model tiny => has nano (width 128, depth 6); leave --model out
 mae {trunk} --patch-size 4 => --patch-size 4, but --init
@@ -1784,7 +1863,7 @@ def test_changes_that_a_run_cannot_take_are_refused_and_change_nothing():
 def test_a_mistake_ends_a_real_process_with_one_line_and_code_2():
     for command, line in (
             ("mae.py --data nowhere", "mae.py: no data at nowhere"),
-            (f"mae.py --out {new_file('x', '')}", "File exists"),
+            (f"mae.py --out {new_file('x', '')}", "cannot be written: File exists"),
             ("mae.py --decoder-heads 0", "--decoder-heads: 0 is not a whole number from 1 on"),
             ("data.py world --image-size 0", "0 is not a whole number")):
         script, *flags = command.split()
@@ -1792,6 +1871,15 @@ def test_a_mistake_ends_a_real_process_with_one_line_and_code_2():
                              text=True, timeout=60, cwd=folder())
         assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
         assert line in run.stderr.strip().splitlines()[-1]
+    told = folder() / "error.json"          # where torchrun looks for the reason of a failure
+    for flags, variables, closed, line in (
+            ("--image-size 30", {"TORCHELASTIC_ERROR_FILE": str(told)}, "2>&-", ""),
+            ("--steps 1", {"WORLD_SIZE": "4"}, "", "has WORLD_SIZE but not RANK"),
+            ("--image-size 30", {}, ">&-", "not divisible by patch 8")):
+        run = subprocess.run(f"{sys.executable} {HERE}/mae.py {flags} {closed}", shell=True,
+                             capture_output=True, text=True, env=os.environ | variables)
+        assert run.returncode == 2 and line in run.stderr and "Traceback" not in run.stderr
+    assert "not divisible by patch" in json.loads(told.read_text())["message"]["message"]
 
 
 def test_every_flag_is_explained():
