@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import traceback
 import zlib
@@ -121,10 +122,17 @@ def on_rank(rank, function, args, world, node, port):
             torch.distributed.destroy_process_group()
 
 
+def end_with_parent():
+    """End this process when the tests end, even if they are killed."""
+    wait = lambda: (multiprocessing.parent_process().join(), os._exit(1))
+    threading.Thread(target=wait, daemon=True).start()
+
+
 @functools.lru_cache
 def pool():
     """Four processes, each always the same rank, as a lock on a file belongs to a process."""
-    return [ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in range(4)]
+    context = multiprocessing.get_context("spawn")
+    return [ProcessPoolExecutor(1, context, end_with_parent) for _ in range(4)]
 
 
 def on_ranks(world, function, *args, node=None):
