@@ -167,7 +167,6 @@ class Order:
 # without a download. Lengths are fractions of the image's side. All of it is ours.
 # ======================================================================================
 
-SPLITS = "train", "val", "test", "novel", "labelled"    # each has its own stream: no overlap
 SHAPES = "disc", "square", "triangle", "star", "cross", "heart", "ring", "moon"
 TEXTURES = "solid", "striped", "checked", "dotted", "halved", "framed"
 COLOURS = "red", "yellow", "white", "pink", "blue", "green"     # common ones first, like the others
@@ -230,37 +229,36 @@ COMMON_PAIRS = shares([zipf(8)[s] * zipf(6)[t] for s, t in PAIRS["seen"]])
 COMMON_COLOURS = shares(zipf(6))
 
 
-def scene(i, split="train", difficulty=0.0, seed=0):
-    """What is in picture i of a split, as a dict of plain values; difficulty in [0, 1]."""
-    u = uniform(seed, np.array([i]), f"world-{split}", 104)[0].tolist()
+def scene(i, split="train"):
+    """What is in picture i of a split, as a dict of plain values. Each split ("train", "val",
+    "test", "novel", "labelled") has its own stream of random numbers: no overlap."""
+    u = uniform(0, np.array([i]), f"world-{split}", 104)[0].tolist()
     # Every number has its place, so that a new one moves none of the others.
     main, others, clutter, field, words = u[:8], u[8:32], u[32:62], u[62:76], u[76:]
-    between = lambda easy, hard: easy + difficulty * (hard - easy)
-
     pairs = PAIRS["novel" if split == "novel" else "seen"]
     n = len(pairs)
     # Balanced splits go through all classes in a new order each round; 7 shares no factor with n.
     label = bisect(COMMON_PAIRS, main[0]) if split == "train" else (7 * i + 13 * (i // n)) % n
-    radius = between(0.30, 0.20) + between(0.15, 0.16) * main[1]
-    edge, turn = radius - 0.10, math.radians(between(20, 45))   # a tenth may stick out
+    radius = 0.30 + 0.15 * main[1]
+    edge, turn = radius - 0.10, math.radians(20)        # a tenth may stick out
     x, y = (edge + (1 - 2 * edge) * p for p in main[2:4])
     objects, strokes = [thing(pairs[label], x, y, radius, turn, main[4:])], []
-    for k in range(int(between(2, 4) * field[0])):      # small ones round the rim, partly over it
+    for k in range(int(2 * field[0])):      # small ones round the rim, partly over it
         a, far, way, pair, *rest = others[8 * k:8 * k + 8]
-        small, far, way = between(0.10, 0.07) + 0.04 * a, radius + 0.14 * far, 2 * math.pi * way
+        small, far, way = 0.10 + 0.04 * a, radius + 0.14 * far, 2 * math.pi * way
         px, py = x + far * math.cos(way), y + far * math.sin(way)
         px, py = (min(max(p, small), 1 - small) for p in (px, py))
         objects.append(thing(PAIRS["seen"][bisect(COMMON_PAIRS, pair)], px, py, small, turn, rest))
-    for k in range(int(between(2, 7) * field[1])):
+    for k in range(int(2 * field[1])):
         px, py, length, hue, way = clutter[5 * k:5 * k + 5]
         strokes.append(thing((-1, 0), px, py, 0.1 + 0.15 * length, math.pi, [hue, 0, way, 0.5]))
 
     picture = dict(
         label=label, objects=objects, strokes=strokes,
-        background=list(BACKGROUNDS)[int(6 * field[2])], contrast=between(0.4, 1.0),
+        background=list(BACKGROUNDS)[int(6 * field[2])], contrast=0.4,
         shift=field[3:5], zoom=0.8 + 0.4 * field[5],
         brightness=50 * field[6] - 16, light=[50 * p - 25 for p in field[7:9]],
-        noise=between(4, 10), grain=[int(32 * p) for p in field[9:11]])
+        noise=4, grain=[int(32 * p) for p in field[9:11]])
     picture["caption"] = caption(picture, field[11:])
     picture["tags"] = hashtags(concepts(picture), words)
     return picture
@@ -462,22 +460,6 @@ def draw(picture, H, W, window=(0.0, 0.0, 1.0, 1.0)):
     pixels = np.empty((H, W, 3), np.uint8)
     pixels.transpose(2, 0, 1)[...] = np.minimum(np.maximum(image, 0), 255)
     return pixels
-
-
-def boxes(picture, H, W):
-    """What shows of each object, in pixels: [(SHAPES index, x0, y0, x1, y1, bool mask [H, W])]."""
-    found, free = [], np.ones((H, W), np.float32)
-    for one in reversed(picture["objects"]):        # from the top one down
-        rows, columns, cover, _ = layer(one, H, W, (0.0, 0.0, 1.0, 1.0))
-        seen = np.zeros((H, W), np.float32)
-        seen[rows, columns] = cover * free[rows, columns]
-        free[rows, columns] *= 1 - cover
-        mask = seen > 0.5
-        if seen.sum() > 0.2 * cover.sum() and mask.any():
-            ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            found.append((SHAPES.index(one["shape"]), int(xs[0]), int(ys[0]), int(xs[-1]) + 1,
-                          int(ys[-1]) + 1, mask))
-    return found[::-1]
 
 
 # ======================================================================================
@@ -937,59 +919,56 @@ class Shards:
         return words_of(self.open(c)[2], 0, int(self.chunks[c]), what)
 
 
+def summarise(path, index_dir):
+    """What a catalogue has of a shard, which is indexed if it was not: (number of samples, CRC,
+    what was left out, classes)."""
+    columns = open_index(path, index_dir)
+    return (len(columns["labels"]), crc(*(columns[name] for name in columns if name != "stamp")),
+            columns["left_out"].tolist(), all_strings(columns, "label_words"))
+
+
 def index_shards(paths, index_dir):
     """Index those shards that have no index yet, each rank its part: the "counts", "marks",
     "classes" and "left_out" of a catalogue."""
-    counts, marks = torch.zeros(2, len(paths), dtype=torch.int64)
-    left_out, classes, problem = torch.zeros(len(LEFT_OUT), dtype=torch.int64), set(), None
+    found, problem = {}, None
     try:
         for s in my_part(len(paths), "indexing"):
-            columns = open_index(paths[s], index_dir)
-            counts[s] = len(columns["labels"])
-            marks[s] = crc(*(columns[name] for name in columns if name != "stamp"))
-            left_out += torch.from_numpy(columns["left_out"])
-            classes.update(all_strings(columns, "label_words"))
-    except UserError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{paths[s]} cannot be read: {error}"
+            found[s] = summarise(paths[s], index_dir)
+    except (UserError, OSError) as error:
+        problem = f"{paths[s]}: {error}" if isinstance(error, OSError) else str(error)
     # The first message between ranks: whoever has less to index waits here.
-    problems, classes = zip(*all_gather_objects((problem, classes)))
+    problems, parts = zip(*all_gather_objects((problem, found)))
     if any(problems):
         raise UserError(next(filter(None, problems)))
-    sums = {"counts": counts, "marks": marks, "left_out": left_out}
-    return {**{name: all_reduce_sum(part).numpy() for name, part in sums.items()},
+    found = {s: shard for part in parts for s, shard in part.items()}
+    counts, marks, left_out, classes = zip(*(found[s] for s in range(len(paths))))
+    return {"counts": np.array(counts), "marks": np.array(marks), "left_out": np.sum(left_out, 0),
             **pack_strings("classes", sorted(set().union(*classes)))}
+
+
+def sizes_and_times(paths):
+    """int64 [n,2]: size and time of change of every file. Raises UserError where one is missing."""
+    parts = [paths[at:at + 256] for at in range(0, len(paths), 256)]
+    try:
+        with ThreadPoolExecutor(32) as threads:     # over a network, each look is a round trip
+            return np.concatenate(list(threads.map(
+                lambda part: [size_and_time(path) for path in part], parts)))
+    except OSError as error:
+        raise UserError(f"no shard {error.filename}: {error.strerror}") from error
 
 
 def open_shards(paths, index_dir):
     """Open shards, and index those that are not: call it on every rank.
 
-    Rank 0 asks for size and time of every shard. If the catalogue, which is one file, has the same,
-    no index is opened until a sample is read."""
+    The catalogue is one file, kept under a CRC of the names, sizes and times of all shards. Where
+    it is there, no index is opened until a sample is read."""
+    stats = on_rank_0(lambda: sizes_and_times(paths))
     names = pack_strings("paths", paths)
-    path = os.path.join(index_dir or os.path.dirname(os.path.abspath(paths[0])),
-                        f"{crc(*names.values()):08x}.catalogue.npz")
-
-    def look():
-        parts = [paths[at:at + 256] for at in range(0, len(paths), 256)]
-        try:
-            with ThreadPoolExecutor(32) as threads:     # over a network, each look is a round trip
-                stats = np.concatenate(list(threads.map(
-                    lambda part: [size_and_time(path) for path in part], parts)))
-        except OSError as error:
-            raise UserError(f"no shard {error.filename}: {error.strerror}") from error
-        kept = read_arrays(path)
-        current = kept and kept["version"] == INDEX_VERSION and np.array_equal(
-            kept["stats"], stats) and np.array_equal(kept["paths"], names["paths"])
-        return stats, kept if current else None
-
-    stats, catalogue = on_rank_0(look)
-    if catalogue is None:
-        catalogue = {**names, "stats": stats, "version": np.array(INDEX_VERSION),
-                     **index_shards(paths, index_dir)}
-        on_rank_0(lambda: write_arrays(path, catalogue))
-    source, more = Shards(catalogue, index_dir), f" and {len(paths) - 1} more" if paths[1:] else ""
+    mark = crc(*names.values(), stats, f"version {INDEX_VERSION}")
+    folder = index_dir or os.path.dirname(os.path.abspath(paths[0]))
+    source = Shards(kept_arrays(os.path.join(folder, f"{mark:08x}.catalogue.npz"), lambda: {
+        **names, "stats": stats, **index_shards(paths, index_dir)}), index_dir)
+    more = f" and {len(paths) - 1} more" if paths[1:] else ""
     if source.left_out.any():
         rank0_print(f"in {paths[0]}{more}: " + ", ".join(
             f"{count:,} {kind}" for kind, count in zip(LEFT_OUT, source.left_out) if count))
@@ -1067,14 +1046,10 @@ def expand_braces(spec):
     if not match:
         return [spec]
     first, last, words = match.groups()
-    if words is None:
-        words = [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
-        if not words:
-            raise UserError(f"{spec}: {match.group()} counts down")
-    else:
-        words = words.split(",")
-    rest = expand_braces(spec[match.end():])
-    return [f"{spec[:match.start()]}{word}{end}" for word in words for end in rest]
+    words = words.split(",") if words else [
+        f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
+    return [f"{spec[:match.start()]}{word}{rest}" for word in words
+            for rest in expand_braces(spec[match.end():])]
 
 
 def find_source(spec):
@@ -1089,19 +1064,18 @@ def find_source(spec):
         return split, int(count or usual)
     if os.path.isdir(spec):
         return list_folder(spec)
+    if spec.lower().endswith((".jsonl", ".csv")) and os.path.exists(spec):
+        return list_manifest(spec)
     paths = [spec] if os.path.exists(spec) else [
         path for one in expand_braces(spec)
         for path in (sorted(glob.glob(one, recursive=True)) if glob.has_magic(one) else [one])]
     if not paths or paths == [spec] and not os.path.exists(spec):
         raise UserError(f"no data at {spec}: not a folder, shards (.tar), a manifest (.jsonl .csv) "
                         f"or one of {' '.join(WORLD_COUNTS)}")
-    if len(paths) == 1 and spec.lower().endswith((".jsonl", ".csv")):
-        return list_manifest(paths[0])
     for path in paths:
         if not path.lower().endswith(".tar"):
-            raise UserError(f"{path} is neither a folder nor a plain .tar: unpack a compressed one "
-                            "(no sample of it could be read by itself), and give a .jsonl or .csv "
-                            "by its own name")
+            raise UserError(f"{path} is neither a folder nor a plain .tar, .jsonl or .csv: unpack "
+                            "what is compressed (no sample of it could be read by itself)")
     return paths
 
 
@@ -1516,24 +1490,25 @@ def draw_predictions(args, batch, probabilities, names):
 
 def info(args):
     """Print what is there: samples, classes, and of up to 1,000 samples sizes, modes and tags."""
-    source, sizes, modes, tags = open_data(*args.spec, index_dir=args.index_dir), [], Counter(), []
+    source = open_data(*args.spec, index_dir=args.index_dir)
     looked = np.linspace(0, len(source) - 1, min(len(source), 1000)).astype(int).tolist()
-    for sample in (source[i] for i in looked):
-        tags += sample.get("tags", [])
+    sizes, modes, tags = [], Counter(), Counter()
+    for sample in map(source.__getitem__, looked):
+        tags.update(sample.get("tags", ()))
         try:
             with open_image(sample["image"]) as image:
                 sizes.append(image.size)
                 modes[f"{image.format} {image.mode}"] += 1
         except Exception:               # what decoders raise on damage has no common class
             modes["drawn" if isinstance(sample["image"], dict) else "unreadable"] += 1
-    quantiles = np.percentile(sizes or [(0, 0)], (0, 50, 100), axis=0).astype(int).tolist()
-    tag_counts = Counter(tags).most_common()
+    smallest, median, largest = np.percentile(
+        sizes or [(0, 0)], (0, 50, 100), axis=0).astype(int).tolist()
     print(json.dumps({
         "samples": len(source), "classes": len(source.classes), "names": source.classes[:12],
         "looked_at": len(looked), "modes": modes,
-        **dict(zip(("smallest", "median", "largest"), quantiles)),
-        "tags_per_image": round(len(tags) / len(looked), 3),
-        "different_tags": len(tag_counts), "head": tag_counts[:8], "tail": tag_counts[8:][-4:]}))
+        "smallest": smallest, "median": median, "largest": largest,
+        "tags_per_image": round(tags.total() / len(looked), 3), "different_tags": len(tags),
+        "head": tags.most_common()[:8], "tail": tags.most_common()[8:][-4:]}))
 
 
 def verify(args):
@@ -1542,7 +1517,7 @@ def verify(args):
     count, start, bad = len(source), time.perf_counter(), 0
     positions = list(validation_positions(count, 64, 0, 1))
     batches = load(Samples(source, (32, 32), 3, whole, shuffle=False), positions,
-                   args.workers or cpu_cores(), torch.device("cpu"))
+                   args.workers, torch.device("cpu"))
     for batch in tqdm(batches, total=len(positions), disable=not sys.stderr.isatty()):
         bad += len(batch["bad"])
         for _, where, why in batch["bad"]:
@@ -1622,14 +1597,13 @@ def pack(args):
         torn.unlink()
     write_aside(note, lambda path: path.write_text(json.dumps(plan)))
     start, count = time.perf_counter(), math.ceil(len(source) / args.shard_size)
-    workers = min(count, args.workers or cpu_cores())
     work = functools.partial(write_shard, source=source, out=out, size=args.shard_size,
                              short=args.resize)
     # Control-C ends processes at once, without a traceback from each.
-    with ProcessPoolExecutor(workers, initializer=signal.signal,
+    with ProcessPoolExecutor(max(1, args.workers), initializer=signal.signal,
                              initargs=(signal.SIGINT, signal.SIG_DFL)) as processes:
         # In a few portions for each process, since the list of files is sent with each portion.
-        shards = processes.map(work, range(count), chunksize=math.ceil(count / (8 * workers)))
+        shards = processes.map(work, range(count), chunksize=1 + count // (8 * args.workers + 8))
         for bad in tqdm(shards, total=count, disable=not sys.stderr.isatty()):
             for where, why in bad:
                 print(f"left out: {where}: {why}")
@@ -1640,81 +1614,68 @@ def pack(args):
 
 def bench(args):
     """Measure how many images per second this rank's workers read, crop and normalise."""
-    source, size = open_data(*args.spec, index_dir=args.index_dir), image_size(args)
+    source, size = open_data(*args.spec, index_dir=args.index_dir), (args.image_size,) * 2
     torch.set_num_threads(1)
-    samples, count = Samples(source, size, 3, random_resized_crop), 0
-    batches = load(samples, training_positions(0, 1 << 40, 32, 32, 0, 1), args.workers,
-                   torch.device("cpu"))
+    batches = load(Samples(source, size, 3, random_resized_crop),
+                   training_positions(0, 1 << 40, 32, 32, 0, 1), args.workers, torch.device("cpu"))
     for _ in range(1 + 4 * args.workers):       # what the workers have read before the clock starts
         next(batches)
-    start = time.perf_counter()
+    start, count = time.perf_counter(), 0
     while (seconds := time.perf_counter() - start) < args.seconds:
         count += len(normalise(next(batches)["images"]))
-    print(json.dumps({"image_size": size, "workers": args.workers,
+    print(json.dumps({"image_size": args.image_size, "workers": args.workers,
                       "images_per_second": round(count / seconds, 1)}))
 
 
-def image_size(args):
-    """--image-size as (height, width)."""
-    if len(args.image_size) > 2:
-        raise UserError(f"--image-size takes one or two numbers; found {args.image_size}")
-    return args.image_size[0], args.image_size[-1]
-
-
 def world(args):
-    """Draw a sheet of the built-in world, and print what it says of each picture."""
-    source, (height, width), columns, rows = open_data(args.split), image_size(args), 6, 4
-    if args.first + columns * rows > len(source):
-        raise UserError(f"--first {args.first}: {args.split} has {len(source):,} pictures, and "
-                        f"{columns * rows} are drawn")
-    sheet = Image.new("RGB", (columns * (width + 4), rows * (height + 4)), "white")
-    for i in range(columns * rows):
+    """Draw a sheet of 24 pictures of the built-in world, and print what it says of each."""
+    source, side = open_data(args.split), args.image_size
+    if args.first + 24 > len(source):
+        raise UserError(f"--first {args.first}: {args.split} has {len(source):,} pictures, and 24 "
+                        "are drawn")
+    sheet = Image.new("RGB", (6 * (side + 4), 4 * (side + 4)), "white")
+    for i in range(24):
         sample = source[args.first + i]
-        picture = Image.fromarray(draw(sample["image"], height, width))
-        sheet.paste(picture, (i % columns * (width + 4), i // columns * (height + 4)))
+        picture = Image.fromarray(draw(sample["image"], side, side))
+        sheet.paste(picture, (i % 6 * (side + 4), i // 6 * (side + 4)))
         print(f"{i}: {source.classes[sample['label']]}: {sample['caption']}; "
               f"{' '.join('#' + tag for tag in sample['tags'])}")
     write_aside(Path(args.out), lambda path: sheet.save(path, "PNG"))
     print(f"wrote {args.out}")
 
 
-not_negative = number(0, kind=int)
-
-
 def main(argv):
-    parser = Parser(
-        prog="data.py", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="data.py", allow_abbrev=False, description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    # The flags that several commands have
+    source, workers, size = (Parser(add_help=False) for _ in range(3))
+    source.add_argument("spec", nargs="+", metavar="SPEC",
+                        help="world, world:COUNT, a folder, .tar shards, a .jsonl or .csv")
+    source.add_argument("--index-dir", metavar="DIR",
+                        help="where indexes of shards are kept; default: beside the shards")
+    workers.add_argument("--workers", type=number(0, kind=int), default=cpu_cores(),
+                         help="processes; 0: this one alone; default: the CPU cores")
+    size.add_argument("--image-size", type=positive, default=224, metavar="PIXELS",
+                      help="height and width; default 224")
     commands = parser.add_subparsers(required=True, metavar="info | verify | pack | bench | world")
-    for command in (info, verify, pack, bench, world):
+    flags = {}
+    for command, shared in ((info, [source]), (verify, [source, workers]),
+                            (pack, [source, workers]), (bench, [source, workers, size]),
+                            (world, [size])):
         sub = commands.add_parser(command.__name__, help=command.__doc__.split("\n")[0],
-                                  description=command.__doc__, allow_abbrev=False)
+                                  description=command.__doc__, parents=shared, allow_abbrev=False)
         sub.set_defaults(command=command)
-        add = sub.add_argument
-        if command is not world:
-            add("spec", nargs="+", metavar="SPEC",
-                help="world, world:COUNT, a folder, .tar shards, a .jsonl or .csv")
-            add("--index-dir", metavar="DIR", help="where indexes of shards are kept; default: "
-                "beside the shards")
-        if command is pack:
-            add("out", metavar="OUT", help="the folder for the shards")
-            add("--shard-size", type=positive, default=10_000, metavar="SAMPLES",
+        flags[command] = sub.add_argument
+    flags[pack]("out", metavar="OUT", help="the folder for the shards")
+    flags[pack]("--shard-size", type=positive, default=10_000, metavar="SAMPLES",
                 help="samples a shard; default 10,000")
-            add("--resize", type=positive, metavar="PIXELS",
-                help="make the shorter side this long where it is longer; default: keep the files")
-        if command in (verify, pack):
-            add("--workers", type=not_negative, default=0, help="processes; default 0: all cores")
-        if command is bench:
-            add("--workers", type=not_negative, default=0,
-                help="processes; default 0: this one alone")
-            add("--seconds", type=float, default=20, help="length of the timing; default 20")
-        if command in (bench, world):
-            add("--image-size", type=positive, nargs="+", default=[224], metavar="PIXELS",
-                help="side, or height and width; default 224")
-        if command is world:
-            add("--split", choices=WORLD_COUNTS, default="world", help="default world")
-            add("--first", type=not_negative, default=0, help="number of the first; default 0")
-            add("--out", default="world.png", help="the sheet; default world.png")
+    flags[pack]("--resize", type=positive, metavar="PIXELS", help="make the shorter side this long "
+                "where it is longer; default: keep the files")
+    flags[bench]("--seconds", type=float, default=20, help="length of the timing; default 20")
+    flags[world]("--split", choices=WORLD_COUNTS, default="world", help="default world")
+    flags[world]("--first", type=number(0, kind=int), default=0,
+                 help="number of the first; default 0")
+    flags[world]("--out", default="world.png", help="the sheet; default world.png")
     args = parser.parse_args(argv)
     args.command(args)
 

@@ -1084,7 +1084,8 @@ def test_an_index_is_never_wrong():
     assert len(source) == 9 and source[8]["caption"] == "picture 8"
     Path(f"{path}.index.npz").write_bytes(b"PK torn")
     assert data.open_data(path)[8]["caption"] == "picture 8"
-    next(root.glob("*.catalogue.npz")).write_bytes(b"")
+    for one in root.glob("*.catalogue.npz"):
+        one.write_bytes(b"")
     source = data.open_data(path)
     make_tar(path, range(8))                            # replaced under a run
     samples = data.Samples(source, (32, 32), 3, data.random_resized_crop)
@@ -1154,7 +1155,7 @@ def test_specs_of_shards():
     refused("no shard", data.open_data, f"{root}/x-{{00..03}}.tar")
     refused("no data at", data.open_data, f"{root}/nothing-*.tar")
     refused("no data at", data.open_data, f"{root}/nothing.tar")
-    refused("unpack a compressed one", data.open_data, f"{root}/x-{{0..1}}.tar.gz")
+    refused("unpack what is compressed", data.open_data, f"{root}/x-{{0..1}}.tar.gz")
     refused("is neither a folder nor a plain .tar", data.open_data, __file__)
     joined = data.open_data(sharded()["three"], photos(), "world:7")
     assert len(joined) == 47 and joined[20]["label"] == joined[0]["label"]
