@@ -21,6 +21,8 @@ A SPEC is one of
 """
 
 import argparse
+import ast
+import contextlib
 import csv
 import functools
 import glob
@@ -44,7 +46,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -52,7 +54,8 @@ from vit import (
     Parser, RankError, UserError, all_gather_objects, all_reduce_sum, cpu_cores, get_rank,
     get_world_size, list_bad, number, on_rank_0, positive, rank0_print, read_json, run, write_aside)
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif",
+                 ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -610,34 +613,49 @@ class Files:
         return words_of(self.columns, first, first + int(self.chunks[c]), what)
 
 
+def walk(folder, above=()):
+    """Yield the paths of all files below a folder, but not hidden ones and not those of our runs.
+
+    Links are followed, but not to a folder that they are in (`above`, and this one)."""
+    above = (*above, os.path.realpath(folder))
+    with os.scandir(folder) as found:
+        entries = [entry for entry in found if not entry.name.startswith(".")]
+    if above[1:] and {"config.json", "log.jsonl"} <= {entry.name for entry in entries}:
+        return rank0_print(f"NOTE: {folder} is passed over: it is the --out of a run")
+    for entry in entries:
+        if not entry.is_dir():
+            yield entry.path
+        elif os.path.realpath(entry.path) not in above:
+            yield from walk(entry.path, above)
+
+
 def list_folder(root):
     """Every image below a folder, sorted by path: the arguments of Files. If there is none: the
-    paths of the tars below it.
-
-    Links are followed, but no folder is entered twice. Raises UserError."""
-    def fail(error):
-        raise UserError(f"{error.filename} cannot be listed: {error.strerror}")
-
-    names, tars, entered = [], [], set()
-    for folder, below, files in os.walk(root, followlinks=True, onerror=fail):
-        if (real := os.path.realpath(folder)) in entered:
-            below.clear()
-            continue
-        entered.add(real)
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        inside = "" if folder == root else os.path.relpath(folder, root) + "/"
-        files = [inside + name for name in files if not name.startswith(".")]
-        names += [name for name in files if name.lower().endswith(IMAGE_ENDINGS)]
-        tars += [os.path.join(root, name) for name in files if name.lower().endswith(".tar")]
+    paths of the tars below it. Raises UserError."""
+    names, tars, others = [], [], Counter()
+    try:
+        for path in walk(root):
+            ending = os.path.splitext(path)[1].lower()
+            if ending in IMAGE_ENDINGS:
+                names.append(path.removeprefix(os.path.join(root, "")))
+            elif ending == ".tar":
+                tars.append(path)
+            else:
+                others[ending or "no ending"] += 1
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be listed: {error.strerror}") from error
     if not names and tars:
         return sorted(tars)
-    if tars:
-        rank0_print(f"NOTE: {root} holds images and {len(tars)} tars, which are passed over; "
-                    f"--data '{tars[0]}' would read one")
+    others.update({".tar": len(tars)} if tars else {})
+    others = ", ".join(f"{count:,} {ending}" for ending, count in others.most_common(8))
     if not names:
-        raise UserError(f"no image below {root}; looked for {' '.join(IMAGE_ENDINGS)} and .tar")
-    return root, columns_of((name, name.split("/")[0] if "/" in name else None, (), None)
-                            for name in sorted(names))
+        raise UserError(f"no image below {root}; found: {others or 'no file'}; looked for "
+                        f"{' '.join(IMAGE_ENDINGS)} and .tar")
+    if others:
+        rank0_print(f"NOTE: other files below {root} are passed over: {others}")
+    # A name that is not UTF-8 becomes a class that can be written anywhere.
+    return root, columns_of((name, name.split("/")[0].encode("utf-8", "backslashreplace").decode()
+                             if "/" in name else None, (), None) for name in sorted(names))
 
 
 # A hashtag in running text ends at white space, another # or any other punctuation.
@@ -646,35 +664,47 @@ HASHTAG = re.compile(r"[#＃]([^\s#＃!\"$%&'()*+,./:;<=>?@\[\\\]^`{|}~、。，
 RECORD_ERRORS = ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error
 
 
+# How tables write "no value"; pandas reads these so, too
+MISSING = {"", "nan", "NaN", "-nan", "NA", "N/A", "n/a", "<NA>", "#N/A", "null", "NULL", "None"}
+
+
 def word_of(value):
-    """A label, tag, caption or path as a string; None for "no value": null, "" or NaN. 3.0 is "3".
+    """A label, tag, caption or path as a string; None where it is MISSING. 3.0 is "3".
 
     Raises ValueError for a list or a dict."""
     if isinstance(value, (list, dict)):
         raise ValueError(f"{value!r:.40} is neither a word nor a number")
-    if value is None or value == "" or value != value:
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).encode("utf-8", "replace").decode()       # half a surrogate pair becomes ?
+    word = str(value).strip()
+    word = word[:-2] if re.fullmatch(r"\d+\.0", word) else word
+    # Half of a surrogate pair becomes ?
+    return None if word in MISSING else word.encode("utf-8", "replace").decode()
+
+
+def words_in(value):
+    """The words of a list, also of one that a table holds as text (JSON, or as Python prints it);
+    None where the value is no list."""
+    for read in (json.loads, ast.literal_eval) if str(value).startswith("[") else ():
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+            value = read(value)
+    return [word_of(one) for one in value if word_of(one)] if isinstance(value, list) else None
 
 
 def read_record(record):
     """(label or None, tags, caption or None) of a dict that somebody has written.
 
     Tags are a list, or words in one string, or else the hashtags in the caption. Several labels, a
-    list, count as tags: stage 3 takes them as the classes of an image. Raises RECORD_ERRORS."""
-    words = lambda values: [word_of(value) for value in values if word_of(value)]
-    label, tags, caption = record.get("label"), record.get("tags"), word_of(record.get("caption"))
-    if isinstance(label, list):
-        return None, words(label), caption
-    if isinstance(tags, str):
-        tags = json.loads(tags) if tags.startswith("[") else re.split(r"[\s,;]+", tags)
-    if not isinstance(tags, list):
-        if word_of(tags):
-            raise ValueError("tags are a list of words")
-        tags = []
-    return word_of(label), words(tags) or HASHTAG.findall(caption or ""), caption
+    list, count as tags: stage 3 takes them as the classes of an image. Of several captions, the
+    first is taken. Raises RECORD_ERRORS."""
+    label, tags, caption = (record.get(name) for name in ("label", "tags", "caption"))
+    captions = [] if isinstance(caption, dict) else words_in(caption)
+    caption = word_of(caption) if captions is None else next(iter(captions), None)
+    if words_in(label) is not None:
+        return None, words_in(label), caption
+    if isinstance(tags, str) and not tags.startswith("["):
+        tags = re.split(r"[\s,;]+", tags)
+    if words_in(tags) is None and word_of(tags):
+        raise ValueError("tags are a list of words")
+    return word_of(label), words_in(tags) or HASHTAG.findall(caption or ""), caption
 
 
 def list_manifest(path):
@@ -685,7 +715,7 @@ def list_manifest(path):
             with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
                 records = map(json.loads, filter(str.strip, file))
                 if path.lower().endswith(".csv"):
-                    records = csv.DictReader(file)
+                    records = csv.DictReader(file, skipinitialspace=True, strict=True)
                     if "image" not in (records.fieldnames or ()):
                         raise UserError(f"{path} has no column named image; its first line has: "
                                         f"{', '.join(records.fieldnames or ())[:200]}")
@@ -693,6 +723,8 @@ def list_manifest(path):
                     image = word_of(record.get("image"))
                     if image is None:
                         raise ValueError("it has no image")
+                    if None in record:
+                        raise ValueError(f"it has more fields than columns: {record[None]}")
                     yield image, *read_record(record)
                     read += 1
         except RECORD_ERRORS as error:
@@ -705,7 +737,7 @@ def list_manifest(path):
 # Shards: each is indexed once, then any sample is read by itself
 # --------------------------------------------------------------------------------------
 
-INDEX_VERSION = 4
+INDEX_VERSION = 5
 # What is counted when a shard is indexed; the first two are damage
 LEFT_OUT = ("damaged places", "shards cut short", "other files", "keys without an image",
             "unreadable records")
@@ -791,7 +823,7 @@ def index_tar(path, file):
     samples = find_samples(file, left_out)
 
     def read(sample):
-        text = {part: read_part(file, *sample[part]).decode("utf-8", "replace").strip()
+        text = {part: read_part(file, *sample[part]).decode("utf-8-sig", "replace").strip()
                 for part in ("cls", "txt", "json") if part in sample}
         from_files = {"label": text.get("cls"), "caption": text.get("txt")}
         try:
@@ -1198,9 +1230,16 @@ def whole(width, height, uniforms, size):
 def with_channels(image, channels):
     """A PIL image of any mode as grey (1), RGB (3) or RGBA (4), 8 bits each.
 
-    16 bits are scaled, not cut; without an alpha channel, what is transparent becomes white."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    16 bits are scaled, not cut; 32 bits and floats by their own range. Without an alpha channel,
+    what is transparent becomes white."""
+    if image.mode[0] in "IF":
+        values, low, high = np.asarray(image, np.float64), 0, 65535
+        if image.mode == "F" or values.min() < low or values.max() > high:
+            low, high = values.min(), values.max()
+        if not math.isfinite(high - low):
+            raise ValueError("some pixels are not finite")
+        values = (values - low) / (max(high - low, 1e-30) / 255)
+        image = Image.fromarray(values.round().astype(np.uint8))
     if channels < 4 and (image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
                          or "transparency" in image.info):
         image = image.convert("RGBA")
@@ -1208,11 +1247,41 @@ def with_channels(image, channels):
     return image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
 
 
+def png_without_extras(content):
+    """A PNG file without the chunks that change no pixel: of text, profiles, dates. Pillow refuses
+    large and damaged ones, which other decoders pass over."""
+    kept, at = [content[:8]], 8
+    while at < len(content):
+        end, kind = at + 12 + int.from_bytes(content[at:at + 4]), content[at + 4:at + 8]
+        exif = kind == b"eXIf" and content[at + 8:at + 10] in (b"II", b"MM")
+        if kind[:1].isupper() or kind == b"tRNS" or exif:
+            kept.append(content[at:end])
+        at = end
+    return b"".join(kept)
+
+
 def open_image(image):
-    """Open an image, of which only the header is read: a path, or a function that reads its bytes.
+    """Open an image, a path or a function that reads its bytes; its pixels are decoded later.
 
     Raises what Pillow raises, also for more than 178,956,970 pixels: it takes these for a bomb."""
-    return Image.open(io.BytesIO(image()) if callable(image) else image)
+    content = image() if callable(image) else Path(image).read_bytes()
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        content = png_without_extras(content)
+    try:
+        return Image.open(io.BytesIO(content))
+    except UnidentifiedImageError as error:
+        raise ValueError("Pillow knows no such image format") from error
+
+
+def orientation_of(opened):
+    """Exif's orientation of an open image, 1 (upright) to 8: what is still to be undone."""
+    if opened.format == "TIFF":
+        opened.load()                   # Pillow turns it here, and forgets its orientation
+    try:
+        found = opened.getexif().get(0x0112, 1)
+    except Exception:                   # damaged Exif, which says nothing of the pixels
+        found = 1
+    return found if found in range(1, 9) else 1
 
 
 def read_pixels(image, choose_box, size, channels=3):
@@ -1226,15 +1295,13 @@ def read_pixels(image, choose_box, size, channels=3):
         pixels = Image.fromarray(draw(image, H, W, choose_box(1.0, 1.0)))
         return np.asarray(with_channels(pixels, channels)).reshape(H, W, channels)
     with open_image(image) as opened:
-        orientation = opened.getexif().get(0x0112, 1)
-        if orientation != 1 and opened.format not in ("JPEG", "MPO"):   # those can be drafted
-            opened, orientation = ImageOps.exif_transpose(opened), 1
-        width, height = opened.size[::-1] if orientation in (5, 6, 7, 8) else opened.size
+        orientation = orientation_of(opened)
+        width, height = opened.size[::-1] if orientation > 4 else opened.size
         left, top, right, bottom = choose_box(width, height)
         shrink = max(1.0, min((right - left) / W, (bottom - top) / H))
         opened.draft("L" if channels == 1 else None,
                      (math.ceil(opened.width / shrink), math.ceil(opened.height / shrink)))
-        upright = ImageOps.exif_transpose(opened) if orientation != 1 else opened
+        upright = opened if orientation == 1 else ImageOps.exif_transpose(opened)
         x, y = upright.width / width, upright.height / height
         box = (left * x, top * y, min(right * x, upright.width), min(bottom * y, upright.height))
         pixels = with_channels(upright, channels).resize((W, H), Image.Resampling.BICUBIC, box)
@@ -1530,25 +1597,26 @@ def verify(args):
 
 def encode(image, short):
     """An image as (ending, bytes of a file). JPEG, PNG, WebP and GIF stay as they are, unless their
-    shorter side is over `short`; the rest becomes JPEG of quality 90. The world is drawn at `short`
-    or 224, as PNG."""
+    shorter side is over `short`; the rest becomes an upright JPEG of quality 90. The world is drawn
+    at `short` or 224, as PNG."""
     file = io.BytesIO()
     if isinstance(image, dict):
         Image.fromarray(draw(image, short or 224, short or 224)).save(file, "PNG")
         return "png", file.getvalue()
     content = image() if callable(image) else Path(image).read_bytes()
-    opened = Image.open(io.BytesIO(content))
+    opened = open_image(lambda: content)
     ending = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp",
               "GIF": "gif"}.get(opened.format)
-    scale = max(1, min(opened.size) / short) if short else 1
-    if ending and scale == 1:
+    shrink = max(1, min(opened.size) / short) if short else 1
+    if ending and shrink == 1:
         return ending, content
-    size, exif = [round(side / scale) for side in opened.size], Image.Exif()
-    exif[0x0112] = opened.getexif().get(0x0112, 1)
-    opened.draft(None, size)
-    plain = opened.mode in ("RGB", "L") and "transparency" not in opened.info
-    pixels = opened if plain else with_channels(opened, 3)
-    pixels.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90, exif=exif)
+    orientation = orientation_of(opened)
+    opened.draft(None, [round(side / shrink) for side in opened.size])
+    pixels = opened if orientation == 1 else ImageOps.exif_transpose(opened)
+    shrink = max(1, min(pixels.size) / short) if short else 1
+    with_channels(pixels, 1 if pixels.mode == "L" else 3).resize(
+        [round(side / shrink) for side in pixels.size], Image.Resampling.BICUBIC
+    ).save(file, "JPEG", quality=90)
     return "jpg", file.getvalue()
 
 
