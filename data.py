@@ -46,16 +46,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from vit import (
-    Parser, RankError, UserError, all_gather_objects, all_reduce_sum, cpu_cores, get_rank,
-    get_world_size, list_bad, number, on_rank_0, positive, rank0_print, read_json, run, write_aside)
+    Parser, RankError, UserError, all_gather_objects, all_reduce_sum, cpu_cores, environment,
+    get_rank, get_world_size, list_bad, number, on_rank_0, positive, rank0_print, read_json, run,
+    stop_signals, write_aside)
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif",
                  ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga")
+warnings.filterwarnings("ignore", "This DataLoader will create")     # more workers than cores
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -903,10 +905,7 @@ def open_index(path, index_dir):
 def open_shard(path, index_dir, size, changed):
     """(A shard as an open file, the columns of its index). Raises UserError where the shard is not
     the one of this size and time of change."""
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{path} was there at the start, but: {error.strerror}") from error
+    file = open(path, "rb")
     status = os.fstat(file.fileno())
     if (status.st_size, status.st_mtime_ns) != (size, changed):
         raise UserError(f"{path} is not the file that was indexed: it has changed since, or "
@@ -951,6 +950,12 @@ class Shards:
         return words_of(self.open(c)[2], 0, int(self.chunks[c]), what)
 
 
+def process_pool(count):
+    """A pool of processes; Control-C ends them at once, without a traceback from each."""
+    return ProcessPoolExecutor(max(1, count), initializer=signal.signal,
+                               initargs=(signal.SIGINT, signal.SIG_DFL))
+
+
 def summarise(path, index_dir):
     """What a catalogue has of a shard, which is indexed if it was not: (number of samples, CRC,
     what was left out, classes)."""
@@ -962,12 +967,15 @@ def summarise(path, index_dir):
 def index_shards(paths, index_dir):
     """Index those shards that have no index yet, each rank its part: the "counts", "marks",
     "classes" and "left_out" of a catalogue."""
-    found, problem = {}, None
+    found, problem, mine = {}, None, my_part(len(paths), "indexing")
+    cores = cpu_cores() // environment().local_world_size
     try:
-        for s in my_part(len(paths), "indexing"):
-            found[s] = summarise(paths[s], index_dir)
+        with process_pool(cores) as processes:
+            work = functools.partial(summarise, index_dir=index_dir)
+            for s, shard in zip(mine, processes.map(work, paths[get_rank()::get_world_size()])):
+                found[s] = shard
     except (UserError, OSError) as error:
-        problem = f"{paths[s]}: {error}" if isinstance(error, OSError) else str(error)
+        problem = str(error)
     # The first message between ranks: whoever has less to index waits here.
     problems, parts = zip(*all_gather_objects((problem, found)))
     if any(problems):
@@ -1000,12 +1008,9 @@ def open_shards(paths, index_dir):
     folder = index_dir or os.path.dirname(os.path.abspath(paths[0]))
     source = Shards(kept_arrays(os.path.join(folder, f"{mark:08x}.catalogue.npz"), lambda: {
         **names, "stats": stats, **index_shards(paths, index_dir)}), index_dir)
-    more = f" and {len(paths) - 1} more" if paths[1:] else ""
     if source.left_out.any():
-        rank0_print(f"in {paths[0]}{more}: " + ", ".join(
+        rank0_print(f"in {first_of(paths)}: " + ", ".join(
             f"{count:,} {kind}" for kind, count in zip(LEFT_OUT, source.left_out) if count))
-    if not len(source):
-        raise UserError(f"no image in {paths[0]}{more}")
     return source
 
 
@@ -1124,13 +1129,31 @@ def open_data(*specs, index_dir=None):
             sources.append((World if is_world(spec) else Files)(*found))
         if not len(sources[-1]):
             raise UserError(f"no image in {spec}")
-    return Joined(sources)
+    source = Joined(sources)
+    rank0_print(f"{first_of(specs)}: images: {len(source):,}; classes: {len(source.classes):,}"
+                + (f" ({first_of(source.classes, 12)})" if source.classes else ""))
+    if source.classes and {*source.classes} <= {"train", "training", "val", "valid", "validation",
+                                                "test"}:
+        rank0_print(f"NOTE: these classes look like parts of a data set: give {specs[0]}/"
+                    f"{source.classes[0]} to use one part of it")
+    return source
+
+
+def first_of(names, most=1):
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
+def progress(steps, what, unit, total=None):
+    """Iterate over steps with a bar: on rank 0, if stderr is a terminal."""
+    return tqdm(steps, what, total, unit=unit, leave=False, dynamic_ncols=True,
+                disable=get_rank() > 0 or not sys.stderr.isatty())
 
 
 def my_part(count, what):
     """The numbers below `count` that this rank works through, with a bar."""
-    return tqdm(range(get_rank(), count, get_world_size()), desc=what, unit="shard",
-                disable=get_rank() > 0 or not sys.stderr.isatty())
+    return progress(range(get_rank(), count, get_world_size()), what, "shard")
 
 
 def pairs(source, c, number_of, what="tags"):
@@ -1353,9 +1376,17 @@ class Samples(Dataset):
         int64 [B], "label": int64 [B] (-1: none), "targets": int64 [B,k] (filled up with -1),
         "weight": float32 [B], "bad": [(position, where, why)]}."""
         try:
-            return self.batch(np.asarray(positions, dtype=np.int64))
-        except UserError as error:      # as raised in a worker, it would have a traceback in it
+            batch = self.batch(np.asarray(positions, dtype=np.int64))
+            if get_worker_info():       # what goes wrong later would only be printed
+                batch["images"].share_memory_()
+            return batch
+        except (UserError, OSError) as error:   # raised in a worker, it would have a traceback
             return {"fault": str(error)}
+        except RuntimeError as error:
+            if "shared memory" not in str(error):
+                raise
+            return {"fault": f"{error}: start the container with --shm-size 8g or more, or give "
+                    "fewer --workers"}
 
     def batch(self, positions):
         index = self.order(positions) if self.order else positions
@@ -1378,7 +1409,11 @@ class Samples(Dataset):
                     continue
                 targets[row], labels[row], weights[row] = found, sample.get("label", -1), 1
                 break
-        most = max(map(len, targets), default=0)
+            else:
+                if self.order:
+                    raise UserError("eleven images in a row cannot be read; the last: "
+                                    f"{sample['where']}: {why}")
+        most = max(1, *map(len, targets))       # a batch past the end has a column, too
         targets = [some + [-1] * (most - len(some)) for some in targets]
         return {"images": torch.from_numpy(images), "position": torch.from_numpy(positions),
                 "label": torch.from_numpy(labels), "bad": bad,
@@ -1430,17 +1465,39 @@ def prepare_worker(number):
     warnings.simplefilter("ignore")
 
 
+POLL, PATIENCE = 5, 600     # seconds between looks at the workers, and until a batch must be there
+
+
 def load(samples, positions, workers, device):
     """Iterate over the batches at `positions` (an iterable of arrays), read ahead by workers.
 
-    Raises UserError where the data are no longer what they were at the start."""
-    for batch in DataLoader(samples, batch_sampler=positions, num_workers=workers,
-                            collate_fn=dict,        # a batch is one already
-                            pin_memory=device.type == "cuda",
-                            prefetch_factor=4 if workers else None,
-                            worker_init_fn=prepare_worker):
+    Raises UserError where the data are no longer what they were at the start, where a worker has
+    ended, where no batch comes for ten minutes, or where a signal to stop comes meanwhile."""
+    batches = iter(DataLoader(
+        samples, batch_sampler=positions, num_workers=workers, collate_fn=dict,  # it is a batch
+        pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
+        worker_init_fn=prepare_worker, timeout=POLL if workers else 0,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None))
+    if workers:     # torch would raise in the middle of a step: a dead worker is seen below
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    waited = 0
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError as error:
+            waited += POLL
+            if "timed out" not in str(error):
+                raise RankError(f"a process that reads images has ended: {error}; was it killed, "
+                                "or is memory short? Fewer --workers need less") from error
+            if waited >= PATIENCE or waited >= 4 * POLL and stop_signals:
+                raise RankError(f"no images came for {waited} seconds; the same command resumes "
+                                "from the newest checkpoint") from error
+            continue
+        if batch is None:
+            return
         if "fault" in batch:
             raise RankError(batch["fault"])
+        waited = 0
         yield batch
 
 
@@ -1465,15 +1522,20 @@ def validate(val, args, device):
 
     Those that cannot be read have no weight; at the end they are listed in
     OUT/bad_val_samples.txt. Raises UserError where none can be read."""
-    seen, bad = torch.zeros(1), []
-    positions = validation_positions(len(val), args.micro_batch, get_rank(), get_world_size())
-    for batch in load(val, positions, args.workers, device):
+    seen, bad, world_size = torch.zeros(1), [], get_world_size()
+    batches = load(val, validation_positions(len(val), args.micro_batch, get_rank(), world_size),
+                   args.workers, device)
+    total = math.ceil(len(val) / (args.micro_batch * world_size))
+    for batch in progress(batches, "evaluating", "batch", total):
         seen, bad = seen + batch["weight"].sum(), bad + batch["bad"]
         yield normalise(batch["images"].to(device)), batch
     bad = list_bad(args, bad, "bad_val_samples.txt", "w")
     if not all_reduce_sum(seen):
         raise UserError(f"none of {len(bad)} images can be read; the last: "
                         f"{bad[-1][1]}: {bad[-1][2]}")
+    if bad:
+        rank0_print(f"NOTE: {len(bad):,} of {len(val):,} images cannot be read: see "
+                    f"{args.out}/bad_val_samples.txt")
 
 
 def flip(images, uniforms):
@@ -1535,19 +1597,20 @@ def draw_predictions(args, batch, probabilities, names):
     [B,K], right answers green, into OUT/predictions.png; rank 0 does."""
     if get_rank():
         return
-    side, pixels = 112, batch["images"]
-    sheet = Image.new("RGB", (620, len(pixels) * (side + 8)), "white")
-    pen, predicted = ImageDraw.Draw(sheet), most_probable(probabilities, names)
-    for row, (image, targets, best) in enumerate(zip(pixels.numpy(), batch["targets"], predicted)):
-        right = [names[i] for i in targets.tolist() if i >= 0]
-        top, picture = row * (side + 8) + 4, Image.fromarray(image[..., :3].squeeze())
-        scale = side / max(picture.size)
-        picture = picture.resize([max(1, round(length * scale)) for length in picture.size], 0)
-        sheet.paste(picture, (4, top))
-        pen.text((side + 16, top), "true: " + ", ".join(right), "black")
-        for line, (name, chance) in enumerate(best, 1):
-            pen.text((side + 16, top + 18 * line), f"{chance:.2f}  {name}",
-                     "#108030" if name in right else "#606060")
+    side, texts, font = 112, [], ImageFont.load_default()
+    for targets, best in zip(batch["targets"].tolist(), most_probable(probabilities, names)):
+        right = [names[i] for i in targets if i >= 0]
+        texts.append([("true: " + ", ".join(right), "black")] + [
+            (f"{chance:.3f}  {name}", "#108030" if name in right else "#606060")
+            for name, chance in best])
+    width = side + 32 + max(int(font.getlength(text)) for lines in texts for text, _ in lines)
+    sheet = Image.new("RGB", (2 * width, (len(texts) + 1) // 2 * (side + 8)), "white")
+    for i, (image, lines) in enumerate(zip(batch["images"].numpy(), texts)):
+        left, top = i % 2 * width + 4, i // 2 * (side + 8) + 4
+        picture = Image.fromarray(image[..., :3].squeeze())
+        sheet.paste(ImageOps.contain(picture, (side, side), Image.Resampling.NEAREST), (left, top))
+        for row, (text, colour) in enumerate(lines):
+            ImageDraw.Draw(sheet).text((left + side + 12, top + 18 * row), text, colour, font)
     write_aside(Path(args.out) / "predictions.png", lambda aside: sheet.save(aside, "PNG"))
 
 
@@ -1585,7 +1648,7 @@ def verify(args):
     positions = list(validation_positions(count, 64, 0, 1))
     batches = load(Samples(source, (32, 32), 3, whole, shuffle=False), positions,
                    args.workers, torch.device("cpu"))
-    for batch in tqdm(batches, total=len(positions), disable=not sys.stderr.isatty()):
+    for batch in progress(batches, "decoding", "batch", len(positions)):
         bad += len(batch["bad"])
         for _, where, why in batch["bad"]:
             print(f"bad: {where}: {why}")
@@ -1620,8 +1683,9 @@ def encode(image, short):
     return "jpg", file.getvalue()
 
 
-def write_shard(k, source, out, size, short):
-    """Write shard k of `size` samples, unless it is there: [(where, why)] of what was left out."""
+def write_shard(k, source, out, size, short, index_dir):
+    """Write shard k of `size` samples, unless it is there, and index it: [(where, why)] of what was
+    left out."""
     path, bad = out / f"{k:05d}.tar", []
 
     def write(aside):
@@ -1644,6 +1708,7 @@ def write_shard(k, source, out, size, short):
 
     if not path.exists():
         write_aside(path, write)
+    open_index(str(path), index_dir)
     return bad
 
 
@@ -1666,16 +1731,14 @@ def pack(args):
     write_aside(note, lambda path: path.write_text(json.dumps(plan)))
     start, count = time.perf_counter(), math.ceil(len(source) / args.shard_size)
     work = functools.partial(write_shard, source=source, out=out, size=args.shard_size,
-                             short=args.resize)
-    # Control-C ends processes at once, without a traceback from each.
-    with ProcessPoolExecutor(max(1, args.workers), initializer=signal.signal,
-                             initargs=(signal.SIGINT, signal.SIG_DFL)) as processes:
+                             short=args.resize, index_dir=args.index_dir)
+    with process_pool(args.workers) as processes:
         # In a few portions for each process, since the list of files is sent with each portion.
         shards = processes.map(work, range(count), chunksize=1 + count // (8 * args.workers + 8))
-        for bad in tqdm(shards, total=count, disable=not sys.stderr.isatty()):
+        for bad in progress(shards, "packing", "shard", count):
             for where, why in bad:
                 print(f"left out: {where}: {why}")
-    packed = len(open_data(out / "*.tar", index_dir=args.index_dir))
+    packed = len(open_data(out, index_dir=args.index_dir))
     print(json.dumps({"samples": packed, "left_out": len(source) - packed, "shards": count,
                       "seconds": round(time.perf_counter() - start, 1)}))
 
@@ -1705,6 +1768,7 @@ def world(args):
     for i in range(24):
         sample = source[args.first + i]
         picture = Image.fromarray(draw(sample["image"], side, side))
+        ImageDraw.Draw(picture).text((3, 1), str(i), "white", stroke_width=1, stroke_fill="black")
         sheet.paste(picture, (i % 6 * (side + 4), i // 6 * (side + 4)))
         print(f"{i}: {source.classes[sample['label']]}: {sample['caption']}; "
               f"{' '.join('#' + tag for tag in sample['tags'])}")
