@@ -739,10 +739,11 @@ def test_bad_images_do_not_end_a_run_and_validation_counts_them():
     listed, listed_val = ((out / f"bad_{name}samples.txt").read_text().splitlines()
                           for name in ("", "val_"))
     metrics, losses = vit.read_json(out / "metrics.json"), records(out, "loss")
-    assert len(losses) == 10 and losses[-1]["bad_samples"] == len(listed) > 30
+    positions = {line.split("\t")[0] for line in listed}        # some met several bad images
+    assert len(losses) == 10 and losses[-1]["bad_samples"] == len(positions) > 30
     assert metrics["count"] == 12 and metrics["bad"] == len(listed_val) == 6
     for text, *flags in (
-            ("bad images among 24 are more than --max-bad 0.01; see", "--data", root),
+            ("images cannot be read, more than --max-bad 0.01; see", "--data", root),
             ("eleven images in a row cannot be read", "--data", nothing, "--max-bad", 1),
             ("none of 1 images can be read", "--val", nothing, "--steps", 1)):
         refused(text, train, folder() / "run", *flags)
@@ -973,7 +974,8 @@ def test_an_index_is_never_wrong():
     assert len(source) == 9 and source[8]["caption"] == "picture 8"
     Path(f"{path}.index.npz").write_bytes(b"PK torn")
     assert data.open_data(path)[8]["caption"] == "picture 8"
-    next(root.glob("*.catalogue.npz")).write_bytes(b"")
+    for one in root.glob("*.catalogue.npz"):
+        one.write_bytes(b"")
     source = data.open_data(path)
     make_tar(path, range(8))                            # replaced under a run
     samples = data.Samples(source, (32, 32), 3, data.random_resized_crop)
@@ -1032,7 +1034,7 @@ def test_specs():
     assert not data.is_world("worldcup") and data.is_world("world:7")
     for text, spec in (("no shard", f"{root}/x-{{00..03}}.tar"), ("no data at", f"{root}/n-*.tar"),
                        ("no data at", f"{root}/nothing.tar"), ("no data at", "nowhere"),
-                       ("unpack a compressed one", f"{root}/x-{{0..1}}.tar.gz"),
+                       ("unpack what is compressed", f"{root}/x-{{0..1}}.tar.gz"),
                        ("is neither a folder nor a plain .tar", __file__),
                        ("no image below", folder()),
                        ("after the colon comes a number", "world:many")):
@@ -1074,6 +1076,213 @@ def test_pack_writes_shards_of_any_source_and_goes_on():
     source = data.open_data(small)
     assert [min(data.open_image(source[i]["image"]).size) for i in (0, 5, 14)] == [48] * 3
     assert source[0]["where"].endswith("000000000") and "caption" in source[14]
+
+
+# ======================================================================================
+# Data as users have them
+# ======================================================================================
+
+def shown(image):
+    """The mean colours of an image's quarters."""
+    pixels = read(image).astype(float).reshape(2, 16, 2, 16, 3).mean((1, 3))
+    return pixels.reshape(4, 3)
+
+
+def test_orientation_is_undone_once_in_any_container():
+    upright, place, expected = quarters(size=(640, 480)), folder(), None
+    turns = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}     # what each tag undoes
+    for tag, turn in turns.items():
+        image = upright if turn is None else upright.transpose(turn)
+        for kind, flags in (("JPEG", {}), ("PNG", {}), ("WEBP", {}), ("AVIF", {}), ("TIFF", {}),
+                            ("MPO", {"save_all": True, "append_images": [image]})):
+            exif = Image.Exif()
+            exif[0x0112] = tag
+            image.save(place / "turned", kind, exif=exif, **flags)
+            expected = shown(place / "turned") if expected is None else expected
+            assert abs(shown(place / "turned") - expected).max() < 12, (tag, kind)
+            for short in (None, 96):                    # as `pack` writes it
+                _, content = data.encode(place / "turned", short)
+                assert abs(shown(lambda content=content: content) - expected).max() < 12, (
+                    tag, kind, short)
+
+
+def test_what_other_decoders_read_is_read():
+    def chunk(kind, content, damage=0):
+        return (len(content).to_bytes(4) + kind + content
+                + (zlib.crc32(kind + content) ^ damage).to_bytes(4))
+
+    whole = io.BytesIO()
+    quarters().save(whole, "PNG", icc_profile=bytes(2_000_000))
+    whole = whole.getvalue()
+    expected = shown(lambda: whole)
+    for extra in (chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(5_000_000))),
+                  chunk(b"tEXt", b"a\0b", damage=1), chunk(b"pHYs", b"a"), chunk(b"eXIf", b"a")):
+        for at in (33, len(whole) - 12):                # behind the header, before the end
+            content = whole[:at] + extra + whole[at:]
+            assert np.array_equal(shown(lambda content=content: content), expected), extra[:20]
+    cut = lambda: whole[:-500]
+    assert data.Samples([{"image": cut, "where": "x"}], (8, 8), 3, data.whole, shuffle=False,
+                        rows=np.arange(1)).__getitems__([0])["bad"]
+    place, ramp = folder(), np.linspace(0, 1, 32)[None].repeat(32, 0)
+    for name, values in (("f", ramp.astype(np.float32)), ("low", (50 - 100 * ramp).astype(np.float32)),
+                         ("i", (ramp * (2 ** 31 - 1)).astype(np.int32))):
+        Image.fromarray(values).save(place / f"{name}.tif")
+        found = read(place / f"{name}.tif")[0, :, 0].astype(float) / 255
+        assert abs(found - (1 - ramp[0] if name == "low" else ramp[0])).max() < 0.02, name
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(place / "nan.tif")
+    try:
+        read(place / "nan.tif")
+    except ValueError as error:
+        assert "not finite" in str(error)
+    else:
+        raise AssertionError("nan.tif was read")
+
+
+def test_folders_are_read_whole_or_say_what_they_pass_over():
+    root = folder()
+    for name, kind in (("cat/1.jfif", "JPEG"), ("dog/1.PPM", "PPM"), ("ant/1.avif", "AVIF")):
+        (root / name).parent.mkdir()
+        quarters().save(root / name, kind)
+    (root / "pets").symlink_to("cat")                   # a class of its own, as in torchvision
+    (root / "cat" / "loop").symlink_to(root)
+    for name in (b"caf\xe8", b"caf\xe9"):               # not UTF-8, and not the same
+        os.mkdir(os.fsencode(root) + b"/" + name)
+        quarters().save(os.fsdecode(os.fsencode(root) + b"/" + name + b"/1.png"))
+    (root / "cat" / "IMG_1.HEIC").write_bytes(b"x")
+    (root / "run").mkdir()
+    for name in ("config.json", "log.jsonl"):
+        (root / "run" / name).write_text("{}")
+    quarters().save(root / "run" / "curves.png")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        source = data.open_data(root)
+    assert len(source) == 6
+    assert source.classes == ["ant", "caf\\udce8", "caf\\udce9", "cat", "dog", "pets"]
+    said = said.getvalue()
+    assert "are passed over: 2 .heic" in said and f"{root / 'run'} is passed over" in said
+    assert "images: 6; classes: 6 (ant, caf" in said
+    packed = folder() / "out[1]"
+    assert command("pack", root, packed)[1]["samples"] == 6
+    assert data.open_data(packed).classes == source.classes
+    assert len(list(packed.glob("*.tar.index.npz"))) == 1
+    assert not list(packed.glob("*.tmp"))
+    parts = folder()
+    for name in ("train", "val"):
+        shutil.copytree(photos() / "cat", parts / name / "cat")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        data.open_data(parts)
+    assert "NOTE: these classes look like parts of a data set" in said.getvalue()
+    heic = folder()
+    (heic / "1.HEIC").write_bytes(b"x")
+    refused("found: 1 .heic; looked for", data.open_data, heic)
+
+
+def test_labels_and_captions_as_tables_and_web_data_have_them():
+    path = folder() / "x.csv"
+    path.write_text("image, label, caption\n" + "".join(
+        f"{i}.png, {label}, {caption}\n" for i, (label, caption) in enumerate((
+            ("3.0", "a"), ("nan", "NaN"), ("NaN", ""), ("N/A", "None"), ("1", "b"), ("", "c")))))
+    source = data.open_data(path)
+    assert [source[i].get("label") for i in range(6)] == [3, None, None, None, 1, None]
+    assert [source[i].get("caption") for i in range(6)] == ["a", None, None, None, "b", "c"]
+    path.write_text('image,label\n0.png,"[""red"", ""big""]"\n1.png,"[\'blue\', \'red\']"\n')
+    source = data.open_data(path)
+    assert [source[i]["tags"] for i in range(2)] == [["red", "big"], ["blue", "red"]]
+    path.write_text('image,caption\n0.png,x\n1.png,"5 inch\n2.png,x\n3.png,x\n')
+    refused("record 2, cannot be read: Error: unexpected end", data.open_data, path)
+    path.write_text("image,caption\n0.png,red, and big\n")
+    refused("record 1, cannot be read: ValueError: it has more fields", data.open_data, path)
+    lines = path.with_suffix(".jsonl")
+    captions = [["a cat", "a feline"], [], math.nan, {"en": "a dog"}, "half \ud83d", "[sic] a cat"]
+    lines.write_text("".join(json.dumps({"image": "0.png", "caption": caption}) + "\n"
+                             for caption in captions))
+    source = data.open_data(lines)
+    assert [source[i].get("caption") for i in range(6)] == [
+        "a cat", None, None, None, "half ?", "[sic] a cat"]
+    tar_path = path.with_suffix(".tar")
+    with tarfile.open(tar_path, "w") as tar:
+        for i, mark in enumerate((b"", b"\xef\xbb\xbf")):       # a byte order mark
+            for end, content in (("png", b"x"), ("cls", mark + b"3\n"), ("txt", mark + b"a cat")):
+                add(tar, f"{i}.{end}", content)
+    source = data.open_data(tar_path)
+    assert [(source[i]["label"], source[i]["caption"]) for i in range(2)] == [(3, "a cat")] * 2
+
+
+class Broken(data.Samples):
+    """Samples whose workers end, stand still, or find no shared memory."""
+
+    def batch(self, positions):
+        if self.seed == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.seed == "silent":
+            time.sleep(8)
+        raise RuntimeError("unable to allocate shared memory(shm) for file")
+
+
+def test_workers_that_end_or_stand_still_end_the_run_with_one_line():
+    usual = data.POLL, data.PATIENCE
+    data.POLL, data.PATIENCE = 1, 2
+    try:
+        for seed, text in (("killed", "a process that reads images has ended"),
+                           ("silent", "no images came for 2 seconds"),
+                           ("memory", "start the container with --shm-size")):
+            samples = Broken(data.open_data(photos()), (8, 8), 3, data.whole, seed, shuffle=False)
+            batches = data.load(samples, [np.arange(4)] * 9, 1, torch.device("cpu"))
+            refused(text, next, batches)
+        samples.seed, data.PATIENCE = "silent", 600
+        vit.stop_signals.append(signal.SIGTERM)
+        refused("no images came for 4 seconds; the same command resumes", next, data.load(
+            samples, [np.arange(4)], 1, torch.device("cpu")))
+    finally:
+        data.POLL, data.PATIENCE = usual
+        vit.stop_signals.clear()
+
+
+def rounds(counts):
+    """What this rank gets of evaluations of so many images: [[(position, weight, targets)]]."""
+    vit.start(mae.parse_flags(["--device", "cpu"])[0])
+    args, found = argparse.Namespace(micro_batch=4, workers=0, out=str(folder())), []
+    with contextlib.redirect_stdout(io.StringIO()):
+        for count in counts:
+            val = data.Samples(data.open_data(f"world-val:{count}"), (8, 8), 3, data.whole,
+                               shuffle=False, targets_of=lambda sample: [sample["label"]])
+            batches = [batch for _, batch in data.validate(val, args, torch.device("cpu"))]
+            assert all(batch["targets"].shape == (len(batch["position"]), 1) for batch in batches)
+            found.append([list(zip(batch["position"].tolist(), batch["weight"].tolist()))
+                          for batch in batches])
+    return found
+
+
+def test_every_rank_takes_part_in_every_round_of_an_evaluation():
+    counts = range(1, 41)
+    for count, ranks in zip(counts, zip(*(found for found, _ in on_ranks(3, rounds, counts)))):
+        assert len({len(batches) for batches in ranks}) == 1, count
+        rows = sorted(row for batches in ranks for batch in batches for row in batch)
+        assert [position for position, weight in rows if weight] == list(range(count)), count
+
+
+def test_bad_images_are_counted_right_and_never_silent():
+    root = folder()
+    for path in sorted(photos().glob("*/*.jpg")):
+        shutil.copy(path, root)
+    (root / "bad.jpg").write_bytes(b"nothing")          # 1 of 21: more than 1%
+    refused("images cannot be read, more than --max-bad 0.01; see", train, folder() / "run",
+            "--data", root)
+    out = folder() / "run"
+    flags = "--data", root, "--val", root, "--max-bad", 0.2
+    _, _, said = train(out, *flags, "--log-every", 4, world=3)
+    lines = (out / "bad_samples.txt").read_text().splitlines()
+    listed = {line.split("\t")[0] for line in lines}       # one may have met it twice
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [r["bad_samples"] for r in records if "loss" in r][-1] == len(listed) > 3
+    assert f"{len(listed)} images could not be read, and were replaced: see" in said
+    assert "NOTE: 1 of 21 images cannot be read: see" in said
+    assert "max_bad" in vit.FREE_FLAGS                  # or a run that it ended could not go on
+
+
+def test_a_flag_given_twice_is_joined():
+    parse = lambda *flags: mae.parse_flags([*flags, "--out", "x"])[0]
+    assert parse("--data", "a", "b", "--data", "c").data == ["a", "b", "c"]
+    assert parse().data == ["world"] and parse("--data", "a").data == ["a"]
 
 
 # ======================================================================================
@@ -1549,7 +1758,7 @@ def small_run(precision="fp32"):
     model = torch.nn.Linear(4, 1)
     optimizer = torch.optim.AdamW([{"params": [*model.parameters()], "lr_scale": 1.0}], fused=True)
     return vit.Run(args, model, model, optimizer, torch.device("cpu"),
-                   vit.Schedule(10_000, 8, 1, 0.1), {}, 1)
+                   vit.Schedule(10_000, 8, 1, 0.1, 64), {}, 1)
 
 
 def test_ten_steps_in_a_row_that_are_not_finite_end_the_run():

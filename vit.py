@@ -35,7 +35,6 @@ import traceback
 import warnings
 import zipfile
 import zlib
-from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from fnmatch import fnmatch
@@ -436,7 +435,8 @@ def decay_groups(model, weight_decay, no_decay=(), layer_decay=1.0):
 # Flags that change how or where a run is computed, not what it computes (up to rounding): a run
 # may be resumed with other values of these.
 FREE_FLAGS = {"out", "allow_changed", "index_dir", "micro_batch", "parallel", "device", "workers",
-              "activation_checkpoint", "compile", "save_every", "keep", "log_every", "eval_every"}
+              "activation_checkpoint", "compile", "save_every", "keep", "log_every", "eval_every",
+              "max_bad"}
 
 # bf16 / fp16 operations per second without sparsity, from the vendors' data sheets, for `mfu`
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12,
@@ -493,6 +493,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message + (f"; did you mean {near[0]}?" if near else ""))
 
 
+class Join(argparse.Action):
+    """What to do with a flag that may be given several times: its values are joined."""
+
+    def __call__(self, parser, args, values, flag=None):
+        before = getattr(args, self.dest)
+        setattr(args, self.dest, values if before is self.default else before + values)
+
+
 def number(low, high=math.inf, kind=float):
     """The type of a flag whose value is a number from `low` to `high`."""
     def read(text):
@@ -539,11 +547,11 @@ def add_model_flags(add):
     add("--patch-size", type=positive, metavar="PIXELS", help="side of a patch; default by model")
     add("--channels", type=int, choices=(1, 3, 4),
         help="1 grey, 3 colour, 4 colour and alpha; default 3")
-    add("--data", nargs="+", default=["world"], metavar="SPEC",
+    add("--data", nargs="+", action=Join, default=["world"], metavar="SPEC",
         help="images to train on: world, world:COUNT, a folder, .tar shards ('x-{000..127}.tar', "
         "'dir/*.tar'), a .jsonl or .csv; several are joined; default: the built-in world (stage 2: "
         "100,000 images of it; stage 3: its labelled part)")
-    add("--val", nargs="+", metavar="SPEC",
+    add("--val", nargs="+", action=Join, metavar="SPEC",
         help="images to evaluate on; default world-val where --data is the world, else none")
     add("--index-dir", metavar="DIR", help="folder for the indexes of shards; default: beside them")
     add("--init", metavar="FILE", help="start from these weights; default: random weights")
@@ -658,11 +666,12 @@ def choose_config(args, stage):
 
 class Schedule(NamedTuple):
     """The numbers of a training loop: a step of a rank is `accumulate` micro-batches of
-    `micro_batch` images; `lr` is the peak learning rate."""
+    `micro_batch` images; `lr` is the peak learning rate; an epoch has `images`."""
     steps: int
     micro_batch: int
     accumulate: int
     lr: float
+    images: int
 
 
 def make_schedule(args, images, together=1):
@@ -696,7 +705,7 @@ def make_schedule(args, images, together=1):
                 + (f" = {args.base_lr:.3g} x {args.batch}/256" if args.lr is None else "")
                 + f"; {steps:,} steps = {steps * args.batch / images:.3g} epochs of {images:,} "
                 "images")
-    return Schedule(steps, micro_batch, per_rank // micro_batch, lr)
+    return Schedule(steps, micro_batch, per_rank // micro_batch, lr, images)
 
 
 # --------------------------------------------------------------------------------------
@@ -1376,6 +1385,7 @@ class Run:
                       "fp16": fp16, "loss_scale": 65536.0 if fp16 else 1.0,
                       "steps_without_overflow": 0, **(state or {})}
         restore(args, model, optimizer, self.state, self.ema)
+        self.bad, self.bad_listed = [], self.state["bad_samples"]
         self.eval_every = max(1, schedule.steps // 10) if args.eval_every is None \
             else args.eval_every
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -1425,6 +1435,9 @@ class Run:
                                    "same command resumes the run")
         metrics = evaluate()
         self.log_evaluation(metrics)
+        if state["bad_samples"]:
+            rank0_print(f"{state['bad_samples']} images could not be read, and were replaced: see "
+                        f"{args.out}/bad_samples.txt")
         self.bar.close()
         following = NEXT_STAGE.get(self.model_info["stage"])
         rank0_print(f"model.pt, log.jsonl and pictures are in {args.out}"
@@ -1435,13 +1448,14 @@ class Run:
 
     def micro_batches(self, batches):
         """Yield the micro-batches of a step, with tensors on the device."""
-        self.loss, self.bad = torch.zeros((), device=self.device), []
+        self.loss, self.bad_positions = torch.zeros((), device=self.device), 0
         for i in range(self.schedule.accumulate):
             begun = time.perf_counter()
             self.first_wait = self.first_wait or begun
             batch = next(batches)
             self.waited += time.perf_counter() - begun
             self.bad += batch["bad"]
+            self.bad_positions += len({position for position, _, _ in batch["bad"]})
             with accumulating(self.wrapped, last=i == self.schedule.accumulate - 1):
                 yield {name: value.to(self.device, non_blocking=True)
                        for name, value in batch.items() if torch.is_tensor(value)}
@@ -1465,7 +1479,7 @@ class Run:
         sums = all_reduce_floats(
             (self.loss / world_size, norm / world_size, *counts.values()),
             (bool(stop_signals), self.rank == 0 and minutes >= self.args.save_every,
-             len(self.bad)))
+             self.bad_positions))
         finite, fused = sums[1].isfinite(), self.optimizer.defaults["fused"]
         if fused:
             self.optimizer.found_inf = 1 - finite.float()
@@ -1479,13 +1493,17 @@ class Run:
             update_ema(self.ema, self.model, self.args.ema, state["step"])
         state["step"] += 1
         self.note_finite(finite)
-        if bad:
-            self.note_bad()
+        state["bad_samples"] += int(bad)
+        self.note_bad()
         for name, value in zip(counts, counted):
             state[name] += int(value)
         self.log_step({"loss": loss, **self.constants, "lr": self.lr, "grad_norm": norm,
                        "bad_samples": state["bad_samples"],
                        **{name: state[name] for name in counts}})
+
+    def record_due(self):
+        step = self.state["step"]
+        return step % self.args.log_every == 0 or step == self.schedule.steps
 
     def evaluation_due(self):
         return self.eval_every > 0 and self.state["step"] % self.eval_every == 0
@@ -1529,20 +1547,22 @@ class Run:
                             "--precision fp32")
 
     def note_bad(self):
-        """Count the images of a step that could not be read and list them in bad_samples.txt.
+        """List the images that could not be read in bad_samples.txt, where a record is due or the
+        run may stop: between ranks, such a list takes longer than a small model's step.
 
-        Raises UserError when more than --max-bad of the images seen are bad (of at least 1,000, so
-        that a small data set is not ended by one), or when one could not be replaced."""
-        args, state = self.args, self.state
-        bad = list_bad(args, self.bad, "bad_samples.txt", "a")
-        state["bad_samples"] += len(bad)
-        seen, (_, where, why) = state["step"] * args.batch, bad[-1]
-        last = f"see {args.out}/bad_samples.txt; the last: {where}: {why}"
-        if state["bad_samples"] > args.max_bad * max(seen, 1000):
-            raise UserError(f"{state['bad_samples']} bad images among {seen} are more than "
-                            f"--max-bad {args.max_bad}; {last}")
-        if max(Counter(position for position, _, _ in bad).values()) > 10:
-            raise UserError(f"eleven images in a row cannot be read; {last}")
+        Raises UserError when more than --max-bad of the images seen were bad (of 1,000 or an epoch,
+        where fewer have been seen)."""
+        args, state, step = self.args, self.state, self.state["step"]
+        count, seen = state["bad_samples"], step * args.batch
+        many = count > args.max_bad * max(seen, min(1000, self.schedule.images))
+        if count == self.bad_listed or not (many or self.stop or self.save_due or self.record_due()
+                                            or self.evaluation_due()):
+            return
+        bad, self.bad, self.bad_listed = list_bad(args, self.bad, "bad_samples.txt", "a"), [], count
+        if many:
+            raise UserError(f"{count} of {seen} images cannot be read, more than --max-bad "
+                            f"{args.max_bad}; see {args.out}/bad_samples.txt; the last: "
+                            f"{bad[-1][1]}: {bad[-1][2]}")
 
     # ---- log
 
@@ -1572,7 +1592,7 @@ class Run:
         """Every --log-every steps and at the last: write a record and show progress."""
         step, steps = self.state["step"], self.schedule.steps
         self.bar.update(1)
-        if self.rank or step % self.args.log_every and step != steps:
+        if self.rank or not self.record_due():
             return
         seconds = time.perf_counter() - self.first_wait
         speed = (step - self.timed_from) * self.args.batch / seconds
