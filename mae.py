@@ -265,11 +265,13 @@ def draw_reconstruction(model, pixels, positions, args, device, path):
 
 def predict(model, args, device):
     """--predict: reconstruct the user's pictures in OUT/reconstruction.png."""
-    pixels = data.read_pictures(args, model.config)                         # [B,H,W,C]
+    _, pixels, problem = data.read_pictures(args, model.config)             # [B,H,W,C]
     path = Path(args.out) / "reconstruction.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_reconstruction(model, pixels, torch.arange(len(pixels)), args, device, path)
     rank0_print(f"wrote {path}: {len(pixels)} pictures, {100 * args.mask_ratio:.0f}% masked")
+    if problem:
+        raise UserError(problem)
 
 
 # ======================================================================================

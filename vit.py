@@ -784,6 +784,20 @@ def gather_objects(value):
     return values
 
 
+def objects_in_turn(value):
+    """Yield the values of all ranks one after another, on rank 0, which holds one of them at a time
+    besides its own; nothing on the others. Every rank has to exhaust it."""
+    if get_rank() == 0:
+        yield value
+    for rank in range(1, get_world_size()):
+        if get_rank() == rank:
+            dist.send_object_list([value], 0, group=gloo_group)
+        elif get_rank() == 0:
+            received = [None]
+            dist.recv_object_list(received, rank, group=gloo_group)
+            yield received.pop()
+
+
 def all_reduce_sum(tensor):
     """The sum of a tensor over all ranks, in place, on every rank."""
     if dist.is_initialized():
@@ -1492,7 +1506,7 @@ class Run:
 
 def draw_curves(records, path):
     """Draw the log over the number of images seen: a panel per quantity, training in blue,
-    validation in red, the loss of a constant prediction in grey."""
+    validation in red, the loss of the best constant prediction for each in a lighter colour."""
     width, height, left, top = 480, 300, 60, 30
     fields = ["loss", "lr", "grad_norm", "images_per_second"]
     fields += dict.fromkeys(name[4:] for record in records for name in record if name[:4] == "val_"
@@ -1503,7 +1517,8 @@ def draw_curves(records, path):
     for i, field in enumerate(fields):
         lines = [[(record["samples"], record[name]) for record in records
                   if isinstance(record.get(name), (int, float)) and math.isfinite(record[name])]
-                 for name in (field, f"val_{field}", *(["entropy"] if field == "loss" else []))]
+                 for name in (field, f"val_{field}", *(
+                     ("entropy", "val_entropy") if field == "loss" else ()))]
         x0, y0 = i % 2 * width + left, i // 2 * height + top
         x1, y1 = x0 + width - left - 20, y0 + height - top - 30
         draw.rectangle((x0, y0, x1, y1), outline="#999999")
@@ -1512,7 +1527,7 @@ def draw_curves(records, path):
             continue
         xs, ys = zip(*itertools.chain(*lines))
         low, high = min(ys), max(ys) if max(ys) > min(ys) else min(ys) + 1e-9
-        for line, colour in zip(lines, ("#1f5fb4", "#c03028", "#909090")):
+        for line, colour in zip(lines, ("#1f5fb4", "#c03028", "#a8c0e0", "#e8b0a8")):
             draw.line([(x0 + (x1 - x0) * x / max(xs), y1 - (y1 - y0) * (y - low) / (high - low))
                        for x, y in line], colour, 2)
         for y, value in ((y1, low), (y0, high)):
@@ -1794,6 +1809,11 @@ def load_weights(model, path, new=(), renew=(), log=rank0_print, rename=our_name
     fresh = [name for name in targets if name not in values]
     unused = [name for name in tensors if name not in values]
     missing = [name for name in fresh if not matches(name, (*new, *renew))]
+    if "norm.weight" in missing and "fc_norm.weight" in tensors:
+        raise UserError(f"{path} was finetuned on the mean of its patches (it has fc_norm, not "
+                        "norm), so its class token cannot be used: classify, features, knn and "
+                        "linear take it with --pool mean; else give the file that it was finetuned "
+                        "from")
     wrong = [f"{name} {list(value.shape)} instead of {list(targets[name].shape)}"
              for name, value in values.items() if value.shape != targets[name].shape]
     unknown = [name for name in unused if name not in targets and not matches(name, OPTIONAL)]
