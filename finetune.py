@@ -33,6 +33,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import unicodedata
 from collections import Counter
@@ -86,7 +87,8 @@ def add_classify_flags(add):
     add("--recipe", choices=RECIPES, help="mae: at 224 pixels (MAE); maws: at 512 or 518 (paper; "
         "not published in full); ours: for a classroom; default ours up to small, else mae")
     add("--classes", metavar="FILE", help="meaning of --init's outputs: a line each, names "
-        "separated by commas; default: what the file says, or the classes of the data")
+        "separated by commas; default: what the file or a config.json beside it says, or the "
+        "classes of the data")
     add("--class-map", metavar="FILE", help="lines of: model's class, TAB, class of --val, where "
         "they differ; several model classes may be correct for one; default: by name")
     add("--loss", choices=("ce", "bce", "softmax"), help="ce: one class per image; softmax: 1/k on "
@@ -232,15 +234,6 @@ def class_losses(logits, targets, loss):
 # classify: evaluation
 # ======================================================================================
 
-class Answer(NamedTuple):
-    """What a model answers for one image of an evaluation."""
-    position: int
-    correct: list       # its classes
-    top: list           # the five most probable classes
-    loss: float
-    logits: object      # array [K] where an image may have several classes, else None
-
-
 @torch.no_grad()
 def evaluate(model, val, args, device, names):
     """Top-1 and top-5 over a source, every image once at any number of ranks; also OUT/classes.txt.
@@ -253,39 +246,7 @@ def evaluate(model, val, args, device, names):
         with vit.autocast(args, device):
             logits = model(images)                                          # [B,K]
         mine += answers(logits, batch, args)
-    parts = vit.gather_objects(mine)
-    return vit.on_rank_0(lambda: summarise(sum(parts, []), len(val), args, names))
-
-
-def answers(logits, batch, args):
-    """The Answers of the images of a batch that could be read."""
-    classes, K = batch["targets"].to(logits.device), logits.shape[1]        # [B,k]
-    losses = class_losses(logits, soft_targets(classes, K, 0.0, args.loss), args.loss)      # [B]
-    top = logits.topk(min(5, K)).indices                                    # [B,min(5,K)]
-    kept = [None] * len(top) if args.loss == "ce" else logits.float().cpu().numpy()
-    rows = zip(batch["position"].tolist(), classes.tolist(), top.tolist(), losses.tolist(), kept)
-    return [Answer(position, [k for k in correct if k >= 0], best, loss, some)
-            for weight, (position, correct, best, loss, some) in zip(batch["weight"].tolist(), rows)
-            if weight]
-
-
-def summarise(rows, total, args, names):
-    """The metrics of all images' Answers; `total` images were tried. Writes OUT/classes.txt."""
-    rows.sort(key=lambda row: row.position)     # the same sums at any number of ranks
-    hits = [row.top[0] in row.correct for row in rows]
-    hits5 = [bool({*row.top} & {*row.correct}) for row in rows]
-    metrics = {"loss": sum(row.loss for row in rows) / len(rows), "top1": sum(hits) / len(rows),
-               "top5": sum(hits5) / len(rows)}
-    if args.loss != "ce":
-        logits = torch.stack([torch.from_numpy(row.logits) for row in rows])        # [n,K]
-        hot = torch.zeros_like(logits, dtype=torch.bool)                    # [n,K]
-        for line, row in zip(hot, rows):
-            line[row.correct] = True
-        precisions = [average_precision(logits[:, k], hot[:, k]) for k in range(len(names))
-                      if hot[:, k].any()]
-        metrics["map"] = sum(precisions) / len(precisions)
-    write_classes(Path(args.out) / "classes.txt", rows, hits, names)
-    return {**metrics, "count": len(rows), "bad": total - len(rows)}
+    return summarise(mine, len(val), args, names)
 
 
 # ======================================================================================
@@ -341,9 +302,10 @@ def classify(argv):
     if args.init:
         load_classifier(model, args, names, file_info)
     if args.predict:
-        pixels = data.read_pictures(args, config, evaluation_crop(args, config))    # [B,H,W,C]
-        probabilities = vit.probabilities(model, data.normalise(pixels), args, device)    # [B,K]
-        return data.print_predictions(args, probabilities, names)
+        pictures = data.read_pictures(args, config, evaluation_crop(args, config))
+        images = data.normalise(pictures.pixels)                            # [B,C,H,W]
+        probabilities = vit.probabilities(model, images, args, device)      # [B,K]
+        return data.print_predictions(pictures, probabilities, names)
     if args.eval_only:
         return vit.report(args, evaluate(model, val, args, device, names))
     mixing = bool(args.mixup or args.cutmix)
@@ -396,8 +358,52 @@ def classify(argv):
 
 
 # ======================================================================================
-# Details of classify: average precision and classes.txt
+# Details of classify: metrics and classes.txt
 # ======================================================================================
+
+class Answer(NamedTuple):
+    """What a model answers for one image of an evaluation."""
+    position: int
+    correct: list       # its classes
+    top: list           # the five most probable classes
+    loss: float
+    logits: object      # array [K] where an image may have several classes, else None
+
+
+def answers(logits, batch, args):
+    """The Answers of the images of a batch that could be read, from logits [B,K]."""
+    classes, K = batch["targets"].to(logits.device), logits.shape[1]        # [B,k]
+    losses = class_losses(logits, soft_targets(classes, K, 0.0, args.loss), args.loss)      # [B]
+    top = logits.topk(min(5, K)).indices                                    # [B,min(5,K)]
+    kept = [None] * len(top) if args.loss == "ce" else logits.float().cpu().numpy()
+    rows = zip(batch["position"].tolist(), classes.tolist(), top.tolist(), losses.tolist(), kept)
+    return [Answer(position, [k for k in correct if k >= 0], best, loss, some)
+            for weight, (position, correct, best, loss, some) in zip(batch["weight"].tolist(), rows)
+            if weight]
+
+
+def summarise(mine, total, args, names):
+    """The metrics of all ranks' Answers; `total` images were tried. Writes OUT/classes.txt."""
+    parts = vit.gather_objects(mine)
+
+    def compute():      # in the order of positions: the same sums at any number of ranks
+        rows = sorted(sum(parts, []), key=lambda row: row.position)
+        hits = [row.top[0] in row.correct for row in rows]
+        hits5 = [bool({*row.top} & {*row.correct}) for row in rows]
+        metrics = {"loss": sum(row.loss for row in rows) / len(rows),
+                   "top1": sum(hits) / len(rows), "top5": sum(hits5) / len(rows)}
+        if args.loss != "ce":
+            logits = torch.stack([torch.from_numpy(row.logits) for row in rows])    # [n,K]
+            hot = torch.zeros_like(logits, dtype=torch.bool)                # [n,K]
+            for line, row in zip(hot, rows):
+                line[row.correct] = True
+            precisions = [average_precision(logits[:, k], hot[:, k]) for k in range(len(names))
+                          if hot[:, k].any()]
+            metrics["map"] = sum(precisions) / len(precisions)
+        write_classes(Path(args.out) / "classes.txt", rows, hits, names)
+        return {**metrics, "count": len(rows), "bad": total - len(rows)}
+    return vit.on_rank_0(compute)
+
 
 def write_classes(path, rows, hits, names):
     """Write classes.txt: the top-1 of each class, the worst first, and the commonest mistakes."""
@@ -536,17 +542,14 @@ def read_class_map(path, outputs):
 def outputs_of(classes, names, where, class_map=None):
     """Which outputs of a model are right for each of the data's classes: {name: [output]}.
 
-    `classes` [[name]] are the model's, or K if its K outputs have no names; `names` are the data's,
-    from `where`. They are matched by name; whole numbers that are no name, by number; K unnamed
-    outputs and K classes, in order (ImageNet's). Raises UserError for classes of the data that the
+    `classes` [[name]] are the model's, `names` the data's, from `where`. They are matched by name;
+    whole numbers that are no name, by number. Raises UserError for classes of the data that the
     model lacks, unless a `class_map` says what counts."""
-    if isinstance(classes, int):
-        if len(names) == classes:
-            rank0_print(f"the model does not name its {classes} outputs: taken as the {classes} "
-                        f"classes of {where}, in alphabetical order")
-            classes = [[name] for name in names]
-        else:
-            classes = [[str(i)] for i in range(classes)]
+    if len(classes) < 2:
+        raise UserError(f"{where} has {'one class' if classes else 'no class'}: there is nothing "
+                        "to tell apart; images have the class of their folder, or a label")
+    if not names:
+        raise UserError(f"{where} has no classes: images have that of their folder, or a label")
     outputs = {name: [i] for i, some in enumerate(classes) for name in some}
     lines = Counter(name for some in classes for name in {*some})
     if twice := [name for name in names if lines[name] > 1]:
@@ -558,35 +561,43 @@ def outputs_of(classes, names, where, class_map=None):
             rank0_print(f"{where} has numbers for classes: taken as the model's outputs, from 0 on")
     if class_map:
         outputs = read_class_map(class_map, outputs)
-    if not names:
-        raise UserError(f"{where} has no classes: images have that of their folder, or a label")
     unknown = [name for name in names if name not in outputs]
     if len(unknown) == len(names) or unknown and not class_map:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise UserError(f"{where} has {len(unknown)} classes that the model lacks: "
-                        f"{', '.join(unknown[:5])}{more}; the model has {len(classes)}: "
-                        f"{', '.join(some[0] for some in classes[:5])}, … (classify has "
-                        "--class-map)")
+        raise UserError(f"{where} has classes that are not known: {', '.join(unknown[:5])}{more}; "
+                        f"known are {len(classes)}: {', '.join(some[0] for some in classes[:5])}, "
+                        "… (classify has --class-map)")
     return outputs
 
 
-def check_several(classes, where):
-    """Raises UserError for fewer than two classes."""
-    if len(classes) < 2:
-        raise UserError(f"{where} has {len(classes)} classes: there is nothing to tell apart; "
-                        "images have the class of their folder, or a label")
+def classes_of_val(classes, val):
+    """Classes [[name]] to label `val` by: `classes`, or, if there are as many and none of them is
+    the name of a class of `val`, its own in sorted order (ImageNet's n01440764, …)."""
+    named = {name for names in classes for name in names} & {*val.classes}
+    if named or len(classes) != len(val.classes):
+        return classes
+    rank0_print(f"the {len(classes)} classes of --val are taken in sorted order: {val.classes[0]} "
+                f"is {classes[0][0]}, …, {val.classes[-1]} is {classes[-1][0]}")
+    return [[name] for name in val.classes]
 
 
-def names_of(sample, source):
-    """The classes of a sample: that of its folder or label; or several, where labels are lists."""
-    if not source.classes:
-        return sample.get("tags", [])
-    return [source.classes[sample["label"]]] if "label" in sample else []
+def names_in(source):
+    """The names of a source's classes; where labels are lists, all names in these, sorted: then all
+    ranks have to call it."""
+    if source.classes:
+        return source.classes
+    mine = {tag for c in data.my_part(len(source.chunks), "labels")
+            for tag in source.words(c, "tags")[0]}
+    return data.class_names_of(set().union(*vit.all_gather_objects(mine)))
 
 
 def class_targets(sample, source, outputs):
-    """The outputs that are right for a sample, each once."""
-    return sorted({i for name in names_of(sample, source) for i in outputs.get(name, ())})
+    """The outputs that are right for a sample, each once: those of the class of its folder or
+    label, or of several classes, where labels are lists."""
+    names = sample.get("tags", [])
+    if source.classes:
+        names = [source.classes[sample["label"]]] if "label" in sample else []
+    return sorted({i for name in names for i in outputs.get(name, ())})
 
 
 def times_labelled(c, source, outputs):
@@ -596,50 +607,60 @@ def times_labelled(c, source, outputs):
     return np.bincount(rows, minlength=int(source.chunks[c]))
 
 
+def check_labelled(count, total, where):
+    """Print how many of a source's images have no known class; UserError where none has one."""
+    if not count:
+        raise UserError(f"no image of {where} has a class: a folder each, or a label each")
+    if count < total:
+        rank0_print(f"{where}: {total - count:,} of {total:,} images have no known class and are "
+                    "left out")
+
+
 def labelled(source, classes, where, class_map=None):
     """(The data.Rows of a source whose class is known, targets_of(sample)), for data.Samples.
 
     `classes` as of outputs_of. Raises UserError where no image has a class."""
-    if not isinstance(classes, int):
-        check_several(classes, where)
-    outputs = outputs_of(classes, source.classes or all_tags(source), where, class_map)
+    outputs = outputs_of(classes, names_in(source), where, class_map)
     rows = data.Rows(source.chunks, functools.partial(
         times_labelled, source=source, outputs=outputs))
-    if len(rows) < len(source):
-        rank0_print(f"{where}: {len(source) - len(rows):,} of {len(source):,} images have no "
-                    f"{'known ' if class_map else ''}class and are left out")
-    if not len(rows):
-        raise UserError(f"no image of {where} has a class: a folder each, or a label each")
+    check_labelled(len(rows), len(source), where)
     return rows, functools.partial(class_targets, source=source, outputs=outputs)
 
 
-def all_tags(source):
-    """All tags of a source as they are written, sorted; all ranks have to call it."""
-    mine = {tag for c in data.my_part(len(source.chunks), "tags")
-            for tag in source.words(c, "tags")[0]}
-    return data.class_names_of(set().union(*vit.all_gather_objects(mine)))
+def classes_in_file(args, file_info):
+    """The classes [[name]] of --init's outputs: those of --classes, or of the file, or those that
+    config.json names, or numbers. Raises UserError for a file without a head for classes."""
+    if "head.weight" not in file_info["shapes"]:
+        raise UserError(f"{args.init} has no head: --predict and --eval-only need a finetuned "
+                        "file, as runs/classify/model.pt")
+    if "vocabulary" in file_info:
+        raise UserError(f"{args.init} predicts hashtags, not classes: use it by wsp.py, or "
+                        "finetune it first")
+    K = file_info["shapes"]["head.weight"][0]
+    if not args.classes and "classes" in file_info:
+        return [[name] for name in file_info["classes"]]
+    if not args.classes:        # Hugging Face's config.json beside the file may name its outputs
+        labels = vit.read_json(Path(args.init).with_name("config.json")).get("id2label", {})
+        labels = [labels.get(str(i)) for i in range(K)]
+        if not all(labels) or labels[0] == "LABEL_0":
+            labels = map(str, range(K))
+        return [[label, *re.split(" *, *", label)] for label in labels]
+    classes = read_classes(args.classes)
+    if len(classes) != K:
+        raise UserError(f"--classes {args.classes} has {len(classes)} lines, but {args.init} has "
+                        f"{K} outputs")
+    return classes
 
 
 def open_classes(args, config, file_info):
     """(--data as data.Samples or None, --val or None, the name of each output)."""
     train, val = None, None
     if args.predict or args.eval_only:
-        if "head.weight" not in file_info["shapes"]:
-            raise UserError(f"{args.init} has no head: --predict and --eval-only need a finetuned "
-                            "file, as runs/classify/model.pt")
-        if "vocabulary" in file_info:
-            raise UserError(f"{args.init} predicts hashtags, not classes: use it by wsp.py, or "
-                            "finetune it first")
-        K = file_info["shapes"]["head.weight"][0]
-        classes = read_classes(args.classes) if args.classes else [
-            [name] for name in file_info.get("classes", ())] or K
-        if classes != K and len(classes) != K:
-            raise UserError(f"--classes {args.classes} has {len(classes)} lines, but {args.init} "
-                            f"has {K} outputs")
+        classes = classes_in_file(args, file_info)
     else:
         source = data.open_data(*args.data, index_dir=args.index_dir)
         classes = read_classes(args.classes) if args.classes else [
-            [name] for name in source.classes or all_tags(source)]
+            [name] for name in names_in(source)]
         rows, targets_of = labelled(source, classes, "--data")
         if args.loss == "ce" and not source.classes:
             raise UserError("labels of --data are lists, of several classes: give --loss bce or "
@@ -650,21 +671,34 @@ def open_classes(args, config, file_info):
                                       augment if args.randaugment else None)
     if args.val and not args.predict:
         source = data.open_data(*args.val, index_dir=args.index_dir)
+        if args.eval_only and not args.class_map and "classes" not in file_info:
+            classes = classes_of_val(classes, source)
         val = data.evaluation_samples(source, config, evaluation_crop(args, config),
                                       *labelled(source, classes, "--val", args.class_map))
-        if classes == len(source.classes):
-            classes = [[name] for name in source.classes]
-    return train, val, [str(i) for i in range(classes)] if isinstance(classes, int) else [
-        some[0] for some in classes]
+    return train, val, [some[0] for some in classes]
 
 
 # ======================================================================================
 # Frozen encoders: features, which the tasks knn, linear and lowshot share
 # ======================================================================================
 
-def parse_frozen_flags(task, argv, add_flags=lambda add: None):
-    """The flags of a task on features of a frozen encoder: (args, Config, what --init's file says
-    of itself). Raises UserError."""
+def add_lowshot_flags(add):
+    add("--shots", type=vit.positive, nargs="+", default=[1, 5, 10], metavar="IMAGES",
+        help="labelled images per class; default 1 5 10 (paper)")
+    add("--splits", type=vit.positive, default=5, metavar="COUNT",
+        help="random choices of these images; default %(default)s (paper)")
+    add("--prompts", type=vit.positive, default=10, metavar="COUNT",
+        help="prompts in each block; default %(default)s (not published: ours)")
+    add("--epochs", type=vit.positive, default=100,
+        help="epochs in which prompts are trained; default %(default)s (VPT's)")
+    add("--lr", type=vit.number(0), default=0.05,
+        help="peak learning rate of prompts; default %(default)s (not published: ours)")
+
+
+def start_frozen(task, argv):
+    """Read the flags of a task on features of a frozen encoder and start: (args, Config, device,
+    load). load(pool) is the encoder of --init, without a head and without gradients. Raises
+    UserError."""
     parser = vit.stage_parser(f"finetune.py {task}", __doc__)
     parser.set_defaults(data=["world-labelled"])
     add = parser.add_argument_group("features").add_argument
@@ -674,7 +708,8 @@ def parse_frozen_flags(task, argv, add_flags=lambda add: None):
         "central 7/8, all of it above 224 pixels (MAE); squash: the whole image")
     add("--features", metavar="DIR", default="runs/features", help="where features are kept, to be "
         "used again by any task; default runs/features")
-    add_flags(parser.add_argument_group(task).add_argument)
+    if task == "lowshot":
+        add_lowshot_flags(parser.add_argument_group(task).add_argument)
     args = parser.parse_args(argv)
     if not args.init:
         raise UserError(f"{task} needs an encoder: give its file as --init")
@@ -685,22 +720,27 @@ def parse_frozen_flags(task, argv, add_flags=lambda add: None):
         if not args.val:
             raise UserError(f"{task} needs --val: the images to be right about")
     config, _, file_info = vit.choose_config(args, task)
-    return args, config, file_info
+    if task == "lowshot":
+        if args.parallel in ("fsdp", "hsdp"):
+            raise UserError("lowshot gives each rank splits of its own, which need the whole "
+                            "encoder: leave --parallel out")
+        args.parallel = "ddp"
+    device = vit.start(args)
 
+    @functools.cache
+    def load(pool):
+        if pool == "mean":  # of a finetuned file, as its head saw it, or of any other, normalised
+            pool = "mean" if "fc_norm.weight" in file_info["shapes"] else "patches"
+        model, _ = vit.build(lambda: ViT(config, 0, pool), args, device, frozen=True)
+        vit.load_weights(model, args.init)
+        return model
 
-def load_encoder(args, config, file_info, device, pool):
-    """The encoder of --init, without a head and without gradients."""
-    if pool == "mean":      # of a finetuned file, as its head saw it, or of any other, normalised
-        pool = "mean" if "fc_norm.weight" in file_info["shapes"] else "patches"
-    model, _ = vit.build(lambda: ViT(config, 0, pool), args, device, frozen=True)
-    vit.load_weights(model, args.init)
-    return model
+    return args, config, device, load
 
 
 def file_mark(path):
-    """Bytes that tell a file from others, and from what it was before a change: its size, its time
-    of change and 16 pieces of 4 kB from all over it, which is all of a file of up to 64 kB. Of a
-    larger one a change is missed if it keeps size and time, and lies between the pieces."""
+    """Bytes that tell a file from others and from what it was before a change: its size, its time
+    of change, and 16 pieces of 4 kB from all over it, which is all of a file of up to 64 kB."""
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
@@ -712,17 +752,15 @@ def file_mark(path):
 
 
 def fingerprint(args, config, source, device):
-    """Of which encoder, images and settings features are, in 16 hex digits: rank 0's answer.
-
-    The encoder's file counts as a whole (seconds for gigabytes), of each image or shard what
-    file_mark says: the same names, sizes and times do not make the same images. 32 threads read
-    them, since over a network each file is a round trip."""
+    """16 hex digits of the encoder, the images and the settings that features are made of: rank 0's
+    answer. The encoder's file counts as a whole, of images and shards their file_mark: the same
+    names, sizes and times do not make the same images."""
     def compute():
         digest = hashlib.sha256(repr((
             os.path.getsize(args.init), vit.file_crc(args.init), config, args.pool, args.crop,
             str(vit.autocast_dtype(args, device)), source.fingerprint())).encode())
         files = source.files()
-        with ThreadPoolExecutor(32) as threads:
+        with ThreadPoolExecutor(32) as threads:     # over a network, each file is a round trip
             while some := [*itertools.islice(files, 4096)]:
                 for mark in threads.map(file_mark, some):
                     digest.update(mark)
@@ -734,9 +772,9 @@ def fingerprint(args, config, source, device):
 def write_features(folder, encoder, samples, width, args, device):
     """Write what an encoder makes of samples into a folder: features.npy float32 [n,D], a row for
     each image that can be read, in order; labels.npy int64 [n] (-1: none); index.npy int64 [n], the
-    numbers of these images in the source; about.json, for people.
+    numbers of these images in the source.
 
-    Rank 0 writes what all ranks compute; memory is bounded. Images that cannot be read are listed
+    Ranks send rank 0 a batch at a time, so memory is bounded. Images that cannot be read are listed
     in OUT/bad_val_samples.txt; as many rows at the end of features.npy are not used."""
     rank, count, n = vit.get_rank(), len(samples), 0
     labels, index = np.zeros(count, np.int64), np.zeros(count, np.int64)
@@ -765,7 +803,6 @@ def write_features(folder, encoder, samples, width, args, device):
     def finish():
         np.save(aside / "labels.npy", labels[:n])
         np.save(aside / "index.npy", index[:n])
-        (aside / "about.json").write_text(json.dumps(vars(args), indent=1))
         table.flush()
         if folder.exists():     # another process was faster
             return shutil.rmtree(aside)
@@ -774,15 +811,15 @@ def write_features(folder, encoder, samples, width, args, device):
 
 
 def open_features(place, load, source, args, config, choose_box, device):
-    """What an encoder makes of a source's whole images, from where it is kept below `place`, or
-    computed now by the encoder that load() returns: {"features" float32 [n,D], in a file, "labels"
-    int64 [n], "index" int64 [n]}, as write_features says."""
+    """The arrays that write_features writes, {"features", "labels", "index"}, for a source's whole
+    images: kept below `place`, or made now by the encoder that load() returns."""
     folder = Path(place) / fingerprint(args, config, source, device)
     if vit.on_rank_0(folder.exists):
-        rank0_print(f"features of {len(source):,} images are kept in {folder}")
+        rank0_print(f"features of {len(source):,} images are taken from {folder}")
     else:
         samples = data.evaluation_samples(source, config, choose_box)
         write_features(folder, load(), samples, config.width, args, device)
+        rank0_print(f"features of {len(source):,} images are kept in {folder}")
     table = {name: np.load(folder / f"{name}.npy") for name in ("labels", "index")}
     rows = np.load(folder / "features.npy", mmap_mode="r")
     return {**table, "features": rows[:len(table["index"])]}
@@ -790,12 +827,10 @@ def open_features(place, load, source, args, config, choose_box, device):
 
 def features(argv):
     """The task `features`: OUT/features.npz, for other programs."""
-    args, config, file_info = parse_frozen_flags("features", argv)
-    device = vit.start(args)
+    args, config, device, load = start_frozen("features", argv)
     source = data.open_data(*args.data, index_dir=args.index_dir)
-    load = lambda: load_encoder(args, config, file_info, device, args.pool)
-    table = open_features(args.features, load, source, args, config, evaluation_crop(args, config),
-                          device)
+    table = open_features(args.features, lambda: load(args.pool), source, args, config,
+                          evaluation_crop(args, config), device)
     count = len(table["index"])
 
     def write():
@@ -808,27 +843,22 @@ def features(argv):
                       "classes": len(source.classes)})
 
 
-def open_tables(args, config, file_info, device):
+def open_tables(args, config, device, load):
     """The features of --data and --val, of images that have a class: two dicts as of open_features,
     with their "source", its "targets_of", and "labels" that are numbers of the classes of --data;
     and the names of these classes. Classes of --val are matched by name. Raises UserError."""
     sources = [data.open_data(*specs, index_dir=args.index_dir) for specs in (args.data, args.val)]
     classes, tables = sources[0].classes, []
-    check_several(classes, "--data")
-    load = functools.cache(lambda: load_encoder(args, config, file_info, device, args.pool))
     for flag, source in zip(("--data", "--val"), sources):
         outputs = outputs_of([[name] for name in classes], source.classes, flag)
-        table = open_features(args.features, load, source, args, config,
+        table = open_features(args.features, lambda: load(args.pool), source, args, config,
                               evaluation_crop(args, config), device)
         numbers = np.array([outputs[name][0] for name in source.classes] + [-1])
         table["labels"] = numbers[table["labels"]]
         known = table["labels"] >= 0
+        check_labelled(int(known.sum()), len(known), flag)
         if not known.all():
-            rank0_print(f"{flag}: {(~known).sum():,} of {len(known):,} images have no class and "
-                        "are left out")
             table.update({name: values[known] for name, values in table.items()})
-        if not len(table["labels"]):
-            raise UserError(f"no image of {flag} has a class: a folder each, or a label each")
         targets_of = functools.partial(class_targets, source=source, outputs=outputs)
         tables.append({**table, "source": source, "targets_of": targets_of})
     return *tables, classes
@@ -864,12 +894,12 @@ def vote(similarity, labels, K, temperature=0.07):
 
 def knn(argv):
     """The task `knn`: top-1 by the labels of the 1, 5, 10, 20 most similar images of --data."""
-    args, config, file_info = parse_frozen_flags("knn", argv)
-    device = vit.start(args)
-    train, val, classes = open_tables(args, config, file_info, device)
+    args, config, device, load = start_frozen("knn", argv)
+    train, val, classes = open_tables(args, config, device, load)
     labels, ks = torch.tensor(train["labels"], device=device), (1, 5, 10, 20)
     right = torch.zeros(len(ks), dtype=torch.int64)
-    for at in range(1024 * vit.get_rank(), len(val["labels"]), 1024 * vit.get_world_size()):
+    begin, step = 1024 * vit.get_rank(), 1024 * vit.get_world_size()
+    for at in data.progress(range(begin, len(val["labels"]), step), "neighbours"):
         queries = torch.tensor(val["features"][at:at + 1024], device=device)    # [m,D]
         truth = torch.tensor(val["labels"][at:at + 1024], device=device)        # [m]
         similarity, index = nearest(queries, train["features"], max(ks))    # [m,k] [m,k]
@@ -937,23 +967,23 @@ def linear(argv):
     """The task `linear`: top-1 of a linear classifier of features. Its penalty is chosen on a tenth
     of --data that is held back, never on --val; then it is fitted to all of --data. OUT/model.pt is
     the encoder with this head, for `classify --predict` and `--eval-only`."""
-    args, config, file_info = parse_frozen_flags("linear", argv)
-    device = vit.start(args)
-    train, val, classes = open_tables(args, config, file_info, device)
+    args, config, device, load = start_frozen("linear", argv)
+    train, val, classes = open_tables(args, config, device, load)
     K, count = len(classes), len(train["labels"])
     order = data.uniform(0, train["index"], "held back", 1)[:, 0].argsort(kind="stable")
     rest, held = np.split(order, [count - count // 10])
     if not len(held):
-        raise UserError(f"linear holds back a tenth of --data, but it has {count} images")
+        raise UserError("linear holds back a tenth of --data to choose its penalty, but --data "
+                        f"has {count} images with a class: give at least 10")
     rest, held = (take_rows(train, rows, device) for rows in (rest, held))
     shares = [accuracy(fit_linear(*rest, K, penalty, vit.all_reduce_sum), *held)
-              for penalty in PENALTIES]
+              for penalty in data.progress(PENALTIES, "penalties", "fit")]
     penalty = PENALTIES[shares.index(max(shares))]
     everything = [torch.cat(parts) for parts in zip(rest, held)]
     weight, bias = fit_linear(*everything, K, penalty, vit.all_reduce_sum)
     top1 = accuracy((weight, bias), *take_rows(val, np.arange(len(val["labels"])), device))
 
-    encoder = load_encoder(args, config, file_info, device, args.pool)
+    encoder = load(args.pool)
     weights = {**vit.whole_weights(encoder), "head.weight": weight.cpu(), "head.bias": bias.cpu()}
     content = {"model": weights, "stage": "linear", "classes": classes, "config": {
         **asdict(config), "pool": encoder.pool, "crop": args.crop, "loss": "ce"}}
@@ -969,6 +999,10 @@ def linear(argv):
 # ======================================================================================
 # Low-shot: a few labelled images of each class
 # ======================================================================================
+
+BATCH = 64                  # images per step (VPT's)
+SMALLEST_CROP = 0.5         # smallest area of a random crop, as a share of the image's (ours)
+
 
 class Prompted(nn.Module):
     """A frozen encoder with prompts before every block, and a linear head: images to logits [B,K].
@@ -1014,7 +1048,7 @@ def tune_prompts(encoder, train, val, K, args, seed, device):
     SGD with momentum 0.9, cosine, a tenth of the steps as warmup (VPT's); one process."""
     model = Prompted(encoder, K, args.prompts, seed).to(device)
     optimizer = torch.optim.SGD([model.prompts, *model.head.parameters()], lr=0, momentum=0.9)
-    batch = min(args.batch, len(train))
+    batch = min(BATCH, len(train))
     steps = max(1, args.epochs * len(train) // batch)
     positions = data.training_positions(0, steps, batch, batch, 0, 1)
     for step, part in enumerate(data.load(train, positions, 0, device)):
@@ -1036,35 +1070,12 @@ def tune_prompts(encoder, train, val, K, args, seed, device):
     return float(sums[0] / sums[1])
 
 
-def add_lowshot_flags(add):
-    add("--shots", type=vit.positive, nargs="+", default=[1, 5, 10], metavar="IMAGES",
-        help="labelled images per class; default 1 5 10 (paper)")
-    add("--splits", type=vit.positive, default=5, metavar="COUNT",
-        help="random choices of these images; default %(default)s (paper)")
-    add("--prompts", type=vit.positive, default=10, metavar="COUNT",
-        help="prompts in each block; default %(default)s (not published: ours)")
-    add("--epochs", type=vit.positive, default=100,
-        help="epochs in which prompts are trained; default %(default)s (VPT's)")
-    add("--batch", type=vit.positive, default=64, metavar="IMAGES",
-        help="images per step of a rank; default %(default)s (VPT's)")
-    add("--lr", type=vit.number(0), default=0.05,
-        help="peak learning rate of prompts; default %(default)s (not published: ours)")
-    add("--smallest-crop", type=vit.number(1e-9, 1), default=0.5, metavar="SHARE",
-        help="smallest area of a random crop, as a share of the image's; default %(default)s "
-        "(ours)")
-
-
 def lowshot(argv):
     """The task `lowshot`: top-1 after 1, 5, 10 images of each class, mean and deviation over
     splits, of prompts (VPT) and of a linear classifier. The splits are shared out among ranks."""
-    args, config, file_info = parse_frozen_flags("lowshot", argv, add_lowshot_flags)
-    if args.parallel in ("fsdp", "hsdp"):
-        raise UserError("lowshot gives each rank splits of its own, which need the whole encoder: "
-                        "leave --parallel out")
-    args.parallel = "ddp"
-    device = vit.start(args)
-    train, val, classes = open_tables(args, config, file_info, device)
-    encoder = load_encoder(args, config, file_info, device, "cls")
+    args, config, device, load = start_frozen("lowshot", argv)
+    train, val, classes = open_tables(args, config, device, load)
+    encoder = load("cls")
     tests = data.evaluation_samples(val["source"], config, evaluation_crop(args, config),
                                     val["index"], val["targets_of"])
     counts = np.bincount(train["labels"], minlength=len(classes))
@@ -1072,11 +1083,12 @@ def lowshot(argv):
         if (few := int((counts < shots).sum())):
             rank0_print(f"{few} of {len(classes)} classes have fewer than {shots} images: all are "
                         "used")
-    crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
+    crop = functools.partial(data.random_resized_crop, scale=(SMALLEST_CROP, 1.0))
     queries = torch.tensor(val["features"], device=device)                  # [m,D]
     truth, results = torch.tensor(val["labels"], device=device), []         # [m]
     jobs = [(shots, split) for shots in args.shots for split in range(args.splits)]
-    for shots, split in jobs[vit.get_rank()::vit.get_world_size()]:
+    mine = jobs[vit.get_rank()::vit.get_world_size()]
+    for shots, split in data.progress(mine, "splits", "split"):
         rows = few_of_each(train["labels"], shots, split)
         head = fit_linear(torch.tensor(train["features"][rows], device=device),
                           torch.tensor(train["labels"][rows], device=device), len(classes), 1e-3)
@@ -1439,7 +1451,7 @@ def embed_all(model, texts, encode, args, device):
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     vectors = torch.zeros(len(texts), model.text_projection.shape[1])       # [n,E]
     size = 4 * args.micro_batch
-    for at in range(0, len(order), size * vit.get_world_size()):
+    for at in data.progress(range(0, len(order), size * vit.get_world_size()), "texts"):
         mine = order[at + vit.get_rank() * size:][:size]
         tokens = nn.utils.rnn.pad_sequence([rows[i] for i in mine or order[:1]], True, PAD)  # [b,N]
         with vit.autocast(args, device):
@@ -1480,8 +1492,7 @@ def evaluate_towers(model, val, args, device, names, weights, encode):
     count = int(vit.all_reduce_sum(torch.tensor(len(captions))))
     metrics = {"count": count, "bad": len(val) - count}
     if weights is not None:
-        parts = vit.gather_objects(rows)
-        metrics = vit.on_rank_0(lambda: summarise(sum(parts, []), len(val), args, names))
+        metrics = summarise(rows, len(val), args, names)
     known = [i for i, caption in enumerate(captions) if caption]
     parts = vit.all_gather_objects(
         ([captions[i] for i in known], torch.cat(vectors)[known].numpy()))
@@ -1561,6 +1572,8 @@ def parse_zeroshot_flags(argv):
                         "or --unlock to train both from random weights")
     if args.predict and bool(args.texts) == bool(args.classes):
         raise UserError("--predict needs something to choose from: either --texts or --classes")
+    if args.texts and len(args.texts) < 2:
+        raise UserError("--texts needs two or more texts to choose from")
     if args.texts and not args.predict:
         raise UserError("--texts is for --predict; an evaluation takes --classes")
     if args.cache_features and args.unlock:
@@ -1642,17 +1655,6 @@ def open_classes_and_val(args, config):
     return data.evaluation_samples(val, config, data.WHOLE_WIDTH, *chosen), classes, templates
 
 
-def classes_of_val(classes, val):
-    """Classes [[name]] to label `val` by: `classes`, or, if there are as many and none of them is
-    the name of a class of `val`, its own in sorted order (ImageNet's n01440764, …)."""
-    named = {name for names in classes for name in names} & {*val.classes}
-    if named or len(classes) != len(val.classes):
-        return classes
-    rank0_print(f"--classes names --val's {len(classes)} classes in order: {val.classes[0]} is "
-                f"{classes[0][0]}, …, {val.classes[-1]} is {classes[-1][0]}")
-    return [[name] for name in val.classes]
-
-
 def load_towers(model, args, file_info):
     """Load --init, a zero-shot model or an image tower, and --text-init into the towers."""
     if "text_projection" in file_info["shapes"]:
@@ -1692,8 +1694,9 @@ def zeroshot(argv):
         return class_weights(model, classes, templates, encode, args, device) if classes else None
 
     if args.predict:
-        pixels = data.read_pictures(args, config)
-        return data.print_predictions(args, probabilities(pixels, weights_now()), names)
+        pictures = data.read_pictures(args, config)
+        return data.print_predictions(pictures, probabilities(pictures.pixels, weights_now()),
+                                      names)
     if args.eval_only:
         return vit.report(args, evaluate_towers(model, val, args, device, names, weights_now(),
                                                 encode))
