@@ -43,6 +43,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -1145,7 +1146,7 @@ def first_of(names, most=1):
     return ", ".join(map(str, names[:most])) + more
 
 
-def progress(steps, what, unit, total=None):
+def progress(steps, what, unit="batch", total=None):
     """Iterate over steps with a bar: on rank 0, if stderr is a terminal."""
     return tqdm(steps, what, total, unit=unit, leave=False, dynamic_ncols=True,
                 disable=get_rank() > 0 or not sys.stderr.isatty())
@@ -1153,7 +1154,7 @@ def progress(steps, what, unit, total=None):
 
 def my_part(count, what):
     """The numbers below `count` that this rank works through, with a bar."""
-    return progress(range(get_rank(), count, get_world_size()), what, "shard")
+    return progress(range(get_rank(), count, get_world_size()), what, "part")
 
 
 def pairs(source, c, number_of, what="tags"):
@@ -1566,17 +1567,28 @@ def denormalise(images):
     return pixels.to(torch.uint8).permute(0, 2, 3, 1)
 
 
+class Pictures(NamedTuple):
+    """--predict's pictures: the `names` of those that can be read, their pixels uint8 [B,H,W,C],
+    and a line about the others, or ""."""
+    names: list
+    pixels: object
+    problem: str
+
+
 def read_pictures(args, config, choose_box=WHOLE_WIDTH):
-    """--predict's pictures at the size of a model's Config: uint8 [B,H,W,C]; by default as much of
-    each as fits. Raises UserError."""
+    """--predict's Pictures at the size of a model's Config; by default as much of each as fits.
+    Raises UserError where none can be read."""
     box = functools.partial(choose_box, uniforms=None, size=config.image)
-    pictures = []
+    names, pixels, problems = [], [], []
     for name in args.predict:
         try:
-            pictures.append(torch.tensor(read_pixels(name, box, config.image, config.channels)))
+            pixels.append(torch.tensor(read_pixels(name, box, config.image, config.channels)))
+            names.append(name)
         except Exception as error:      # what decoders raise on damage has no common class
-            raise UserError(f"--predict {name} cannot be read: {error}") from error
-    return torch.stack(pictures)
+            problems.append(f"--predict {name} cannot be read: {error}".split("\n")[0])
+    if not names:
+        raise UserError("; ".join(problems))
+    return Pictures(names, torch.stack(pixels), "; ".join(problems))
 
 
 def most_probable(probabilities, names, k=5):
@@ -1586,10 +1598,13 @@ def most_probable(probabilities, names, k=5):
             for row in zip(top.indices.tolist(), top.values.tolist())]
 
 
-def print_predictions(args, probabilities, names):
-    """Print what --predict's pictures most probably are, from probabilities [B,K]."""
-    for name, best in zip(args.predict, most_probable(probabilities, names)):
+def print_predictions(pictures, probabilities, names):
+    """Print what Pictures most probably are, from probabilities [B,K]; then raise UserError if some
+    could not be read."""
+    for name, best in zip(pictures.names, most_probable(probabilities, names)):
         rank0_print(f"{name}: " + ", ".join(f"{word} {chance:.3f}" for word, chance in best))
+    if pictures.problem:
+        raise UserError(pictures.problem)
 
 
 def draw_predictions(args, batch, probabilities, names):

@@ -269,11 +269,13 @@ def draw_reconstruction(model, pixels, positions, args, device, names=()):
 
 def predict(model, args, device):
     """--predict: reconstruct the user's pictures in OUT/reconstruction.png."""
-    pixels = data.read_pictures(args, model.config)                         # [B,H,W,C]
+    names, pixels, problem = data.read_pictures(args, model.config)         # [B,H,W,C]
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    draw_reconstruction(model, pixels, torch.arange(len(pixels)), args, device, args.predict)
+    draw_reconstruction(model, pixels, torch.arange(len(pixels)), args, device, names)
     rank0_print(f"wrote {args.out}/reconstruction.png: {len(pixels)} pictures, "
                 f"{100 * args.mask_ratio:.0f}% masked")
+    if problem:
+        raise UserError(problem)
 
 
 # ======================================================================================

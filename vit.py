@@ -834,6 +834,20 @@ def gather_objects(value):
     return values
 
 
+def objects_in_turn(value):
+    """Yield the values of all ranks one after another, on rank 0, which holds one of them at a time
+    besides its own; nothing on the others. Every rank has to exhaust it."""
+    if get_rank() == 0:
+        yield value
+    for rank in range(1, get_world_size()):
+        if get_rank() == rank:
+            dist.send_object_list([value], 0, group=gloo_group)
+        elif get_rank() == 0:
+            received = [None]
+            dist.recv_object_list(received, rank, group=gloo_group)
+            yield received.pop()
+
+
 def all_reduce_sum(tensor):
     """The sum of a tensor over all ranks, in place, on every rank."""
     if dist.is_initialized():
@@ -1959,6 +1973,11 @@ def load_weights(model, path, new=(), renew=(), log=rank0_print, rename=our_name
     fresh = [name for name in targets if name not in values]
     unused = [name for name in tensors if name not in values]
     missing = [name for name in fresh if not matches(name, (*new, *renew))]
+    if "norm.weight" in missing and "fc_norm.weight" in tensors:
+        raise UserError(f"{path} was finetuned on the mean of its patches (it has fc_norm, not "
+                        "norm), so its class token cannot be used: classify, features, knn and "
+                        "linear take it with --pool mean; else give the file that it was finetuned "
+                        "from")
     wrong = [f"{name} {list(value.shape)} instead of {list(targets[name].shape)}"
              for name, value in values.items() if value.shape != targets[name].shape]
     unknown = [name for name in unused if name not in targets and not matches(name, OPTIONAL)]
