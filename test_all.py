@@ -3191,7 +3191,8 @@ def test_outputs_have_the_names_of_the_config_beside_them():
 
 def test_good_pictures_are_answered_beside_a_bad_one():
     good, bad = photo(), damaged() / "empty.jpg"
-    for name, program in (("classify", "finetune.py classify"), ("wsp", "wsp.py"), ("mae", "mae.py")):
+    for name, program in (("classify", "finetune.py classify"), ("wsp", "wsp.py"),
+                          ("mae", "mae.py")):
         command = f"{HERE}/{program} --init {model_of(name)} --predict {good} {bad} {good}"
         run = subprocess.run([sys.executable, *command.split()], cwd=folder(), capture_output=True,
                              text=True, timeout=120)
