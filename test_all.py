@@ -354,6 +354,30 @@ def test_attention_written_out_is_torchs_own():
     assert close(fused.detach(), written_out.detach(), 1e-5)
 
 
+def test_relative_positions_are_what_a_loop_does():
+    """Over rows and columns (detection) and with time (video), forwards and backwards."""
+    for grid in ((3, 2), (2, 3, 4)):
+        layer = vit.Attention(16, 2, grid).double()
+        tables = list(layer.rel_pos)
+        for table in tables:
+            assert not table.any()                              # at first they change nothing
+            torch.nn.init.normal_(table)
+        x = torch.randn(2, math.prod(grid), 16, dtype=torch.float64)
+        q, k, v = layer.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(2, 3) / math.sqrt(8)
+        places, rows = list(itertools.product(*map(range, grid))), []
+        for i, a in enumerate(places):
+            sums = [sum(q[:, :, i] @ table[a[axis] - b[axis] + grid[axis] - 1]
+                        for axis, table in enumerate(tables)) for b in places]
+            rows.append(scores[:, :, i] + torch.stack(sums, -1))
+        expected = layer.proj((torch.stack(rows, 2).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        assert close(layer(x).detach(), expected.detach(), 1e-12)
+        ours, loop = (torch.autograd.grad(y.square().sum(), [*tables, layer.qkv.weight])
+                      for y in (layer(x), expected))
+        assert all(close(a, b, 1e-10) for a, b in zip(ours, loop))
+        assert close(layer.float()(x.float()).detach(), expected.detach(), 1e-5)    # torch's kernel
+
+
 def test_recompute_changes_nothing():
     model, images = MAE(SMALL, 48, 1, 4), torch.randn(2, 3, 32, 32)
     noise, gradients = torch.rand(2, 16), []
