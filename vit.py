@@ -195,7 +195,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.channels, config.width, config.patch, config.patch)
 
     def forward(self, patches):
-        kernel = self.proj.weight.permute(0, 2, 3, 1).flatten(1)            # [D,C,p,p] to [D,P]
+        kernel = self.proj.weight.movedim(1, -1).flatten(1)                 # [D,C,p,p] to [D,P]
         return F.linear(patches, kernel, self.proj.bias)                    # [B,V,D]
 
 
@@ -1795,8 +1795,9 @@ def config_from(path):
 
 
 # Tensors that a file may contain and a model need not use: heads, decoders and text towers
-OPTIONAL = ("decoder_*", "mask_token", "embeddings.mask_token", "head.*", "norm.*", "fc_norm.*",
-            "pooler.*", "text_encoder.*", "text_projection", "vision_projection", "logit_scale")
+OPTIONAL = ("cls_token", "decoder_*", "mask_token", "embeddings.mask_token", "head.*", "norm.*",
+            "fc_norm.*", "pooler.*", "text_encoder.*", "text_projection", "vision_projection",
+            "logit_scale")
 
 
 def matches(name, patterns):
@@ -1815,7 +1816,9 @@ def load_weights(model, path, new=(), renew=(), log=rank0_print, rename=our_name
 
     `new` are patterns of tensors that the file may lack ("decoder_*"); they keep their values. So
     do those of `renew`, even if the file has them. `rename` gives the file's tensors the model's
-    names. Position embeddings are resized to the model's grid.
+    names. Position embeddings are resized to the model's grid. Where the model's patches are of
+    several frames, an image kernel is inflated: each frame gets an equal share of it, so that a
+    still clip has the tokens of its image.
     Returns {"loaded", "new", "unused"}: lists of names.
     Raises UserError, before anything is changed, where a tensor outside of `new` is missing or has
     another shape, or where the file has more layers than the model: weights that match nothing, or
@@ -1829,6 +1832,12 @@ def load_weights(model, path, new=(), renew=(), log=rank0_print, rename=our_name
         if name.endswith("pos_embed") and value.shape[2:] == targets[name].shape[2:]:
             values[name] = resize_pos_embed(value, grid_in_file(value, file_info),
                                             model.config.grid)
+    inflated = ""
+    for name, value in values.items():
+        if value.dim() == 4 and targets[name].dim() == 5:
+            frames = targets[name].shape[2]
+            values[name] = (value / frames)[:, :, None].expand(-1, -1, frames, -1, -1)
+            inflated = f"; inflated over {frames} frames: {name}"
     fresh = [name for name in targets if name not in values]
     unused = [name for name in tensors if name not in values]
     missing = [name for name in fresh if not matches(name, (*new, *renew))]
@@ -1846,5 +1855,5 @@ def load_weights(model, path, new=(), renew=(), log=rank0_print, rename=our_name
     filled = sum(targets[name].numel() for name in values)
     total = sum(target.numel() for target in targets.values())
     log(f"loaded {len(values)} of {len(targets)} tensors ({100 * filled / total:.1f}% of "
-        f"parameters) from {path}; new: {summary(fresh)}; unused: {summary(unused)}")
+        f"parameters) from {path}; new: {summary(fresh)}; unused: {summary(unused)}{inflated}")
     return {"loaded": list(values), "new": fresh, "unused": unused}
