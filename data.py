@@ -1546,7 +1546,7 @@ def clip_frames(clip):
     if not callable(clip) and os.path.isdir(clip):
         names = [name for name in os.listdir(clip) if name.lower().endswith(IMAGE_ENDINGS)]
         if not names:
-            raise ValueError("no frame in this folder")
+            raise ValueError("a folder without frames")
         return [os.path.join(clip, name) for name in sorted(names, key=natural)]
     with open_image(clip) as file:
         return [frame.copy() for frame in ImageSequence.Iterator(file)]

@@ -1896,7 +1896,7 @@ class Video(nn.Module):
         self.config, self.recompute = config, False
         D, p, times = config.width, config.patch, frames // TUBELET
         self.patch_embed = vit.PatchEmbed(config)
-        self.patch_embed.proj = nn.Conv3d(config.channels, D, (TUBELET, p, p))
+        self.patch_embed.proj = nn.Conv3d(config.channels, D, (TUBELET, p, p), (TUBELET, p, p))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, D))
         self.pos_embed_temporal = nn.Parameter(torch.empty(1, times, D))
         grid = (times, *config.grid) if relative_positions else ()
@@ -1937,10 +1937,10 @@ VIDEO_RECIPES = {
     "k400": dict(**SLOWFAST, stride=4, segments=False, flip=True, views="5x3"),
     "ssv2": dict(**SLOWFAST, stride=1, segments=True, flip=False, views="1x3"),
     "ours": dict(       # for a classroom: nano, tiny, small
-        batch=16, weight_decay=0.05, clip_grad=1.0, final_lr=0.0, smallest_crop=0.5,
-        randaugment=0.0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.1, ema=0.0, frames=8,
-        relative_positions=False, stride=4, segments=False, flip=False, views="1x1",
-        epochs=1, base_lr=8e-3, layer_decay=0.75, drop_path=0.0, dropout=0.0, warmup=0.1),
+        batch=16, weight_decay=0.05, clip_grad=1.0, final_lr=0.0, smallest_crop=0.8,
+        randaugment=0.0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.1, ema=0.0, frames=4,
+        relative_positions=False, stride=8, segments=False, flip=False, views="1x1",
+        epochs=1, base_lr=1.6e-2, layer_decay=1.0, drop_path=0.0, dropout=0.0, warmup=0.1),
 }
 SLOWFAST_BY_MODEL = {   # warmup: 5 epochs; 2b and 6.5b are not published
     "base": dict(epochs=75, base_lr=9.6e-3, layer_decay=0.65, drop_path=0.1, dropout=0.3,
@@ -1950,7 +1950,7 @@ SLOWFAST_BY_MODEL = {   # warmup: 5 epochs; 2b and 6.5b are not published
     **dict.fromkeys(("huge", "2b", "6.5b"), dict(
         epochs=75, base_lr=4.8e-3, layer_decay=0.8, drop_path=0.2, dropout=0.5, warmup=0.0667)),
 }
-SHAPES_A_VIDEO = "frames", "stride", "segments", "relative_positions"      # kept in model.pt
+CLIP_FLAGS = "frames", "stride", "segments", "relative_positions"      # kept in model.pt
 NEW_IN_VIDEO = "pos_embed_temporal", "blocks.*.attn.rel_pos.*"
 
 
@@ -1996,8 +1996,9 @@ def parse_video_flags(argv):
     if args.recipe != "ours":
         recipe |= SLOWFAST_BY_MODEL.get(name, SLOWFAST_BY_MODEL["base"])
     in_file = file_info.get("config", {})
-    vit.fill_recipe(args, recipe | {flag: in_file[flag] for flag in SHAPES_A_VIDEO
-                                    if flag in in_file})
+    if (args.predict or args.eval_only) and "frames" not in in_file:
+        raise UserError(f"{args.init} is no video model: train it by finetune.py video --init")
+    vit.fill_recipe(args, recipe | {flag: in_file[flag] for flag in CLIP_FLAGS if flag in in_file})
     if args.frames % TUBELET:
         raise UserError(f"--frames {args.frames}: tokens are of {TUBELET} frames each; the nearest "
                         f"numbers are {args.frames - 1} and {args.frames + 1}")
@@ -2043,7 +2044,7 @@ def video(argv):
     if args.eval_only:
         return vit.report(args, evaluate(logits_of, val, args, device, names))
     model_info = {"config": {**asdict(config), "pool": args.pool, "loss": args.loss,
-                             **{flag: getattr(args, flag) for flag in SHAPES_A_VIDEO}},
+                             **{flag: getattr(args, flag) for flag in CLIP_FLAGS}},
                   "stage": "video", "classes": names}
     train_classifier(args, model, wrapped, logits_of, device, train, val, model_info, flops)
 
