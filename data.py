@@ -27,6 +27,7 @@ import csv
 import functools
 import glob
 import io
+import itertools
 import json
 import math
 import os
@@ -47,7 +48,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
@@ -569,14 +570,16 @@ class World:
 
     def __init__(self, split, count):
         self.split, self.count, self.chunks = split, count, even_chunks(count)
-        self.classes = class_names("novel" if split == "novel" else "seen")
+        self.moves = split.startswith("clips")
+        self.classes = [*MOTIONS] if self.moves else class_names(
+            "novel" if split == "novel" else "seen")
         self.mark = crc(f"{split} {count}")
 
     def __len__(self):
         return self.count
 
     def __getitem__(self, i):
-        picture = scene(i, self.split)
+        picture = (clip_scene if self.moves else scene)(i, self.split)
         return {"image": picture, "where": f"world {self.split} {i}",
                 **{name: picture[name] for name in ("label", "tags", "caption")}}
 
@@ -710,8 +713,9 @@ def read_record(record):
     return word_of(label), words_in(tags) or HASHTAG.findall(caption or ""), caption
 
 
-def list_manifest(path):
-    """The images of a .jsonl or .csv: the arguments of Files. Raises UserError."""
+def list_manifest(path, kind="image"):
+    """The images of a .jsonl or .csv, or its clips with the `kind` "clip": the arguments of Files.
+    Raises UserError."""
     def samples():
         read = 0
         try:
@@ -719,13 +723,13 @@ def list_manifest(path):
                 records = map(json.loads, filter(str.strip, file))
                 if path.lower().endswith(".csv"):
                     records = csv.DictReader(file, skipinitialspace=True, strict=True)
-                    if "image" not in (records.fieldnames or ()):
-                        raise UserError(f"{path} has no column named image; its first line has: "
+                    if kind not in (records.fieldnames or ()):
+                        raise UserError(f"{path} has no column named {kind}; its first line has: "
                                         f"{', '.join(records.fieldnames or ())[:200]}")
                 for record in records:
-                    image = word_of(record.get("image"))
+                    image = word_of(record.get(kind))
                     if image is None:
-                        raise ValueError("it has no image")
+                        raise ValueError(f"it has no {kind}")
                     if None in record:
                         raise ValueError(f"it has more fields than columns: {record[None]}")
                     yield image, *read_record(record)
@@ -816,14 +820,15 @@ def read_part(file, offset, size):
     return content
 
 
-def index_tar(path, file):
+def index_tar(path, file, clips):
     """The columns of a tar's index: those of columns_of, "places" [n,2] (offset, size) of images,
-    and "left_out". Raises UserError for a compressed file."""
+    and "left_out"; of `clips` also where the places of each end. Raises UserError for a compressed
+    file."""
     if os.pread(file.fileno(), 6, 0).startswith(COMPRESSED):
         raise UserError(f"{path} is compressed: unpack it to a plain .tar (no sample of it could "
                         "be read by itself)")
     left_out = Counter()
-    samples = find_samples(file, left_out)
+    samples = (find_clips if clips else find_samples)(file, left_out)
 
     def read(sample):
         text = {part: read_part(file, *sample[part]).decode("utf-8-sig", "replace").strip()
@@ -838,7 +843,10 @@ def index_tar(path, file):
             return sample["key"], *read_record(from_files)
 
     columns = columns_of(map(read, samples))
-    columns["places"] = np.array([sample["image"] for sample in samples], np.int64).reshape(-1, 2)
+    if clips:
+        columns["place_ends"] = np.cumsum([len(sample["image"]) // 2 for sample in samples])
+    places = np.array([number for sample in samples for number in sample["image"]], np.int64)
+    columns["places"] = places.reshape(-1, 2)
     columns["left_out"] = np.array([left_out[kind] for kind in LEFT_OUT])
     return columns
 
@@ -874,12 +882,13 @@ def kept_arrays(path, make):
     return found
 
 
-def index_path(path, index_dir):
+def index_path(path, index_dir, clips):
     """Where the index of a shard is: beside the shard, or in the folder `index_dir`."""
+    ending = "clips.npz" if clips else "index.npz"
     if index_dir is None:
-        return f"{path}.index.npz"
+        return f"{path}.{ending}"
     folder, name = os.path.split(os.path.abspath(path))
-    return os.path.join(index_dir, f"{crc(os.fsencode(folder)):08x}-{name}.index.npz")
+    return os.path.join(index_dir, f"{crc(os.fsencode(folder)):08x}-{name}.{ending}")
 
 
 def size_and_time(path):
@@ -887,15 +896,15 @@ def size_and_time(path):
     return status.st_size, status.st_mtime_ns
 
 
-def open_index(path, index_dir):
+def open_index(path, index_dir, clips):
     """The columns of a shard's index. It is made now where there is none of this version of the
     shard. Raises UserError."""
-    index, found = index_path(path, index_dir), size_and_time(path)
+    index, found = index_path(path, index_dir, clips), size_and_time(path)
     columns = read_arrays(index)
     if columns and columns["stamp"].tolist() == [INDEX_VERSION, *found]:
         return columns
     with open(path, "rb") as file:
-        columns = index_tar(path, file)
+        columns = index_tar(path, file, clips)
     if size_and_time(path) != found:
         raise UserError(f"{path} is still being written; start again when it is complete")
     write_arrays(index, {**columns, "stamp": np.array([INDEX_VERSION, *found])})
@@ -903,7 +912,7 @@ def open_index(path, index_dir):
 
 
 @lru_cache(128)     # so many are read at a time: a window of Order, in shards of 10,000 samples
-def open_shard(path, index_dir, size, changed):
+def open_shard(path, index_dir, clips, size, changed):
     """(A shard as an open file, the columns of its index). Raises UserError where the shard is not
     the one of this size and time of change."""
     file = open(path, "rb")
@@ -911,17 +920,17 @@ def open_shard(path, index_dir, size, changed):
     if (status.st_size, status.st_mtime_ns) != (size, changed):
         raise UserError(f"{path} is not the file that was indexed: it has changed since, or "
                         "differs between nodes; start again")
-    return file, open_index(path, index_dir)
+    return file, open_index(path, index_dir, clips)
 
 
 class Shards:
-    """Samples of tar shards, each read by itself with the help of an index.
+    """Samples of tar shards, images or `clips`, each read by itself with the help of an index.
 
     `catalogue` has a row for each shard: "paths", "stats" (size and time of change), "counts" and
     "marks" (number and CRC of its samples); and "classes" and "left_out" of all together."""
 
-    def __init__(self, catalogue, index_dir):
-        self.catalogue, self.index_dir = catalogue, index_dir
+    def __init__(self, catalogue, index_dir, clips):
+        self.catalogue, self.index_dir, self.clips = catalogue, index_dir, clips
         self.chunks, self.ends = catalogue["counts"], np.cumsum(catalogue["counts"])
         self.classes = class_names_of({*all_strings(catalogue, "classes")})
         self.numbers = {name: i for i, name in enumerate(self.classes)}
@@ -934,15 +943,20 @@ class Shards:
     def open(self, s):
         """(path, open file, columns) of shard s. Raises UserError where it is gone or changed."""
         path = string_at(self.catalogue, "paths", s)
-        return path, *open_shard(path, self.index_dir, *self.catalogue["stats"][s].tolist())
+        stats = self.catalogue["stats"][s].tolist()
+        return path, *open_shard(path, self.index_dir, self.clips, *stats)
 
     def __getitem__(self, i):
         s = int(np.searchsorted(self.ends, i, side="right"))
         path, file, columns = self.open(s)
         row = int(i) - int(self.ends[s] - self.chunks[s])
         name, found = sample_at(columns, row, self.numbers)
-        read_image = functools.partial(read_part, file, *columns["places"][row].tolist())
-        return {"image": read_image, "where": f"{path}: {name}", **found}
+        first, end = row, row + 1
+        if self.clips:
+            first, end = np.append(0, columns["place_ends"])[row:row + 2]
+        image = [functools.partial(read_part, file, *place)
+                 for place in columns["places"][first:end].tolist()]
+        return {"image": image if self.clips else image[0], "where": f"{path}: {name}", **found}
 
     def files(self):
         return iter(all_strings(self.catalogue, "paths"))
@@ -957,22 +971,22 @@ def process_pool(count):
                                initargs=(signal.SIGINT, signal.SIG_DFL))
 
 
-def summarise(path, index_dir):
+def summarise(path, index_dir, clips):
     """What a catalogue has of a shard, which is indexed if it was not: (number of samples, CRC,
     what was left out, classes)."""
-    columns = open_index(path, index_dir)
+    columns = open_index(path, index_dir, clips)
     return (len(columns["labels"]), crc(*(columns[name] for name in columns if name != "stamp")),
             columns["left_out"].tolist(), all_strings(columns, "label_words"))
 
 
-def index_shards(paths, index_dir):
+def index_shards(paths, index_dir, clips):
     """Index those shards that have no index yet, each rank its part: the "counts", "marks",
     "classes" and "left_out" of a catalogue."""
     found, problem, mine = {}, None, my_part(len(paths), "indexing")
     cores = cpu_cores() // environment().local_world_size
     try:
         with process_pool(cores) as processes:
-            work = functools.partial(summarise, index_dir=index_dir)
+            work = functools.partial(summarise, index_dir=index_dir, clips=clips)
             for s, shard in zip(mine, processes.map(work, paths[get_rank()::get_world_size()])):
                 found[s] = shard
     except (UserError, OSError) as error:
@@ -998,17 +1012,17 @@ def sizes_and_times(paths):
         raise UserError(f"no shard {error.filename}: {error.strerror}") from error
 
 
-def open_shards(paths, index_dir):
-    """Open shards, and index those that are not: call it on every rank.
+def open_shards(paths, index_dir, clips=False):
+    """Open shards of images or clips, and index those that are not: call it on every rank.
 
     The catalogue is one file, kept under a CRC of the names, sizes and times of all shards. Where
     it is there, no index is opened until a sample is read."""
     stats = on_rank_0(lambda: sizes_and_times(paths))
     names = pack_strings("paths", paths)
-    mark = crc(*names.values(), stats, f"version {INDEX_VERSION}")
+    mark = crc(*names.values(), stats, f"version {INDEX_VERSION} {clips}")
     folder = index_dir or os.path.dirname(os.path.abspath(paths[0]))
     source = Shards(kept_arrays(os.path.join(folder, f"{mark:08x}.catalogue.npz"), lambda: {
-        **names, "stats": stats, **index_shards(paths, index_dir)}), index_dir)
+        **names, "stats": stats, **index_shards(paths, index_dir, clips)}), index_dir, clips)
     if source.left_out.any():
         rank0_print(f"in {first_of(paths)}: " + ", ".join(
             f"{count:,} {kind}" for kind, count in zip(LEFT_OUT, source.left_out) if count))
@@ -1062,7 +1076,8 @@ class Joined:
 
 WORLD_COUNTS = {"world": ("train", 1_000_000), "world-val": ("val", 1_000),
                 "world-test": ("test", 1_000), "world-novel": ("novel", 800),
-                "world-labelled": ("labelled", 5_000)}
+                "world-labelled": ("labelled", 5_000), "world-clips": ("clips", 8_000),
+                "world-clips-val": ("clips-val", 400)}
 
 
 def is_world(spec):
@@ -1090,8 +1105,9 @@ def expand_braces(spec):
             for rest in expand_braces(spec[match.end():])]
 
 
-def find_source(spec):
-    """What a spec names: the arguments of World or Files, or a list of the paths of shards."""
+def find_source(spec, clips=False):
+    """What a spec names, as images or `clips`: the arguments of World or Files, or a list of the
+    paths of shards."""
     spec = str(spec)
     if is_world(spec):
         name, _, count = spec.partition(":")
@@ -1099,11 +1115,13 @@ def find_source(spec):
         if count and not (count.isdecimal() and int(count)):
             raise UserError(f"{spec}: after the colon comes a number of pictures, as in "
                             f"{name}:{usual}")
+        if clips and not split.startswith("clips"):
+            raise UserError(f"{spec} has pictures, not clips; world-clips has")
         return split, int(count or usual)
     if os.path.isdir(spec):
-        return list_folder(spec)
+        return list_clips(spec) if clips else list_folder(spec)
     if spec.lower().endswith((".jsonl", ".csv")) and os.path.exists(spec):
-        return list_manifest(spec)
+        return list_manifest(spec, "clip" if clips else "image")
     paths = [spec] if os.path.exists(spec) else [
         path for one in expand_braces(spec)
         for path in (sorted(glob.glob(one, recursive=True)) if glob.has_magic(one) else [one])]
@@ -1117,15 +1135,17 @@ def find_source(spec):
     return paths
 
 
-def open_data(*specs, index_dir=None):
-    """Open sources by their specs, joined to one (see "Sources" above): call it on every rank.
+def open_data(*specs, index_dir=None, clips=False):
+    """Open sources of images or `clips` by their specs, joined to one (see "Sources" above): call
+    it on every rank.
 
     Indexes of shards are kept beside them, or in `index_dir`. Raises UserError where a spec names
     nothing."""
     sources = []
-    for spec, found in zip(specs, on_rank_0(lambda: [find_source(spec) for spec in specs])):
+    found_all = on_rank_0(lambda: [find_source(spec, clips) for spec in specs])
+    for spec, found in zip(specs, found_all):
         if isinstance(found, list):
-            sources.append(open_shards(found, index_dir))
+            sources.append(open_shards(found, index_dir, clips))
         else:
             sources.append((World if is_world(spec) else Files)(*found))
         if not len(sources[-1]):
@@ -1236,11 +1256,13 @@ def random_resized_crop(width, height, uniforms, size, scale=(0.2, 1.0), ratio=(
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
-def centre_crop(width, height, uniforms, size, share=224 / 256):
-    """The central box of the output's aspect; `share` of what fits (MAE: resize 256, crop 224)."""
+def centre_crop(width, height, uniforms, size, share=224 / 256, place=0.5):
+    """The central box of the output's aspect; `share` of what fits (MAE: resize 256, crop 224).
+    A `place` of 0 is at the left and top, 1 at the right and bottom."""
     shape = size[1] / size[0]
     w, h = share * min(width, height * shape), share * min(height, width / shape)
-    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+    left, top = (width - w) * place, (height - h) * place
+    return left, top, left + w, top + h
 
 
 WHOLE_WIDTH = functools.partial(centre_crop, share=1)       # or height: as much as fits
@@ -1285,9 +1307,12 @@ def png_without_extras(content):
 
 
 def open_image(image):
-    """Open an image, a path or a function that reads its bytes; its pixels are decoded later.
+    """Open an image, a path or a function that reads its bytes; its pixels are decoded later. A
+    frame that is decoded already stays as it is.
 
     Raises what Pillow raises, also for more than 178,956,970 pixels: it takes these for a bomb."""
+    if isinstance(image, Image.Image):
+        return image
     content = image() if callable(image) else Path(image).read_bytes()
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
         content = png_without_extras(content)
@@ -1341,12 +1366,13 @@ class Samples(Dataset):
 
     In training the order is shuffled, and an image that cannot be read is replaced by one that
     depends on the position alone. In validation (shuffle=False) it has weight 0, as have positions
-    past the end, which fill up batches. `features` [n,D], if given, replace the pixels."""
+    past the end, which fill up batches. `features` [n,D], if given, replace the pixels. With
+    `views` the source has clips (see Views)."""
 
     def __init__(self, source, size, channels, choose_box, seed=0, shuffle=True, rows=None,
-                 targets_of=None, augment=None, features=None):
+                 targets_of=None, augment=None, features=None, views=None):
         self.source, self.size, self.channels, self.choose_box = source, size, channels, choose_box
-        self.seed, self.rows, self.targets_of = seed, rows, targets_of
+        self.seed, self.rows, self.targets_of, self.views = seed, rows, targets_of, views
         self.augment, self.features = augment, features
         used = source if rows is None else rows
         self.count = len(used)
@@ -1372,10 +1398,23 @@ class Samples(Dataset):
         pixels = read_pixels(image, box, self.size, self.channels)
         return self.augment(pixels, self.seed, position) if self.augment else pixels
 
+    def views_of(self, clip, uniforms, position):
+        """What is seen of a clip: uint8 [T,H,W,C] in training, else [V,T,H,W,C]; and whether it is
+        too short."""
+        if not self.order:
+            return read_clip(clip, self.views, self.size, self.channels)
+        u = uniform(self.seed, np.array([position]), "frames", self.views.frames)[0]
+        box = functools.partial(self.choose_box, uniforms=uniforms, size=self.size)
+        (pixels,), short = read_clip(clip, self.views, self.size, self.channels, box, u)
+        if self.augment:
+            pixels = np.stack([self.augment(one, self.seed, position) for one in pixels])
+        return pixels, short
+
     def __getitems__(self, positions):
         """The batch at int64 positions [B]: {"images": uint8 [B,H,W,C] or features, "position":
         int64 [B], "label": int64 [B] (-1: none), "targets": int64 [B,k] (filled up with -1),
-        "weight": float32 [B], "bad": [(position, where, why)]}."""
+        "weight": float32 [B], "bad": [(position, where, why)], "short": float32
+        [B], 1 for clips that are too short}. Images of clips are as those of views_of."""
         try:
             batch = self.batch(np.asarray(positions, dtype=np.int64))
             if get_worker_info():       # what goes wrong later would only be printed
@@ -1393,17 +1432,24 @@ class Samples(Dataset):
         index = self.order(positions) if self.order else positions
         uniforms = uniform(self.seed, positions, "crop", 22).tolist()
         shape, kind = (*self.size, self.channels), np.uint8
+        if self.views:
+            shape = *([] if self.order else [self.views.count]), self.views.frames, *shape
         if self.features is not None:
             shape, kind = self.features.shape[1:], np.float32
         images, targets = np.zeros((len(positions), *shape), kind), [[] for _ in positions]
         labels, weights, bad = np.full(len(positions), -1), np.zeros(len(positions)), []
+        short = torch.zeros(len(positions))
         for row, (position, i) in enumerate(zip(positions.tolist(), index.tolist())):
             for i in self.candidates(position, i) if i < len(self) else ():
                 sample = self.sample(i)
                 try:
                     found = self.targets_of(sample) if self.targets_of else []
-                    images[row] = self.features[i] if self.features is not None else self.pixels(
-                        sample["image"], uniforms[row], position)
+                    if self.views:
+                        images[row], short[row] = self.views_of(sample["image"], uniforms[row],
+                                                                position)
+                    else:
+                        images[row] = self.features[i] if self.features is not None else \
+                            self.pixels(sample["image"], uniforms[row], position)
                 except Exception as error:      # what decoders raise on damage has no common class
                     why = f"{type(error).__name__}: {error}".split("\n")[0]
                     bad.append((position, sample["where"], why))
@@ -1417,22 +1463,185 @@ class Samples(Dataset):
         most = max(1, *map(len, targets))       # a batch past the end has a column, too
         targets = [some + [-1] * (most - len(some)) for some in targets]
         return {"images": torch.from_numpy(images), "position": torch.from_numpy(positions),
-                "label": torch.from_numpy(labels), "bad": bad,
+                "label": torch.from_numpy(labels), "bad": bad, "short": short,
                 "targets": torch.tensor(targets, dtype=torch.int64),
                 "weight": torch.from_numpy(weights).float()}
 
 
 def training_samples(source, args, config, choose_box=random_resized_crop, rows=None,
-                     targets_of=None, augment=None):
+                     targets_of=None, augment=None, views=None):
     """The images of a source in random crops and in shuffled order, for a run with --seed."""
     return Samples(source, config.image, config.channels, choose_box, args.seed, rows=rows,
-                   targets_of=targets_of, augment=augment)
+                   targets_of=targets_of, augment=augment, views=views)
 
 
-def evaluation_samples(source, config, choose_box=centre_crop, rows=None, targets_of=None):
+def evaluation_samples(source, config, choose_box=centre_crop, rows=None, targets_of=None,
+                       views=None):
     """The images of a source one after another, for an evaluation."""
     return Samples(source, config.image, config.channels, choose_box, shuffle=False, rows=rows,
-                   targets_of=targets_of)
+                   targets_of=targets_of, views=views)
+
+
+# ======================================================================================
+# Clips: what `finetune.py video` learns from
+#
+# The "image" of a clip's sample is the path of a folder of numbered frames or of an animated file,
+# the frames of a shard's key as a list of functions that return bytes, or a scene with a "path".
+# ======================================================================================
+
+# Of world-clips. Each is the one beside it reversed in time.
+MOTIONS = "right", "left", "down", "up", "clockwise", "anticlockwise", "growing", "shrinking"
+CLIP_LENGTH = 32        # frames
+# x and y (sides of the image), angle (radians), logarithm of the radius: the middle of an object's
+# path is between the first two numbers; the path is as long as the third.
+PATHS = (0.39, 0.61, 0.4), (0.39, 0.61, 0.4), (-0.35, 0.35, 1.9), (-1.6, -1.2, 0.8)
+
+
+def clip_scene(i, split):
+    """Clip i of world-clips: a scene whose main object moves, as it is at a random time.
+
+    At a random time its place, angle and size are distributed alike for all MOTIONS, because those
+    that stay the same are drawn from where a motion would be: one frame says nothing."""
+    u = uniform(0, np.array([i]), f"world-{split}-path", 9)[0].tolist()
+    shift = uniform(0, np.array([i // 8]), f"world-{split}-round", 1).item()
+    picture = scene(i, split)
+    main = picture["objects"][0]
+    if main["texture"] == "framed":     # a framed disc looks the same however it is turned
+        main["texture"] = "halved"
+    picture["label"] = (i + int(8 * shift)) % 8         # balanced; tells nothing of the object
+    picture["path"] = [(low + (high - low) * a, length, length * (b - 0.5))
+                       for (low, high, length), a, b in zip(PATHS, u, u[4:])]
+    return moment(picture, int(CLIP_LENGTH * u[8]))
+
+
+def moment(picture, frame):
+    """The scene of a clip at frame 0 … CLIP_LENGTH - 1."""
+    axis, backwards = divmod(picture["label"], 2)
+    time = ((frame + 0.5) / CLIP_LENGTH - 0.5) * (-1 if backwards else 1)
+    x, y, angle, size = (middle + (time * length if k == axis else still)
+                         for k, (middle, length, still) in enumerate(picture["path"]))
+    main, *others = picture["objects"]
+    main = main | {"x": x, "y": y, "angle": angle, "radius": math.exp(size)}
+    return picture | {"objects": [main, *others], "grain": [7 * frame % 32, 11 * frame % 32]}
+
+
+def natural(name):
+    """The key that sorts names by the numbers in them: 2.jpg before 10.jpg."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
+
+
+def is_animated(path):
+    """Whether a file is a clip by itself: a GIF, or an animated WebP or PNG."""
+    with contextlib.suppress(OSError):
+        if path.lower().endswith((".webp", ".png")):
+            with Image.open(path) as image:
+                return getattr(image, "is_animated", False)
+    return path.lower().endswith(".gif")
+
+
+def list_clips(root):
+    """The clips below a folder, sorted by path: the arguments of Files; or the tars below it.
+
+    Images in one folder are one clip, or one each if the first is animated. The class of a clip is
+    its parent folder. Raises UserError."""
+    names, tars, folders = [], [], {}
+    for path in walk(root):
+        name = path.removeprefix(os.path.join(root, ""))
+        if name.lower().endswith(IMAGE_ENDINGS):
+            folders.setdefault(os.path.dirname(name), []).append(name)
+        elif name.lower().endswith(".tar"):
+            tars.append(path)
+    for folder, images in folders.items():
+        alone = is_animated(os.path.join(root, min(images)))
+        names += images if alone else [folder or "."]
+    if not names and tars:
+        return sorted(tars)
+    if not names:
+        raise UserError(f"no clip below {root}; looked for folders of frames, animated .gif .webp "
+                        ".png, and .tar")
+    return root, columns_of((name, os.path.basename(os.path.dirname(name)) or None, (), None)
+                            for name in sorted(names))
+
+
+def find_clips(file, left_out):
+    """The clips of a tar as find_samples finds images; "image" is (offset, size) of each frame."""
+    frames, texts = {}, {}
+    for name, offset, size in tar_members(file, left_out):
+        key, longer, part = split_name(name)
+        if part is None or size > MOST[part]:
+            left_out["other files"] += 1
+        elif part == "image":
+            frames.setdefault(key, []).append((natural(longer), offset, size))
+        else:
+            texts.setdefault(key, {})[part] = offset, size
+    left_out["keys without an image"] += len(texts.keys() - frames.keys())
+    return [{"key": key, "image": [number for _, *place in sorted(some) for number in place],
+             **texts.get(key, {})} for key, some in frames.items()]
+
+
+class Views(NamedTuple):
+    """What a model sees of a clip: T = `frames` frames, every `stride`-th or, with `segments`, one
+    of each of T equal parts. In training it is one view, of a random crop and from a random start;
+    in an evaluation V views, `temporal` x `spatial`."""
+    frames: int
+    stride: int
+    segments: bool
+    temporal: int
+    spatial: int
+
+    @property
+    def count(self):
+        return self.temporal * self.spatial
+
+    @property
+    def span(self):
+        """The frames that a clip must have so that none is seen twice."""
+        return self.frames if self.segments else (self.frames - 1) * self.stride + 1
+
+    def numbers(self, count, u):
+        """Which of `count` frames are seen [T], by numbers u [T] in [0, 1)."""
+        if self.segments:
+            return ((np.arange(self.frames) + u) * count / self.frames).astype(int)
+        start = int(u[0] * (max(0, count - self.span) + 1))
+        return np.minimum(start + self.stride * np.arange(self.frames), count - 1)
+
+
+def clip_frames(clip):
+    """The frames of a clip, in order, each as read_pixels takes an image."""
+    if isinstance(clip, dict):
+        return [moment(clip, frame) for frame in range(CLIP_LENGTH)]
+    if isinstance(clip, list) and len(clip) > 1:
+        return clip
+    clip = clip[0] if isinstance(clip, list) else clip
+    if not callable(clip) and os.path.isdir(clip):
+        names = [name for name in os.listdir(clip) if name.lower().endswith(IMAGE_ENDINGS)]
+        if not names:
+            raise ValueError("a folder without frames")
+        return [os.path.join(clip, name) for name in sorted(names, key=natural)]
+    with open_image(clip) as file:
+        return [frame.copy() for frame in ImageSequence.Iterator(file)]
+
+
+def read_clip(clip, views, size, channels, choose_box=None, u=None):
+    """(What is seen of a clip, uint8 [V,T,H,W,C]; whether it is too short, so that frames are
+    repeated). In training V is 1: `choose_box` is the crop, u [T] choose the frames.
+
+    Raises ValueError for frames of different sizes, and what decoders raise."""
+    frames, found, sizes = clip_frames(clip), [], set()
+    times = [u] if choose_box else (np.arange(views.temporal) + 0.5) / views.temporal
+    places = np.linspace(0, 1, views.spatial) if views.spatial > 1 else [0.5]
+    for u, place in itertools.product(times, [None] if choose_box else places):
+        def box(width, height):
+            sizes.add((width, height))
+            return choose_box(width, height) if choose_box else centre_crop(
+                width, height, None, size, 1.0, place)
+
+        numbers = views.numbers(len(frames), np.broadcast_to(u, views.frames)).tolist()
+        seen = {i: read_pixels(frames[i], box, size, channels) for i in {*numbers}}
+        found.append(np.stack([seen[i] for i in numbers]))
+    if len(sizes) > 1:
+        raise ValueError(f"frames of different sizes, as {sorted(sizes)[:2]}")
+    return np.stack(found), len(frames) < views.span
 
 
 # ======================================================================================
@@ -1511,26 +1720,33 @@ def training_batches(samples, args, first_step, schedule, device):
 
 def examples(samples, device, count=8):
     """A batch of central crops from all over the images of `samples`, to be shown."""
-    if samples.order:       # those of training: without its order, crops and augmentation
+    if samples.order or samples.views:      # without order, crops and augmentation of training
         samples = Samples(samples.source, samples.size, samples.channels, centre_crop,
-                          shuffle=False, rows=samples.rows, targets_of=samples.targets_of)
+                          shuffle=False, rows=samples.rows, targets_of=samples.targets_of,
+                          views=samples.views and samples.views._replace(temporal=1, spatial=1))
     spread = np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(np.int64)
     return next(load(samples, [spread], 0, device))
 
 
 def validate(val, args, device):
-    """Every image of --val once, whatever the ranks: yields (images [B,C,H,W], normalised; batch).
+    """Every image of --val once, whatever the ranks: yields (images [B,C,H,W], of clips
+    [B,V,T,C,H,W], normalised; batch).
 
     Those that cannot be read have no weight; at the end they are listed in
     OUT/bad_val_samples.txt. Raises UserError where none can be read."""
-    seen, bad, world_size = torch.zeros(1), [], get_world_size()
-    batches = load(val, validation_positions(len(val), args.micro_batch, get_rank(), world_size),
+    seen, short, bad, world_size = torch.zeros(1), torch.zeros(1), [], get_world_size()
+    micro_batch = max(1, args.micro_batch // (val.views.count if val.views else 1))
+    batches = load(val, validation_positions(len(val), micro_batch, get_rank(), world_size),
                    args.workers, device)
-    total = math.ceil(len(val) / (args.micro_batch * world_size))
+    total = math.ceil(len(val) / (micro_batch * world_size))
     for batch in progress(batches, "evaluating", "batch", total):
         seen, bad = seen + batch["weight"].sum(), bad + batch["bad"]
+        short += batch["short"].sum()
         yield normalise(batch["images"].to(device)), batch
     bad = list_bad(args, bad, "bad_val_samples.txt", "w")
+    if all_reduce_sum(short):
+        say_once(f"NOTE: {int(short)} of {len(val)} clips of --val have fewer than "
+                 f"{val.views.span} frames: the last one is repeated")
     if not all_reduce_sum(seen):
         raise UserError(f"none of {len(bad)} images can be read; the last: "
                         f"{bad[-1][1]}: {bad[-1][2]}")
@@ -1539,9 +1755,16 @@ def validate(val, args, device):
                     f"{args.out}/bad_val_samples.txt")
 
 
+@lru_cache
+def say_once(text):
+    """Print a line on rank 0, the first time that it is said."""
+    rank0_print(text)
+
+
 def flip(images, uniforms):
-    """Mirror those of images [B,H,W,C] whose number [B,1] is below a half."""
-    return torch.where(uniforms[..., None, None] < 0.5, images.flip(2), images)
+    """Mirror those of images [B,H,W,C] or clips [B,T,H,W,C] whose number [B,1] is below a half."""
+    uniforms = uniforms.view(-1, *[1] * (images.dim() - 1))
+    return torch.where(uniforms < 0.5, images.flip(-2), images)
 
 
 @lru_cache      # each copy to a GPU would make the host wait
@@ -1554,10 +1777,11 @@ def statistics(channels, device):
 
 
 def normalise(images):
-    """Pixels uint8 [B,H,W,C] to float32 [B,C,H,W] with zero mean and unit variance on ImageNet."""
+    """Pixels uint8 [B,H,W,C] to float32 [B,C,H,W] with zero mean and unit variance on ImageNet; of
+    clips [B,T,H,W,C] to [B,T,C,H,W]."""
     mean, std = statistics(images.shape[-1], images.device)
     # Bytes are put in order and floats changed in place: seven times as fast as the plain formula.
-    return images.permute(0, 3, 1, 2).contiguous().float().mul_(1 / (255 * std)).sub_(mean / std)
+    return images.movedim(-1, -3).contiguous().float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
 def denormalise(images):
@@ -1609,24 +1833,34 @@ def print_predictions(pictures, probabilities, names):
 
 def draw_predictions(args, batch, probabilities, names):
     """Draw a batch's pictures, what they are and what a model thinks they are, from probabilities
-    [B,K], right answers green, into OUT/predictions.png; rank 0 does."""
+    [B,K], right answers green, into OUT/predictions.png; of clips four frames each, into
+    OUT/clips.png. Rank 0 does."""
     if get_rank():
         return
     side, texts, font = 112, [], ImageFont.load_default()
+    file, pixels = "predictions.png", batch["images"][:, None]              # [B,1,H,W,C]
+    if pixels.dim() == 7:
+        frames = np.linspace(0, pixels.shape[3] - 1, 4).astype(int)
+        file, pixels = "clips.png", pixels[:, 0, 0, frames]                 # [B,4,H,W,C]
     for targets, best in zip(batch["targets"].tolist(), most_probable(probabilities, names)):
         right = [names[i] for i in targets if i >= 0]
         texts.append([("true: " + ", ".join(right), "black")] + [
             (f"{chance:.3f}  {name}", "#108030" if name in right else "#606060")
             for name, chance in best])
-    width = side + 32 + max(int(font.getlength(text)) for lines in texts for text, _ in lines)
-    sheet = Image.new("RGB", (2 * width, (len(texts) + 1) // 2 * (side + 8)), "white")
-    for i, (image, lines) in enumerate(zip(batch["images"].numpy(), texts)):
-        left, top = i % 2 * width + 4, i // 2 * (side + 8) + 4
-        picture = Image.fromarray(image[..., :3].squeeze())
-        sheet.paste(ImageOps.contain(picture, (side, side), Image.Resampling.NEAREST), (left, top))
+    beside = (side + 4) * pixels.shape[1]
+    width = beside + 28 + max(int(font.getlength(text)) for lines in texts for text, _ in lines)
+    columns = 2 if pixels.shape[1] == 1 else 1
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(texts) / columns) * (side + 8)),
+                      "white")
+    for i, (images, lines) in enumerate(zip(pixels.numpy(), texts)):
+        left, top = i % columns * width + 4, i // columns * (side + 8) + 4
+        for k, image in enumerate(images):
+            picture = ImageOps.contain(Image.fromarray(image[..., :3].squeeze()), (side, side),
+                                       Image.Resampling.NEAREST)
+            sheet.paste(picture, (left + k * (side + 4), top))
         for row, (text, colour) in enumerate(lines):
-            ImageDraw.Draw(sheet).text((left + side + 12, top + 18 * row), text, colour, font)
-    write_aside(Path(args.out) / "predictions.png", lambda aside: sheet.save(aside, "PNG"))
+            ImageDraw.Draw(sheet).text((left + beside + 8, top + 18 * row), text, colour, font)
+    write_aside(Path(args.out) / file, lambda aside: sheet.save(aside, "PNG"))
 
 
 # ======================================================================================

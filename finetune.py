@@ -27,6 +27,7 @@ zeroshot trains a text tower for an encoder, or uses a released one: classes are
         --texts "une photo de chat" "a photo of a dog"
 """
 
+import argparse
 import functools
 import hashlib
 import itertools
@@ -80,17 +81,12 @@ MAE_BY_MODEL = {        # of the recipe mae; warmup: 5 epochs; 2b and 6.5b are n
 }
 BETAS = 0.9, 0.999                              # MAE
 HEAD_STD = {"mae": 2e-5, "maws": 0.0, "ours": 2e-5}     # MAE; SWAG; ours
-NO_DECAY = "pos_embed", "cls_token"             # no weight decay (MAE)
+NO_DECAY = "pos_embed", "cls_token", "pos_embed_temporal"      # no weight decay (MAE)
 
 
 def add_classify_flags(add):
     add("--recipe", choices=RECIPES, help="mae: at 224 pixels (MAE); maws: at 512 or 518 (paper; "
         "not published in full); ours: for a classroom; default ours up to small, else mae")
-    add("--classes", metavar="FILE", help="meaning of --init's outputs: a line each, names "
-        "separated by commas; default: what the file or a config.json beside it says, or the "
-        "classes of the data")
-    add("--class-map", metavar="FILE", help="lines of: model's class, TAB, class of --val, where "
-        "they differ; several model classes may be correct for one; default: by name")
     add("--loss", choices=("ce", "bce", "softmax"), help="ce: one class per image; softmax: 1/k on "
         "each of k classes; bce: binary cross-entropy for every class; default ce, but that of "
         "--init with --predict and --eval-only")
@@ -102,6 +98,15 @@ def add_classify_flags(add):
         "the whole central square above 224 pixels (MAE); squash: the whole image (released MAWS); "
         "default: that of --init, else by recipe")
     add("--optimizer", choices=("adamw", "sgd"), help="sgd: nesterov, 0.9; default by recipe")
+    add_training_flags(add)
+
+
+def add_training_flags(add):
+    """What classify and video share."""
+    add("--classes", metavar="FILE", help="meaning of --init's outputs: a line each, names "
+        "separated by commas; default: what the file says, or the classes of the data")
+    add("--class-map", metavar="FILE", help="lines of: model's class, TAB, class of --val, where "
+        "they differ; several model classes may be correct for one; default: by name")
     below_1 = vit.number(0, 0.999)
     for flag, kind, metavar, text in (
             ("final-lr", vit.number(0), "RATE", "learning rate at the end, before --layer-decay"),
@@ -147,15 +152,13 @@ def parse_classify_flags(argv):
     parser = vit.stage_parser("finetune.py classify", __doc__, {
         **{f"recipe {name}:": recipe for name, recipe in RECIPES.items()},
         **{f"recipe mae, {name}:": recipe for name, recipe in MAE_BY_MODEL.items()}})
-    parser.set_defaults(data=["world-labelled"])
+    parser.set_defaults(data=["world-labelled"], flip=True, dropout=0.0)
     add_classify_flags(parser.add_argument_group("classification").add_argument)
     args = parser.parse_args(argv)
     config, name, file_info = vit.choose_config(args, "classify")
     fill_classify_recipe(args, config, name, file_info)
     if args.freeze and not args.init and not args.plan:
         raise UserError("--freeze trains a head on a pretrained encoder: give its file as --init")
-    if args.randaugment and config.channels == 4:
-        raise UserError("--randaugment knows no alpha channel; give --randaugment 0")
     data.choose_val(args)
     return args, config, file_info
 
@@ -198,13 +201,14 @@ def intervals(centre, share, length):
 
 
 def mix(images, targets, uniforms, mixup, cutmix):
-    """Mix images [B,C,H,W] number 2i and 2i+1, and their targets [B,K], with one λ per pair.
+    """Mix images [B,C,H,W] number 2i and 2i+1, and their targets [B,K], with one λ per pair; the
+    frames of clips [B,T,C,H,W] alike.
 
     mixup (arXiv 1710.09412) takes λ of an image and 1 - λ of its partner; cutmix (1905.04899)
     pastes a rectangle of the partner with 1 - λ of the area. λ ~ Beta(alpha, alpha), where `mixup`
     and `cutmix` are the alphas, 0 is off. With both on, each is used half of the time (MAE).
     `uniforms` [B/2,35]: 1 for the choice, 2 for the rectangle's centre, 2 x 16 for `beta`."""
-    H, W = images.shape[2:]
+    H, W = images.shape[-2:]
     use_cutmix = uniforms[:, 0] < (0.5 if mixup and cutmix else float(cutmix > 0))  # [B/2]
     tries = uniforms[:, 3:].reshape(len(uniforms), 2, -1)                   # [B/2,2,16]
     lam = torch.where(use_cutmix, beta(tries, cutmix or 1.0), beta(tries, mixup or 1.0))    # [B/2]
@@ -214,7 +218,8 @@ def mix(images, targets, uniforms, mixup, cutmix):
     area = rows.float().mean(1) * columns.float().mean(1)                   # [B/2]
     own = torch.where(use_cutmix[:, None, None], (~pasted).float(), lam[:, None, None])
     lam = torch.where(use_cutmix, 1 - area, lam)                            # [B/2]
-    own = own.repeat_interleave(2, 0)[:, None]                              # [B,1,H,W]
+    own = own.repeat_interleave(2, 0)                                       # [B,H,W]
+    own = own.unflatten(0, (-1, *[1] * (images.dim() - 3)))                 # [B,1,H,W] [B,1,1,H,W]
     lam = lam.repeat_interleave(2)[:, None]                                 # [B,1]
     partner = lambda x: x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     return (own * images + (1 - own) * partner(images),                     # [B,C,H,W]
@@ -268,19 +273,79 @@ def make_classifier(args, config, classes):
     return model
 
 
-def load_classifier(model, args, names, file_info):
+def load_classifier(model, args, names, file_info, new=()):
     """Load --init into the model of `classify`, with its head if that is for the same classes and
-    pooling."""
+    pooling. The file may lack `new` tensors, where the model is to be trained."""
     in_use = args.predict or args.eval_only
     same = file_info.get("classes") == names and \
         file_info.get("config", {}).get("pool", "cls") == args.pool
     keep_head = in_use or same
-    vit.load_weights(model, args.init, new=() if in_use else ("norm.*", "fc_norm.*"),
+    vit.load_weights(model, args.init, new=() if in_use else ("norm.*", "fc_norm.*", *new),
                      renew=() if keep_head else ("head.*",))
     if "head.weight" in file_info["shapes"] and not keep_head:
         rank0_print(f"a new head for {len(names)} classes: --init has one for "
                     f"{file_info['shapes']['head.weight'][0]} "
                     + ("hashtags" if "vocabulary" in file_info else "other classes or pooling"))
+
+
+def train_classifier(args, model, wrapped, logits_of, device, train, val, model_info, flops):
+    """The training of classify and video. `logits_of` is what is evaluated, a function of images
+    [B,C,H,W], of clips [B,V,T,C,H,W]; `model_info` and `flops` as of vit.Run."""
+    names, mixing = model_info["classes"], bool(args.mixup or args.cutmix)
+    schedule = vit.make_schedule(args, len(train), together=2 if mixing else 1)
+    if not vit.open_run(args, model_info["stage"], model, train, val,
+                        {"classes": names, "ema": bool(args.ema)}):
+        return
+    examples = data.examples(val or train, device)
+
+    def draw_and_evaluate():
+        with vit.ema_weights(model, run.ema):
+            images = data.normalise(examples["images"])                     # [B,C,H,W]
+            probabilities = vit.probabilities(logits_of, images, args, device)    # [B,K]
+            data.draw_predictions(args, examples, probabilities, names)
+            metrics = evaluate(logits_of, val, args, device, names) if val else {}
+        score = metrics.get("map", metrics.get("top1", -1.0))
+        if score > run.state["best"]:
+            run.state["best"] = score
+            run.write_model("best.pt")
+        return {**metrics, "best": run.state["best"]} if val else {}
+
+    # ---- loop
+    groups = vit.decay_groups(model, args.weight_decay, NO_DECAY, args.layer_decay)
+    optimizer = (torch.optim.AdamW(groups, betas=BETAS, fused=True) if args.optimizer == "adamw"
+                 else torch.optim.SGD(groups, momentum=0.9, nesterov=True))
+    ema = {name: p.detach().clone() for name, p in model.named_parameters()} if args.ema else {}
+    run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info, flops, ema,
+                  {"best": -1.0, **({"short_clips": 0} if train.views else {})})
+    batches = data.training_batches(train, args, run.state["step"], schedule, device)
+    for _ in run.steps(draw_and_evaluate, args.final_lr):
+        counts = {"short_clips": torch.zeros((), device=device)} if train.views else {}
+        for batch in run.micro_batches(batches):
+            position, images = batch["position"], batch["images"]           # [B] [B,H,W,C]
+            if args.flip:
+                images = data.flip(images, data.uniform(args.seed, position, "flip", 1))
+            images, scales, dropped = data.normalise(images), None, ()      # [B,C,H,W]
+            if args.erasing:
+                images = erase(images, position, args.seed, args.erasing)
+            targets = soft_targets(batch["targets"], len(names), args.smoothing, args.loss)  # [B,K]
+            if mixing:
+                uniforms = data.uniform(args.seed, position[::2], "mix", 35)    # [B/2,35]
+                images, targets = mix(images, targets, uniforms, args.mixup, args.cutmix)
+            if args.drop_path:
+                uniforms = data.uniform(args.seed, position, "drop path", 2 * model.config.depth)
+                scales = vit.drop_path_scales(uniforms, args.drop_path)     # [B,L,2]
+            if args.dropout:
+                uniforms = data.uniform(args.seed, position, "dropout", model.config.width)
+                dropped = ((uniforms >= args.dropout) / (1 - args.dropout),)    # [B,D]
+            with vit.autocast(args, device):
+                logits = wrapped(images, scales, *dropped)                  # [B,K]
+            run.backward(class_losses(logits, targets, args.loss).mean())
+            for name in counts:
+                counts[name] += batch["short"].sum()
+        run.update(counts)
+        if run.state.get("short_clips"):
+            data.say_once(f"NOTE: some clips of --data have fewer than {train.views.span} frames: "
+                          "the last one is repeated (log.jsonl has their number)")
 
 
 def classify(argv):
@@ -308,53 +373,9 @@ def classify(argv):
         return data.print_predictions(pictures, probabilities, names)
     if args.eval_only:
         return vit.report(args, evaluate(model, val, args, device, names))
-    mixing = bool(args.mixup or args.cutmix)
-    schedule = vit.make_schedule(args, len(train), together=2 if mixing else 1)
-    if not vit.open_run(args, "classify", model, train, val, {"classes": names,
-                                                              "ema": bool(args.ema)}):
-        return
-    examples = data.examples(val or train, device)
-
-    def draw_and_evaluate():
-        with vit.ema_weights(model, run.ema):
-            images = data.normalise(examples["images"])                     # [B,C,H,W]
-            probabilities = vit.probabilities(model, images, args, device)        # [B,K]
-            data.draw_predictions(args, examples, probabilities, names)
-            metrics = evaluate(model, val, args, device, names) if val else {}
-        score = metrics.get("map", metrics.get("top1", -1.0))
-        if score > run.state["best"]:
-            run.state["best"] = score
-            run.write_model("best.pt")
-        return {**metrics, "best": run.state["best"]} if val else {}
-
-    # ---- loop
-    groups = vit.decay_groups(model, args.weight_decay, NO_DECAY, args.layer_decay)
-    optimizer = (torch.optim.AdamW(groups, betas=BETAS, fused=True) if args.optimizer == "adamw"
-                 else torch.optim.SGD(groups, momentum=0.9, nesterov=True))
-    ema = {name: p.detach().clone() for name, p in model.named_parameters()} if args.ema else {}
     model_info = {"config": {**asdict(config), "pool": args.pool, "crop": args.crop,
                              "loss": args.loss}, "stage": "classify", "classes": names}
-    run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info,
-                  flops, ema, {"best": -1.0})
-    batches = data.training_batches(train, args, run.state["step"], schedule, device)
-    for _ in run.steps(draw_and_evaluate, args.final_lr):
-        for batch in run.micro_batches(batches):
-            position, images = batch["position"], batch["images"]           # [B] [B,H,W,C]
-            images = data.flip(images, data.uniform(args.seed, position, "flip", 1))
-            images, scales = data.normalise(images), None                   # [B,C,H,W]
-            if args.erasing:
-                images = erase(images, position, args.seed, args.erasing)
-            targets = soft_targets(batch["targets"], len(names), args.smoothing, args.loss)  # [B,K]
-            if mixing:
-                uniforms = data.uniform(args.seed, position[::2], "mix", 35)    # [B/2,35]
-                images, targets = mix(images, targets, uniforms, args.mixup, args.cutmix)
-            if args.drop_path:
-                uniforms = data.uniform(args.seed, position, "drop path", 2 * config.depth)
-                scales = vit.drop_path_scales(uniforms, args.drop_path)     # [B,L,2]
-            with vit.autocast(args, device):
-                logits = wrapped(images, scales)                            # [B,K]
-            run.backward(class_losses(logits, targets, args.loss).mean())
-        run.update()
+    train_classifier(args, model, wrapped, model, device, train, val, model_info, flops)
 
 
 # ======================================================================================
@@ -492,7 +513,9 @@ def rand_augment(pixels, seed, position, magnitude):
 
 def erase(images, position, seed, share):
     """Random erasing (arXiv 1708.04896): in a `share` of images [B,C,H,W] a rectangle of 2% to a
-    third of the area, of an aspect from 0.3 to 3.3, becomes normal noise (timm's, MAE's)."""
+    third of the area, of an aspect from 0.3 to 3.3, becomes normal noise (timm's, MAE's). It is the
+    same in all frames of a clip [B,T,C,H,W]: a tube."""
+    clips, images = images, images.flatten(1, -3)           # a clip is an image of T * C channels
     _, C, H, W = images.shape
     uniforms = data.uniform(seed, position, "erase", 23)                    # [B,23]
     area = H * W * (0.02 + (1 / 3 - 0.02) * uniforms[:, :10])               # [B,10]: ten tries
@@ -508,7 +531,7 @@ def erase(images, position, seed, share):
               & (fits & (uniforms[:, 22:] < share))[..., None])              # [B,H,W]
     noise = data.uniform(seed, position, "erased pixels", C * H * W) + 2.0 ** -25    # [B,C*H*W]
     noise = math.sqrt(2) * torch.erfinv(2 * noise - 1)
-    return torch.where(inside[:, None], noise.reshape(images.shape), images)
+    return torch.where(inside[:, None], noise.reshape(images.shape), images).reshape(clips.shape)
 
 
 # ======================================================================================
@@ -652,29 +675,32 @@ def classes_in_file(args, file_info):
     return classes
 
 
-def open_classes(args, config, file_info):
-    """(--data as data.Samples or None, --val or None, the name of each output)."""
+def open_classes(args, config, file_info, views=None):
+    """(--data as data.Samples or None, --val or None, the name of each output); of clips if there
+    are `views` (data.Views)."""
     train, val = None, None
     if args.predict or args.eval_only:
         classes = classes_in_file(args, file_info)
     else:
-        source = data.open_data(*args.data, index_dir=args.index_dir)
+        source = data.open_data(*args.data, index_dir=args.index_dir, clips=bool(views))
         classes = read_classes(args.classes) if args.classes else [
             [name] for name in names_in(source)]
         rows, targets_of = labelled(source, classes, "--data")
         if args.loss == "ce" and not source.classes:
             raise UserError("labels of --data are lists, of several classes: give --loss bce or "
                             "softmax")
+        if args.randaugment and config.channels == 4:
+            raise UserError("--randaugment knows no alpha channel; give --randaugment 0")
         crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
         augment = functools.partial(rand_augment, magnitude=args.randaugment)
         train = data.training_samples(source, args, config, crop, rows, targets_of,
-                                      augment if args.randaugment else None)
+                                      augment if args.randaugment else None, views)
     if args.val and not args.predict:
-        source = data.open_data(*args.val, index_dir=args.index_dir)
+        source = data.open_data(*args.val, index_dir=args.index_dir, clips=bool(views))
         if args.eval_only and not args.class_map and "classes" not in file_info:
             classes = classes_of_val(classes, source)
         val = data.evaluation_samples(source, config, evaluation_crop(args, config),
-                                      *labelled(source, classes, "--val", args.class_map))
+                                      *labelled(source, classes, "--val", args.class_map), views)
     return train, val, [some[0] for some in classes]
 
 
@@ -1761,11 +1787,194 @@ def zeroshot(argv):
 
 
 # ======================================================================================
+# Video: the model
+#
+# An image encoder becomes a video encoder, which is finetuned as in classify. Values: "SF" is
+# PySlowFast's finetuning of plain ViTs on Kinetics-400 (its configs/masked_ssl).
+# ======================================================================================
+
+TUBELET = 2         # frames (SF)
+
+
+def cut_tubelets(clips, patch):
+    """Cut clips [B,T,C,H,W] into tubelets [B,T/2*N,2*P]: the same patch of two frames."""
+    patches = vit.patchify(clips.flatten(0, 1), patch)                      # [B*T,N,P]
+    pairs = patches.unflatten(0, (len(clips), -1, TUBELET))                 # [B,T/2,2,N,P]
+    return pairs.transpose(2, 3).flatten(3).flatten(1, 2)                   # [B,T/2*N,2*P]
+
+
+class Video(nn.Module):
+    """A Vision Transformer over all tubelets of clips [B,T,C,H,W] of T = `frames`: logits [B,K].
+
+    The image model's position embeddings are joined by a table for the time, which starts at zero
+    as relative positions do. There is no class token, whose share of attention would fall with the
+    number of frames: the mean of all tokens goes to `fc_norm` and the head, N(0, 0.001) (SF). The
+    class token's row of pos_embed is not used; so image files load and resize as they are."""
+
+    def __init__(self, config, frames, classes, relative_positions=False):
+        super().__init__()
+        self.config, self.recompute = config, False
+        D, p, times = config.width, config.patch, frames // TUBELET
+        self.patch_embed = vit.PatchEmbed(config)
+        self.patch_embed.proj = nn.Conv3d(config.channels, D, (TUBELET, p, p), (TUBELET, p, p))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, D))
+        self.pos_embed_temporal = nn.Parameter(torch.empty(1, times, D))
+        grid = (times, *config.grid) if relative_positions else ()
+        self.blocks = nn.ModuleList(vit.Block(D, config.heads, grid) for _ in range(config.depth))
+        self.fc_norm = vit.LayerNorm(D)
+        self.head = nn.Linear(D, classes)
+        self.init_weights()
+
+    def init_weights(self, seed=0):
+        vit.init_weights(self, seed, {"head.weight": 1e-3, "pos_embed_temporal": 0.0})
+
+    def forward(self, clips, scales=None, dropped=None):
+        """`scales` as of vit.run_blocks; `dropped` [B,D] multiply what the head gets (dropout)."""
+        x = self.patch_embed(cut_tubelets(clips, self.config.patch))        # [B,T/2*N,D]
+        times = self.pos_embed_temporal[:, :, None]                         # [1,T/2,1,D]
+        x = x + (times + self.pos_embed[:, None, 1:]).flatten(1, 2)
+        x = vit.run_blocks(self.blocks, x, self.recompute, scales)
+        x = self.fc_norm(x.mean(1))                                         # [B,D]
+        return self.head(x if dropped is None else x * dropped)             # [B,K]
+
+
+def mean_of_views(model, clips, micro_batch):
+    """The logarithm of the probabilities of clips [B,V,T,C,H,W], averaged over V views: [B,K]."""
+    parts = clips.flatten(0, 1).split(micro_batch)
+    probabilities = torch.cat([model(part) for part in parts]).float().softmax(1)   # [B*V,K]
+    return probabilities.unflatten(0, clips.shape[:2]).mean(1).clamp(min=1e-30).log()
+
+
+# ======================================================================================
+# Video: flags and main
+# ======================================================================================
+
+SLOWFAST = dict(        # SF; but its learning rates are for nodes of 16 clips, batch is ours
+    batch=256, weight_decay=0.05, clip_grad=5.0, final_lr=1e-5, smallest_crop=0.08,
+    randaugment=7.0, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, ema=0.0, frames=16,
+    relative_positions=False)
+VIDEO_RECIPES = {
+    "k400": dict(**SLOWFAST, stride=4, segments=False, flip=True, views="5x3"),
+    "ssv2": dict(**SLOWFAST, stride=1, segments=True, flip=False, views="1x3"),
+    "ours": dict(       # for a classroom: nano, tiny, small
+        batch=16, weight_decay=0.05, clip_grad=1.0, final_lr=0.0, smallest_crop=0.8,
+        randaugment=0.0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.1, ema=0.0, frames=4,
+        relative_positions=False, stride=8, segments=False, flip=False, views="1x1",
+        epochs=1, base_lr=1.6e-2, layer_decay=1.0, drop_path=0.0, dropout=0.0, warmup=0.1),
+}
+SLOWFAST_BY_MODEL = {   # warmup: 5 epochs; 2b and 6.5b are not published
+    "base": dict(epochs=75, base_lr=9.6e-3, layer_decay=0.65, drop_path=0.1, dropout=0.3,
+                 warmup=0.0667),
+    "large": dict(epochs=50, base_lr=4.8e-3, layer_decay=0.75, drop_path=0.2, dropout=0.3,
+                  warmup=0.1),
+    **dict.fromkeys(("huge", "2b", "6.5b"), dict(
+        epochs=75, base_lr=4.8e-3, layer_decay=0.8, drop_path=0.2, dropout=0.5, warmup=0.0667)),
+}
+CLIP_FLAGS = "frames", "stride", "segments", "relative_positions"      # kept in model.pt
+NEW_IN_VIDEO = "pos_embed_temporal", "blocks.*.attn.rel_pos.*"
+
+
+def read_views(text):
+    """The type of --views."""
+    if not re.fullmatch("[1-9][0-9]?x[1-9]", text):
+        raise argparse.ArgumentTypeError(f"{text} is not temporal x spatial views, as 5x3")
+    return text
+
+
+def add_video_flags(add):
+    add("--recipe", choices=VIDEO_RECIPES, help="k400: Kinetics-400, ssv2: Something-Something v2 "
+        "(PySlowFast's); ours: for a classroom; default ours up to small, else k400")
+    add("--frames", type=vit.positive, help="frames of a clip that the model sees; default that of "
+        "--init, else by recipe")
+    add("--stride", type=vit.positive, metavar="FRAMES", help="distance of these frames, from a "
+        "random start on; default that of --init, else by recipe")
+    yes_or_no = argparse.BooleanOptionalAction
+    add("--segments", action=yes_or_no, help="instead: a frame of each of --frames equal parts of "
+        "the clip; default by recipe")
+    add("--relative-positions", action=yes_or_no, help="attention also depends on the difference "
+        "in time, row and column (paper: +0.6 on Kinetics-400); default that of --init, else off")
+    add("--flip", action=yes_or_no, help="mirror half of the clips; default by recipe")
+    add("--views", type=read_views, metavar="TxS", help="views of an evaluation: T parts of the "
+        "clip times S crops; default by recipe")
+    add("--dropout", type=vit.number(0, 0.999), metavar="SHARE", help="share of the head's inputs "
+        "that are set to 0; 0 off; default by recipe")
+    add_training_flags(add)
+
+
+def parse_video_flags(argv):
+    """All flags, with the recipe filled in: (args, Config, file_info of --init, data.Views)."""
+    parser = vit.stage_parser("finetune.py video", __doc__, {
+        **{f"recipe {name}:": recipe for name, recipe in VIDEO_RECIPES.items()},
+        **{f"k400 and ssv2, {name}:": recipe for name, recipe in SLOWFAST_BY_MODEL.items()}})
+    parser.set_defaults(data=["world-clips"], micro_batch=16, optimizer="adamw", loss="ce",
+                        pool="mean", crop="centre")
+    add_video_flags(parser.add_argument_group("video").add_argument)
+    args = parser.parse_args(argv)
+    config, name, file_info = vit.choose_config(args, "video")
+    args.recipe = args.recipe or ("k400" if name in SLOWFAST_BY_MODEL else "ours")
+    recipe = {**VIDEO_RECIPES[args.recipe]}
+    if args.recipe != "ours":
+        recipe |= SLOWFAST_BY_MODEL.get(name, SLOWFAST_BY_MODEL["base"])
+    in_file = file_info.get("config", {})
+    if (args.predict or args.eval_only) and "frames" not in in_file:
+        raise UserError(f"{args.init} is no video model: train it by finetune.py video --init")
+    vit.fill_recipe(args, recipe | {flag: in_file[flag] for flag in CLIP_FLAGS if flag in in_file})
+    if args.frames % TUBELET:
+        raise UserError(f"--frames {args.frames}: tokens are of {TUBELET} frames each; the nearest "
+                        f"numbers are {args.frames - 1} and {args.frames + 1}")
+    if args.val is None and all(map(data.is_world, args.data)):
+        args.val = ["world-clips-val"]
+    data.choose_val(args)
+    views = data.Views(args.frames, args.stride, args.segments, *map(int, args.views.split("x")))
+    return args, config, file_info, views
+
+
+def predict_clips(args, config, views, logits_of, names, device):
+    """Print what --predict's folders of frames and animated files most probably are."""
+    rows = []
+    for name in args.predict:
+        try:
+            pixels, _ = data.read_clip(name, views, config.image, config.channels)  # [V,T,H,W,C]
+        except Exception as error:      # what decoders raise on damage has no common class
+            raise UserError(f"--predict {name} cannot be read: {error}") from error
+        clip = data.normalise(torch.from_numpy(pixels)[None])               # [1,V,T,C,H,W]
+        rows.append(vit.probabilities(logits_of, clip, args, device))       # [1,K]
+    data.print_predictions(args, torch.cat(rows), names)
+
+
+def video(argv):
+    args, config, file_info, views = parse_video_flags(argv)
+    make = lambda classes: Video(config, args.frames, classes, args.relative_positions)
+    towers = [(config.depth, config.width, args.frames // TUBELET * config.num_patches)]
+    flops = vit.training_flops(towers)
+    if args.plan:
+        return vit.plan(args, lambda: make(len(file_info.get("classes", range(400)))), towers)
+    device = vit.start(args)
+
+    # ---- data and classes
+    train, val, names = open_classes(args, config, file_info, views)
+
+    # ---- model: a checkpoint in --out, else --init, else random weights
+    model, wrapped = vit.build(lambda: make(len(names)), args, device)
+    if args.init:
+        load_classifier(model, args, names, file_info, NEW_IN_VIDEO)
+    logits_of = functools.partial(mean_of_views, model, micro_batch=args.micro_batch)
+    if args.predict:
+        return predict_clips(args, config, views, logits_of, names, device)
+    if args.eval_only:
+        return vit.report(args, evaluate(logits_of, val, args, device, names))
+    model_info = {"config": {**asdict(config), "pool": args.pool, "loss": args.loss,
+                             **{flag: getattr(args, flag) for flag in CLIP_FLAGS}},
+                  "stage": "video", "classes": names}
+    train_classifier(args, model, wrapped, logits_of, device, train, val, model_info, flops)
+
+
+# ======================================================================================
 # Main
 # ======================================================================================
 
 TASKS = {"classify": classify, "features": features, "knn": knn, "linear": linear,
-         "lowshot": lowshot, "zeroshot": zeroshot}
+         "lowshot": lowshot, "zeroshot": zeroshot, "video": video}
 
 
 def main(argv):

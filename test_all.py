@@ -351,6 +351,30 @@ def test_block_is_torchs_own_layer():
         assert close(block(x), layer(x), tolerance)
 
 
+def test_relative_positions_are_what_a_loop_does():
+    """Over rows and columns (detection) and with time (video), forwards and backwards."""
+    for grid in ((3, 2), (2, 3, 4)):
+        layer = vit.Attention(16, 2, grid).double()
+        tables = list(layer.rel_pos)
+        for table in tables:
+            assert not table.any()                              # at first they change nothing
+            torch.nn.init.normal_(table)
+        x = torch.randn(2, math.prod(grid), 16, dtype=torch.float64)
+        q, k, v = layer.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(2, 3) / math.sqrt(8)
+        places, rows = list(itertools.product(*map(range, grid))), []
+        for i, a in enumerate(places):
+            sums = [sum(q[:, :, i] @ table[a[axis] - b[axis] + grid[axis] - 1]
+                        for axis, table in enumerate(tables)) for b in places]
+            rows.append(scores[:, :, i] + torch.stack(sums, -1))
+        expected = layer.proj((torch.stack(rows, 2).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        assert close(layer(x).detach(), expected.detach(), 1e-12)
+        ours, loop = (torch.autograd.grad(y.square().sum(), [*tables, layer.qkv.weight])
+                      for y in (layer(x), expected))
+        assert all(close(a, b, 1e-10) for a, b in zip(ours, loop))
+        assert close(layer.float()(x.float()).detach(), expected.detach(), 1e-5)    # torch's kernel
+
+
 def test_sizes_have_the_published_parameters():
     for name, count, full, masked in (      # parameters; 10^9 multiplications, and of MAE's step
             ("base", 86e6, 17.6, 9.8), ("large", 304e6, 61.6, 20.8), ("huge", 632e6, 167, 48.6),
@@ -3280,6 +3304,312 @@ def test_messages_of_stage_3_name_what_is_wrong():
             ("--texts needs two or more", "zeroshot", "--init", model_of("zeroshot"), "--predict",
              photo(), "--texts", "a cat")):
         refused(text, asked, task, *more)
+
+
+# ======================================================================================
+# Stage 3: video
+# ======================================================================================
+
+def frames_of(i, count=9, size=(48, 40)):
+    """A photograph across which a window moves to the right, or which it shrinks to."""
+    picture, frames = Image.fromarray(data.draw(data.scene(i, "test"), 80, 96)), []
+    for k in range(count):
+        left, top, side = (4 * k, 10, 1) if i % 2 else (3 * k, 3 * k, 1 - k / 20)
+        box = left, top, left + side * size[0], top + side * size[1]
+        frames.append(picture.resize(size, box=box))
+    return frames
+
+
+def write_clip(path, frames):
+    """Frames as an animated file, or as a folder where the path has no ending."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix:
+        more = {"lossless": True} if path.suffix == ".webp" else {}
+        return frames[0].save(path, save_all=True, append_images=frames[1:], duration=40, **more)
+    path.mkdir()
+    for k, frame in enumerate(frames):
+        frame.save(path / f"frame{k + 1}.png")              # frame10 comes after frame2
+
+
+@functools.lru_cache
+def clips(ending="", count=12):
+    """A folder of clips in two classes."""
+    root = folder()
+    for i in range(count):
+        write_clip(root / ("pan" if i % 2 else "zoom") / f"{i:02}{ending}",
+                   frames_of(i, 11 if i == 3 else 9))
+    return root
+
+
+def test_a_still_clip_has_the_mean_pooled_feature_of_its_image():
+    path, image = folder() / "x.pt", torch.randn(2, 3, 32, 32)
+    still = ViT(SMALL, 5, pool="mean", head_std=1.0)        # its class token takes no part here
+    for p in still.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    torch.save({"model": still.state_dict()}, path)
+    x = still.patch_embed(vit.patchify(image, 8)) + still.pos_embed[:, 1:]
+    expected = still.fc_norm(vit.run_blocks(still.blocks, x).mean(1)).detach()
+    for relative in (False, True):
+        model = finetune.Video(SMALL, 16, 5, relative)
+        said = []
+        vit.load_weights(model, path, new=finetune.NEW_IN_VIDEO, log=said.append)
+        assert "inflated over 2 frames: patch_embed.proj.weight" in said[0]
+        assert "new: pos_embed_temporal" in said[0] and "unused: cls_token" in said[0]
+        model.head = torch.nn.Identity()
+        clip = image[:, None].expand(-1, 16, -1, -1, -1)
+        assert close(model(clip).detach(), expected, 1e-5)
+        with torch.no_grad():                               # time counts as soon as it is learned
+            model.pos_embed_temporal.normal_()
+        assert not close(model(clip).detach(), expected, 1e-3)
+
+
+def test_video_cuts_tubelets_and_trains_every_parameter():
+    clip = torch.randn(2, 4, 3, 16, 24)
+    tokens = finetune.cut_tubelets(clip, 8)                 # [B,T/2*N,2*P]: rows of 3 patches
+    assert torch.equal(tokens[1, 6 + 4].unflatten(0, (2, 8, 8, 3)),
+                       clip[1, 2:4, :, 8:, 8:16].permute(0, 2, 3, 1))
+    model = finetune.Video(SMALL, 4, 5, True)
+    convolution = model.patch_embed.proj(clip.transpose(1, 2)).flatten(2).transpose(1, 2)
+    assert close(model.patch_embed(tokens).detach(), convolution.detach(), 1e-5)
+    torch.nn.init.normal_(model.head.weight)
+    images, gradients = torch.randn(2, 4, 3, 32, 32), []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        dropped = torch.tensor([[0.0, 2.0]]).repeat(2, 32)
+        model(images, None, dropped).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(gradient.any() for gradient in gradients[0])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert not model.head.weight.grad[:, ::2].any()         # dropped features reach no head
+    scale = {group["lr_scale"] for group in vit.decay_groups(model, 0.1, (), 0.5) for p in
+             group["params"] if p is model.pos_embed_temporal}
+    assert scale == {0.5 ** 3}
+
+
+def test_augmentation_takes_a_clip_as_a_whole():
+    clip, positions = torch.randn(40, 1, 3, 24, 16).expand(-1, 5, -1, -1, -1), torch.arange(40)
+    gone = finetune.erase(clip, positions, 0, 0.5) != clip
+    assert gone.any() and not gone.all() and (gone == gone[:, :1, :1]).all()        # a tube
+    uniforms = data.uniform(0, positions[::2], "mix", 35)
+    targets = torch.eye(40)
+    mixed, shares = finetune.mix(clip, targets, uniforms, 0.8, 1.0)
+    image, same = finetune.mix(clip[:, 0], targets, uniforms, 0.8, 1.0)
+    assert torch.equal(mixed, image[:, None].expand_as(mixed)) and torch.equal(shares, same)
+    pixels, numbers = torch.randint(0, 256, (6, 5, 8, 8, 3)), torch.rand(6, 1)
+    assert torch.equal(data.flip(pixels, numbers)[:, 2], data.flip(pixels[:, 2], numbers))
+    assert torch.equal(data.normalise(pixels)[:, 2], data.normalise(pixels[:, 2]))
+
+
+def test_which_frames_of_a_clip_are_seen():
+    views = data.Views(4, 3, False, 1, 1)
+    see = lambda count, *u: views.numbers(count, np.broadcast_to(u, 4)).tolist()
+    assert see(30, 0.0) == [0, 3, 6, 9] and see(30, 0.999) == [20, 23, 26, 29]
+    assert {see(12, u / 100)[0] for u in range(100)} == {0, 1, 2}
+    assert see(8, 0.9) == [0, 3, 6, 7] and views.span == 10         # too short: the last again
+    views = views._replace(segments=True)
+    assert see(12, 0.0) == [0, 3, 6, 9] and see(12, 0.99) == [2, 5, 8, 11]
+    assert see(13, 0.5) == [1, 4, 8, 11] and see(2, 0.5) == [0, 0, 1, 1] and see(1, 0.9) == [0] * 4
+    # A view's crop is the largest that fits, at the left, in the middle and at the right
+    wide = Image.fromarray(np.tile(np.arange(90, dtype=np.uint8), (30, 1)))
+    path = folder() / "clip"
+    write_clip(path, [wide] * 10)
+    found, short = data.read_clip(path, data.Views(4, 3, False, 2, 3), (30, 30), 1)
+    assert found.shape == (6, 4, 30, 30, 1) and not short
+    assert found[:3, 0, 0, 0, 0].tolist() == [0, 30, 60] and (found[3:] == found[:3]).all()
+
+
+def test_motions_of_the_world_are_reversed_in_time_and_one_frame_tells_nothing():
+    scenes = [data.clip_scene(i, "clips") for i in range(4000)]
+    labels = np.array([one["label"] for one in scenes])
+    assert (np.bincount(labels) == 500).all()
+    for one in scenes[:16]:
+        back, last = one | {"label": one["label"] ^ 1}, data.CLIP_LENGTH - 1
+        for frame in (0, 5, last):
+            a, b = (data.moment(*where)["objects"][0]
+                    for where in ((one, frame), (back, last - frame)))
+            assert all(abs(a[name] - b[name]) < 1e-9 for name in ("x", "y", "angle", "radius"))
+    moves = [[data.moment(one, frame)["objects"][0] for frame in (0, 31)] for one in scenes[:64]]
+    for one, (a, b) in zip(scenes, moves):
+        change = [b["x"] - a["x"], b["y"] - a["y"], b["angle"] - a["angle"],
+                  b["radius"] - a["radius"]]
+        axis, backwards = divmod(one["label"], 2)
+        assert [change[k] != 0 for k in range(4)] == [k == axis for k in range(4)]
+        assert (change[axis] < 0) == backwards
+    # At a random time, what a motion changes is distributed alike for all motions …
+    for name in ("x", "y", "angle", "radius", "shape", "texture", "colours"):
+        values = np.array([str(one["objects"][0][name]) if name in ("shape", "texture", "colours")
+                           else one["objects"][0][name] for one in scenes])
+        _, ranks = np.unique(values, return_inverse=True)
+        levels = np.quantile(ranks, np.linspace(0.1, 0.9, 9))
+        shares = np.array([[(ranks[labels == k] <= level).mean() for level in levels]
+                           for k in range(8)])
+        assert abs(shares - shares.mean(0)).max() < 0.1, name        # 1.36 / sqrt(500) = 0.06 at 5%
+    # … so that a classifier of single frames is at chance, 1 in 8, and one of two frames is not.
+    stills = np.stack([data.draw(one, 12, 12) for one in scenes])
+    first, last = (np.stack([data.draw(data.moment(one, frame), 12, 12) for one in scenes])
+                   for frame in (2, 29))
+    objects = lambda pixels: abs(pixels.astype(float) - np.median(pixels, (1, 2), keepdims=True))
+    for pixels, low, high in ((objects(stills), 0.0, 0.17),
+                              (objects(last) - objects(first), 0.4, 1.0)):
+        x = np.c_[pixels.reshape(4000, -1) / 255, np.ones(4000)]
+        gram = x[:3000].T @ x[:3000] + 30 * np.eye(x.shape[1])
+        weights = np.linalg.solve(gram, x[:3000].T @ np.eye(8)[labels[:3000]])
+        correct = ((x[3000:] @ weights).argmax(1) == labels[3000:]).mean()
+        assert low <= correct <= high, correct
+
+
+def test_clips_are_the_same_in_folders_files_manifests_and_shards():
+    views = data.Views(4, 2, False, 1, 1)
+    root, lines, members = clips(), [], []
+    for path in sorted(root.glob("*/*")):
+        lines.append({"clip": str(path), "label": path.parent.name})
+        members += [(f"{path.name}.{frame.stem[5:]}.png", frame.read_bytes())
+                    for frame in path.iterdir()] + [(f"{path.name}.cls", path.parent.name.encode())]
+    shards = [tar_of(*members)]
+    files = [(f"{path.name}.{end}", content) for path in sorted(clips(".webp").glob("*/*"))
+             for end, content in (("webp", path.read_bytes()), ("cls", path.parent.name.encode()))]
+    shards.append(tar_of(*files))
+    read = lambda source: sorted((source.classes[sample["label"]], data.read_clip(
+        sample["image"], views, (40, 48), 3)[0].tobytes()) for sample in map(source.__getitem__,
+                                                                            range(len(source))))
+    expected = read(data.open_data(root, clips=True))
+    assert len({pixels for _, pixels in expected}) == 12
+    for spec in (clips(".png"), clips(".webp"), manifest(lines), *shards, shards[0].parent):
+        source = data.open_data(spec, clips=True)
+        assert source.classes == ["pan", "zoom"] and read(source) == expected, spec
+    assert len(data.open_data(clips(".gif"), clips=True)) == 12
+    assert len(data.open_data(shards[1])) == 12             # as images, with an index of its own
+
+
+VIDEO = ("--image-size", 32, "--frames", 4, "--stride", 2, "--views", "2x1", "--flip",
+         "--mixup", 0.8, "--cutmix", 1.0, "--erasing", 0.5, "--randaugment", 7, "--drop-path", 0.2,
+         "--dropout", 0.3, "--layer-decay", 0.7, "--relative-positions")
+
+
+@functools.lru_cache
+def filmed():
+    """A run of `video` with a checkpoint after every step: (folder, losses, weights, text)."""
+    out = folder() / "run"
+    flags = "--data", clips(), "--val", clips(), *VIDEO, "--save-every", 0, "--keep", 99
+    return (out, *train(out, *flags, stage="video"))
+
+
+def test_video_trains_the_same_however_it_is_run():
+    out, losses, weights, _ = filmed()
+    flags = "--data", clips(), "--val", clips(), *VIDEO
+    assert abs(losses[0] - math.log(2)) < 0.02
+    again = train(folder() / "run", "--data", clips(), "--val", clips(), *VIDEO, "--workers", 2,
+                  stage="video")
+    assert again[0] == losses and equal(again[1], weights)
+    for world, more in ((3, ("--parallel", "fsdp")), (2, ("--activation-checkpoint",)),
+                        (1, ("--micro-batch", 4))):
+        other, saved, _ = train(folder() / "run", *flags, *more, world=world, stage="video")
+        assert close(other, losses, 1e-4), (world, more)
+        assert close(saved["head.weight"], weights["head.weight"], 2e-3), (world, more)
+    again, saved, _, _ = resumed(out, flags, at=6, stage="video")
+    assert again == losses and equal(saved, weights)
+    # Shards and segments
+    other = train(folder() / "run", *flags, "--segments", "--no-flip", stage="video")[0]
+    assert other[0] != losses[0] and all(map(math.isfinite, other))
+
+
+def test_video_leaves_what_others_rely_on():
+    out, _, weights, said = filmed()
+    content = torch.load(out / "model.pt", weights_only=True)
+    assert content["stage"] == "video" and content["classes"] == ["pan", "zoom"]
+    assert content["config"]["frames"] == 4 and content["config"]["relative_positions"] is True
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["count"] == 12 and metrics["bad"] == 0
+    assert "pan\t6\t" in (out / "classes.txt").read_text()
+    sheet = Image.open(out / "clips.png")
+    assert sheet.width > 4 * 116 and sheet.height == 8 * 120
+    assert "short_clips" not in said and "repeated" not in said
+    model = "--init", str(out / "model.pt"), "--device", "cpu"
+    said = call("video", [*model, "--predict", clips() / "pan" / "01",
+                          clips(".gif") / "zoom" / "02.gif"])
+    rows = re.findall(r"(\S+): (?:pan|zoom) (0\.\d+|1\.0+), (?:pan|zoom) (0\.\d+)", said)
+    assert [row[0][-6:] for row in rows] == ["pan/01", "02.gif"], said
+    assert all(abs(float(a) + float(b) - 1) < 0.01 for _, a, b in rows)
+    found = []
+    for world in (1, 3):                                    # every clip once, all its views
+        place = folder()
+        call("video", [*model, "--eval-only", "--val", clips(".webp"), "--out", place, "--views",
+                       "2x3", "--micro-batch", 5], world)
+        found.append((json.loads((place / "metrics.json").read_text()),
+                      (place / "classes.txt").read_text()))
+    assert found[0][0]["count"] == 12 and found[0][0]["top1"] == found[1][0]["top1"]
+    assert close(found[0][0]["loss"], found[1][0]["loss"], 1e-5) and found[0][1] == found[1][1]
+    # A finetuned video model starts another run, of the same or other classes
+    flags = "--data", clips(), "--val", clips(), *VIDEO, "--steps", 1, "--lr", 0
+    said = train(folder() / "run", *flags, "--init", out / "model.pt", stage="video")[2]
+    assert "(100.0% of parameters)" in said and "inflated" not in said
+
+
+def test_views_are_averaged_as_probabilities():
+    model = torch.nn.Linear(6, 3)
+    views = torch.randn(2, 5, 6)
+    found = finetune.mean_of_views(model, views, micro_batch=3)
+    assert close(found.exp().detach(), model(views).softmax(2).mean(1).detach(), 1e-6)
+
+
+def test_gifs_that_are_short_broken_or_of_different_sizes_are_counted():
+    root = folder()
+    shutil.copytree(clips(".gif"), root, dirs_exist_ok=True)
+    (root / "pan" / "01.gif").write_bytes((root / "pan" / "01.gif").read_bytes()[:300])
+    write_clip(root / "zoom" / "one.gif", frames_of(2, 1))
+    write_clip(root / "mixed" / "03", frames_of(3, 5) + frames_of(5, 5, (24, 40)))
+    out = folder() / "run"
+    flags = *VIDEO, "--frames", 8, "--max-bad", 1, "--views", "1x1"
+    _, _, said = train(out, "--data", root, "--val", root, *flags, stage="video")
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["count"] == 12 and metrics["bad"] == 2
+    assert said.count("NOTE: some clips of --data have fewer than 15 frames") == 1
+    assert said.count("NOTE: 12 of 14 clips of --val have fewer than 15 frames") == 1
+    record = json.loads((out / "log.jsonl").read_text().splitlines()[-2])
+    assert record["short_clips"] > 50 and record["bad_samples"] > 5
+    listed = (out / "bad_val_samples.txt").read_text()
+    assert "different sizes" in listed and "01.gif" in listed
+
+
+def test_mistakes_of_video_get_one_line():
+    tell = lambda text, *flags: refused(text, call, "video", (*QUICK, "--out", folder(), *flags))
+    model, empty = filmed()[0] / "model.pt", folder()
+    (empty / "cat" / "1").mkdir(parents=True)
+    tell("no clip below", "--data", empty)
+    tell("a folder without frames", "--init", model, "--predict", empty)
+    tell("frames of different sizes", "--init", model, "--predict", photos() / "cat")
+    broken = folder() / "x.gif"
+    broken.write_bytes(b"GIF89a")
+    tell("x.gif cannot be read", "--init", model, "--predict", broken)
+    other = folder()
+    shutil.copytree(clips() / "pan", other / "jump")
+    shutil.copytree(clips() / "pan", other / "pan")
+    tell("--val has classes that are not known: jump", "--data", clips(), "--val", other)
+    tell("there is nothing to tell apart", "--data", photos())      # its folders are two clips
+    tell("--frames 5: tokens are of 2 frames each; the nearest numbers are 4 and 6", "--frames", 5)
+    tell("3 is not temporal x spatial views", "--views", "3")
+    tell("world-val has pictures, not clips", "--data", "world-clips", "--val", "world-val")
+    tell("it has no clip", "--data", manifest([{"image": "x", "label": 1}]))
+    tell("is no video model", "--init", model_of("classify"), "--predict", empty)
+
+
+def test_plan_of_video_agrees_with_what_torch_counts():
+    said = call("video", ["--model", "base", "--plan", 64])
+    plan, config = json.loads(said.splitlines()[-1]), Config.named("base")
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), \
+            FlopCounterMode(display=False) as counter:
+        model = finetune.Video(config, 16, 400)
+        model(torch.empty(1, 16, 3, 224, 224))
+    assert plan["parameters"] == sum(p.numel() for p in model.parameters())
+    assert abs(plan["flops_per_image"] / (3 * counter.get_total_flops()) - 1) < 0.02
+
+
+def claim_one_frame_of_world_clips_says_nothing():
+    """A classifier of single frames stays at chance, 12.5%; of the same clips video learns much."""
+    out = folder() / "run"
+    finetune.main(["classify", "--data", "world-clips", "--val", "world-clips-val", "--epochs", "2",
+                   "--out", str(out), "--workers", "1"])
+    assert json.loads((out / "metrics.json").read_text())["top1"] < 0.18
 
 
 def main():

@@ -195,7 +195,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.channels, config.width, config.patch, config.patch)
 
     def forward(self, patches):
-        kernel = self.proj.weight.permute(0, 2, 3, 1).flatten(1)            # [D,C,p,p] to [D,P]
+        kernel = self.proj.weight.movedim(1, -1).flatten(1)                 # [D,C,p,p] to [D,P]
         return F.linear(patches, kernel, self.proj.bias)                    # [B,V,D]
 
 
@@ -213,36 +213,71 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)        # [...,D]
 
 
-def attention(q, k, v, mask=None):
+def attention(q, k, v, mask=None, scale=None):
     """Scaled dot-product attention (arXiv 1706.03762) of queries, keys, values [B,h,N,D/h]: each
     token gets the mean of all values, weighted by how well its query matches their keys.
 
-    `mask` [B,1,1,N] is False for keys that nobody may attend to, as padding of texts."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                # [B,h,N,N]
+    `mask` [B,1,1,N] is False for keys that nobody may attend to, as padding of texts. `scale`
+    multiplies the scores; default 1 / sqrt(D/h)."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q * scale) @ k.transpose(-2, -1)                              # [B,h,N,N]
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     weights = scores.softmax(-1)                                            # [B,h,N,N]
     return weights @ v                                                      # [B,h,N,D/h]
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention over tokens [B,N,D]; `mask` as of `attention`."""
+def relative_positions(q, k, tables, places):
+    """Queries and keys, [B,h,N,D/h] at first, whose unscaled product is attention's scaled one plus
+    decomposed relative positions (ViTDet, arXiv 2203.16527; also MViTv2's, arXiv 2112.01526):
 
-    def __init__(self, width, heads):
+        q_i k_j / sqrt(D/h) + sum over the axes of q_i table[place_i - place_j + n - 1]
+
+    `tables` holds a table [2n-1,D/h] for every axis of n places (time, row, column), `places` the
+    place [N] of every token on it. A query is extended by what a key at place 0 … n-1 would add, a
+    key by a one at its own place: exact, and no N x N mask for each head, with which the kernels of
+    attention would need as much memory as the scores."""
+    queries, keys = [q * q.shape[-1] ** -0.5], [k]
+    for table, place in zip(tables, places):
+        n = (len(table) + 1) // 2
+        difference = place[:, None] - torch.arange(n, device=place.device) + n - 1      # [N,n]
+        by_difference = q @ table.t().to(q.dtype)                           # [B,h,N,2n-1]
+        queries.append(by_difference.gather(-1, difference.expand(*q.shape[:2], -1, -1)))
+        keys.append(F.one_hot(place, n).to(k.dtype).expand(*k.shape[:2], -1, -1))   # [B,h,N,n]
+    return torch.cat(queries, -1), torch.cat(keys, -1)                  # 2 x [B,h,N,D/h + sum of n]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens [B,N,D]; `mask` as of `attention`.
+
+    With a `grid`, as (rows, columns) or (T, rows, columns), the tokens lie on it in raster order
+    and the attention has relative positions, a table `rel_pos` [2n-1,D/h] for each axis."""
+
+    def __init__(self, width, heads, grid=()):
         super().__init__()
-        self.heads = heads
+        self.heads, self.grid = heads, grid
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
+        self.rel_pos = nn.ParameterList(
+            nn.Parameter(torch.zeros(2 * n - 1, width // heads)) for n in grid)
 
     def forward(self, x, mask=None):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)     # [B,N,3,h,D/h]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # 3 x [B,h,N,D/h]
-        if q.is_cuda or q.dtype == torch.float32 or N > 1024:
-            x = F.scaled_dot_product_attention(q, k, v, mask)   # the same, where it is faster
+        scale = None
+        if self.grid:
+            axes = torch.meshgrid(*(torch.arange(n, device=x.device) for n in self.grid),
+                                  indexing="ij")
+            q, k = relative_positions(q, k, self.rel_pos, [axis.flatten() for axis in axes])
+            # The fast kernels want values as wide as queries and keys.
+            v, scale = F.pad(v, (0, q.shape[-1] - v.shape[-1])), 1.0
+        if q.is_cuda or q.dtype == torch.float32 or N > 1024:       # the same, where it is faster
+            x = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         else:
-            x = attention(q, k, v, mask)                                    # [B,h,N,D/h]
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))                # [B,N,D]
+            x = attention(q, k, v, mask, scale)                             # [B,h,N,D/h]
+        x = x[..., :D // self.heads].transpose(1, 2).reshape(B, N, D)
+        return self.proj(x)                                                 # [B,N,D]
 
 
 class MLP(nn.Module):
@@ -258,12 +293,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-LayerNorm transformer block over tokens [B,N,D]."""
+    """A pre-LayerNorm transformer block over tokens [B,N,D]; `grid` as of Attention."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, grid=()):
         super().__init__()
         self.norm1 = LayerNorm(width)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, grid)
         self.norm2 = LayerNorm(width)
         self.mlp = MLP(width)
 
@@ -361,6 +396,7 @@ def initial_value(name, shape, grid, seed, starts):
     | 2-D or more, in `starts` {name: std}  | N(0, std); a std of 0 gives zeros                   |
     | pos_embed, decoder_pos_embed          | sine-cosine table                                   |
     | cls_token, mask_token                 | N(0, 0.02)                                          |
+    | rel_pos                               | 0                                                   |
     | other 1-D: LayerNorm weights, biases  | 1, 0                                                |
     | other weights                         | xavier uniform; the patch kernel as a map [D,P]     |
 
@@ -368,6 +404,8 @@ def initial_value(name, shape, grid, seed, starts):
     independent of the order of construction: every rank and layout starts from the same weights."""
     if name.endswith("pos_embed"):
         return sincos_pos_embed(shape[-1], grid)
+    if "rel_pos" in name:
+        return torch.zeros(shape)
     if len(shape) == 1:
         return torch.full(shape, starts.get(name, 1.0 if name.endswith("weight") else 0.0))
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -1936,8 +1974,9 @@ def config_from(path, heads=None):
 
 
 # Tensors that a file may contain and a model need not use: heads, decoders and text towers
-OPTIONAL = ("decoder_*", "mask_token", "embeddings.mask_token", "head.*", "norm.*", "fc_norm.*",
-            "pooler.*", "text_encoder.*", "text_projection", "vision_projection", "logit_scale")
+OPTIONAL = ("cls_token", "decoder_*", "mask_token", "embeddings.mask_token", "head.*", "norm.*",
+            "fc_norm.*", "pooler.*", "text_encoder.*", "text_projection", "vision_projection",
+            "logit_scale")
 
 
 def matches(name, patterns):
@@ -1956,7 +1995,9 @@ def load_weights(model, path, new=(), renew=(), log=rank0_print, rename=our_name
 
     `new` are patterns of tensors that the file may lack ("decoder_*"); they keep their values. So
     do those of `renew`, even if the file has them. `rename` gives the file's tensors the model's
-    names. Position embeddings are resized to the model's grid.
+    names. Position embeddings are resized to the model's grid. Where the model's patches are of
+    several frames, an image kernel is inflated: each frame gets an equal share of it, so that a
+    still clip has the tokens of its image.
     Returns {"loaded", "new", "unused"}: lists of names.
     Raises UserError, before anything is changed, where a tensor outside of `new` is missing or has
     another shape, or where the file has more layers than the model: weights that match nothing, or
@@ -1970,6 +2011,12 @@ def load_weights(model, path, new=(), renew=(), log=rank0_print, rename=our_name
         if name.endswith("pos_embed") and value.shape[2:] == targets[name].shape[2:]:
             values[name] = resize_pos_embed(value, grid_in_file(value, file_info),
                                             model.config.grid)
+    inflated = ""
+    for name, value in values.items():
+        if value.dim() == 4 and targets[name].dim() == 5:
+            frames = targets[name].shape[2]
+            values[name] = (value / frames)[:, :, None].expand(-1, -1, frames, -1, -1)
+            inflated = f"; inflated over {frames} frames: {name}"
     fresh = [name for name in targets if name not in values]
     unused = [name for name in tensors if name not in values]
     missing = [name for name in fresh if not matches(name, (*new, *renew))]
@@ -1993,5 +2040,5 @@ def load_weights(model, path, new=(), renew=(), log=rank0_print, rename=our_name
     total = sum(target.numel() for target in targets.values())
     log(f"loaded {len(values)} of {len(targets)} tensors ({100 * filled / total:.1f}% of "
         f"parameters) from {path}{file_info.get('chosen', '')}; new: {summary(fresh)}; "
-        f"unused: {summary(unused)}")
+        f"unused: {summary(unused)}{inflated}")
     return {"loaded": list(values), "new": fresh, "unused": unused}
