@@ -966,7 +966,7 @@ def test_folders_of_shards_and_of_both():
     shutil.copy(photos() / "cat/01.jpg", root)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert len(data.open_data(root)) == 1
-    assert "holds images and 1 tars, which are passed over" in said.getvalue()
+    assert "are passed over: 1 .tar" in said.getvalue()
     name = os.fsencode(root) + b"/caf\xe9.jpg"              # latin-1, not UTF-8, and damaged
     with open(name, "wb") as file:
         file.write(b"nothing")
@@ -1022,7 +1022,7 @@ def opened(content):
     labels = [source.classes[label] if label >= 0 else None for label in batch["label"].tolist()]
     names = [source[i]["where"][-3:] for i in range(len(source))]
     return (dict(zip(names, zip(labels, batch["weight"].tolist()))),
-            [why for _, _, why in batch["bad"]], said.getvalue())
+            [why for _, _, why in batch["bad"]], said.getvalue().rpartition(f"{path}: images")[0])
 
 
 def test_damaged_tars_lose_what_is_damaged_and_say_so():
@@ -1043,7 +1043,7 @@ def test_damaged_tars_lose_what_is_damaged_and_say_so():
         path = folder() / "b.tar"
         path.write_bytes(whole + whole)
         assert len(data.open_data(path)) == 40
-    assert said.getvalue() == ""
+    assert said.getvalue() == f"{path}: images: 40; classes: cat, dog\n"
     for content in (b"", bytes(10240), b"\x7f" * 5000):
         refused("no image in", opened, content)
     refused("is compressed", opened, gzip.compress(whole))
@@ -1090,13 +1090,14 @@ def test_an_index_is_never_wrong():
     source = data.open_data(path)
     make_tar(path, range(8))                            # replaced under a run
     samples = data.Samples(source, (32, 32), 3, data.random_resized_crop)
-    data.open_shard.cache_clear()
+    data.Shards.shard.cache_clear()
     for workers in (0, 1):
         batches = data.load(samples, [np.arange(4)], workers, torch.device("cpu"))
         refused("x.tar is not the file that was indexed", next, batches)
     source = data.open_data(path)
     path.unlink()
-    refused("was there at the start, but: No such file", lambda: source[0])
+    refused("No such file", next, data.load(data.Samples(source, (8, 8), 3, data.whole),
+                                            [np.arange(4)], 0, torch.device("cpu")))
     usual, path = data.find_samples, make_tar(root / "y.tar", range(5))
 
     def growing(*args):
@@ -1155,9 +1156,9 @@ def test_specs_of_shards():
     assert data.expand_braces("a{08..11}{x,y}.tar")[3:6] == ["a09y.tar", "a10x.tar", "a10y.tar"]
     refused("no shard", data.open_data, f"{root}/x-{{00..03}}.tar")
     refused("no data at", data.open_data, f"{root}/nothing-*.tar")
-    refused("no data at", data.open_data, f"{root}/nothing.tar")
-    refused("unpack what is compressed", data.open_data, f"{root}/x-{{0..1}}.tar.gz")
-    refused("is neither a folder nor a plain .tar", data.open_data, __file__)
+    refused("no shard", data.open_data, f"{root}/nothing.tar")
+    refused("unpack compressed ones", data.open_data, f"{root}/x-{{0..1}}.tar.gz")
+    refused("no data at", data.open_data, __file__)
     joined = data.open_data(sharded()["three"], photos(), "world:7")
     assert len(joined) == 47 and joined[20]["label"] == joined[0]["label"]
     assert joined.fingerprint() != data.open_data(sharded()["three"]).fingerprint()
@@ -1277,7 +1278,7 @@ def test_folders_are_read_whole_or_say_what_they_pass_over():
     assert source.classes == ["ant", "caf\\udce8", "caf\\udce9", "cat", "dog", "pets"]
     said = said.getvalue()
     assert "are passed over: 2 .heic" in said and f"{root / 'run'} is passed over" in said
-    assert "images: 6; classes: 6 (ant, caf" in said
+    assert "images: 6; classes: ant, caf" in said
     packed = folder() / "out[1]"
     assert command("pack", root, packed)[1]["samples"] == 6
     assert data.open_data(packed).classes == source.classes
