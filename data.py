@@ -942,9 +942,10 @@ def index_shards(paths, index_dir):
     cores = cpu_cores() // environment().local_world_size
     try:
         with process_pool(cores) as processes:
-            work = functools.partial(summarise, index_dir=index_dir)
-            for s, shard in zip(mine, processes.map(work, paths[get_rank()::get_world_size()])):
-                found[s] = shard
+            work = (functools.partial(summarise, index_dir=index_dir),
+                    paths[get_rank()::get_world_size()])
+            results = processes.map(*work) if len(mine) > 16 else map(*work)
+            found.update(zip(mine, results))
     except (UserError, OSError) as error:
         problem = str(error)
     # The first message between ranks: whoever has less to index waits here.
@@ -1235,13 +1236,13 @@ def with_channels(image, channels):
 
 
 def png_without_extras(content):
-    """A PNG file without the chunks that change no pixel: of text, profiles, dates. Pillow refuses
+    """A PNG file without the chunks that change no pixel: texts, profiles, dates. Pillow refuses
     large and damaged ones, which other decoders pass over."""
     kept, at = [content[:8]], 8
     while at < len(content):
-        end, kind = at + 12 + int.from_bytes(content[at:at + 4]), content[at + 4:at + 8]
-        exif = kind == b"eXIf" and content[at + 8:at + 10] in (b"II", b"MM")
-        if kind[:1].isupper() or kind == b"tRNS" or exif:
+        kind, end = content[at + 4:at + 8], at + 12 + int.from_bytes(content[at:at + 4], "big")
+        sound = content[end - 4:end] == zlib.crc32(content[at + 4:end - 4]).to_bytes(4, "big")
+        if kind[:1].isupper() or kind == b"tRNS" or kind == b"eXIf" and sound:
             kept.append(content[at:end])
         at = end
     return b"".join(kept)
@@ -1312,12 +1313,11 @@ class Samples(Dataset):
         self.seed, self.rows, self.targets_of = seed, rows, targets_of
         self.augment, self.features = augment, features
         used = source if rows is None else rows
-        self.count = len(used)
         chunks = even_chunks(len(used)) if isinstance(rows, np.ndarray) else used.chunks
         self.order = Order(chunks, seed) if shuffle else None
 
     def __len__(self):
-        return self.count
+        return len(self.source if self.rows is None else self.rows)
 
     def sample(self, i):
         """What the source knows of the i-th sample that is used."""
@@ -1721,14 +1721,11 @@ def bench(args):
 
 
 def world(args):
-    """Draw a sheet of 24 pictures of the built-in world, and print what it says of each."""
+    """Draw a sheet of the first 24 pictures of the built-in world; print what it says of each."""
     source, side = open_data(args.split), args.image_size
-    if args.first + 24 > len(source):
-        raise UserError(f"--first {args.first}: {args.split} has {len(source):,} pictures, and 24 "
-                        "are drawn")
     sheet = Image.new("RGB", (6 * (side + 4), 4 * (side + 4)), "white")
     for i in range(24):
-        sample = source[args.first + i]
+        sample = source[i]
         picture = Image.fromarray(draw(sample["image"], side, side))
         ImageDraw.Draw(picture).text((3, 1), str(i), "white", stroke_width=1, stroke_fill="black")
         sheet.paste(picture, (i % 6 * (side + 4), i // 6 * (side + 4)))
@@ -1767,8 +1764,6 @@ def main(argv):
                 "where it is longer; default: keep the files")
     flags[bench]("--seconds", type=float, default=20, help="length of the timing; default 20")
     flags[world]("--split", choices=WORLD_COUNTS, default="world", help="default world")
-    flags[world]("--first", type=number(0, kind=int), default=0,
-                 help="number of the first; default 0")
     flags[world]("--out", default="world.png", help="the sheet; default world.png")
     args = parser.parse_args(argv)
     args.command(args)
