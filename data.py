@@ -1264,7 +1264,9 @@ def png_without_extras(content):
     while at < len(content):
         kind, end = content[at + 4:at + 8], at + 12 + int.from_bytes(content[at:at + 4], "big")
         sound = content[end - 4:end] == zlib.crc32(content[at + 4:end - 4]).to_bytes(4, "big")
-        if kind[:1].isupper() or kind == b"tRNS" or kind == b"eXIf" and sound:
+        # tRNS is transparency; the next three are of animations
+        if kind[:1].isupper() or kind in (b"tRNS", b"acTL", b"fcTL", b"fdAT") or (
+                kind == b"eXIf" and sound):
             kept.append(content[at:end])
         at = end
     return b"".join(kept)
@@ -1762,14 +1764,16 @@ class Pictures(NamedTuple):
     problem: str
 
 
-def read_pictures(args, config, choose_box=WHOLE_WIDTH):
-    """--predict's Pictures at the size of a model's Config; by default as much of each as fits.
-    Raises UserError where none can be read."""
+def read_pictures(args, config, choose_box=WHOLE_WIDTH, views=None):
+    """--predict's Pictures at the size of a model's Config, by default as much of each as fits; or
+    clips in these Views. Raises UserError where none can be read."""
     box = functools.partial(choose_box, uniforms=None, size=config.image)
     names, pixels, problems = [], [], []
     for name in args.predict:
         try:
-            pixels.append(torch.tensor(read_pixels(name, box, config.image, config.channels)))
+            found = (read_clip(name, views, config.image, config.channels)[0] if views else
+                     read_pixels(name, box, config.image, config.channels))
+            pixels.append(torch.tensor(found))
             names.append(name)
         except Exception as error:      # what decoders raise on damage has no common class
             problems.append(f"--predict {name} cannot be read: {error}".split("\n")[0])
@@ -1920,7 +1924,7 @@ def write_shard(k, source, out, size, short, index_dir):
 
     if not path.exists():
         write_aside(path, write)
-    open_index(str(path), index_dir)
+    open_index(str(path), index_dir, clips=False)
     return bad
 
 
