@@ -460,6 +460,22 @@ def draw(picture, H, W, window=(0.0, 0.0, 1.0, 1.0)):
     return pixels
 
 
+def boxes(picture, H, W):
+    """What shows of each object, in pixels: [(SHAPES index, x0, y0, x1, y1, bool mask [H, W])]."""
+    found, free = [], np.ones((H, W), np.float32)
+    for one in reversed(picture["objects"]):        # from the top one down
+        rows, columns, cover, _ = layer(one, H, W, (0.0, 0.0, 1.0, 1.0))
+        seen = np.zeros((H, W), np.float32)
+        seen[rows, columns] = cover * free[rows, columns]
+        free[rows, columns] *= 1 - cover
+        mask = seen > 0.5
+        if seen.sum() > 0.2 * cover.sum() and mask.any():
+            ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            found.append((SHAPES.index(one["shape"]), int(xs[0]), int(ys[0]), int(xs[-1]) + 1,
+                          int(ys[-1]) + 1, mask))
+    return found[::-1]
+
+
 # ======================================================================================
 # Sources
 #
@@ -1197,6 +1213,143 @@ def read_lines(path, flag):
 
 
 # ======================================================================================
+# Objects in images: boxes and masks, for detection
+#
+# A sample of these sources has also "id", "height", "width" and "objects", a list of COCO's
+# annotations: "bbox" [left, top, width, height] in pixels, "category" (a name of source.classes),
+# "area", "iscrowd", and "segmentation" where there is a mask.
+#
+# A mask is kept as run lengths, like COCO's: int64 [n], the numbers of pixels outside, inside,
+# outside … the object, from the top of each column to its bottom, column by column.
+# ======================================================================================
+
+def runs_of_mask(mask):
+    """A mask, bool [H,W], as run lengths [n]."""
+    pixels = mask.T.ravel()
+    return np.diff(np.flatnonzero(np.diff(pixels, prepend=False)), prepend=0, append=pixels.size)
+
+
+def read_coco(path):
+    """A COCO or LVIS file: (columns with a record of each image and its objects, categories). What
+    is left out is counted and named. Raises UserError."""
+    left_out = {}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        categories = sorted(content["categories"], key=lambda one: one["id"])
+        names = {one["id"]: word_of(one["name"]) for one in categories}
+        images = {one["id"]: {**one, "objects": []} for one in content["images"]}
+        if len({*names.values()}) < len(categories) or len(images) < len(content["images"]):
+            raise ValueError("two categories have one name, or two images one id")
+        for one in content["annotations"]:
+            image, (x, y, w, h) = images.get(one["image_id"]), map(float, one["bbox"])
+            fault = ("of images that are not listed" if image is None else
+                     "of categories that are not listed" if one["category_id"] not in names else
+                     "without area inside their images" if not (
+                         w > 0 and h > 0 and 0 < x + w and x < image["width"] and
+                         0 < y + h and y < image["height"]) else None)
+            if fault:
+                left_out.setdefault(fault, []).append(one.get("id"))
+                continue
+            image["objects"].append({
+                "bbox": (x, y, w, h), "category": names[one["category_id"]],
+                "area": float(one.get("area", w * h)), "iscrowd": int(one.get("iscrowd", 0)),
+                **({"segmentation": one["segmentation"]} if one.get("segmentation") else {})})
+        # Not left out: an evaluation needs all images. LVIS has the place of an image as a URL.
+        files = [one.get("file_name") or "/".join(one["coco_url"].split("/")[-2:])
+                 for one in images.values()]
+    except (OSError, *RECORD_ERRORS) as error:
+        raise UserError(f"{path} cannot be read as COCO's annotations: {type(error).__name__}: "
+                        f"{error}; it needs images, annotations and categories") from error
+    for fault, ids in left_out.items():
+        rank0_print(f"{path}: left out {len(ids):,} annotations {fault}, the first: id {ids[0]}")
+    counts = [sum(not one["iscrowd"] for one in image["objects"]) for image in images.values()]
+    masks = all("segmentation" in one for image in images.values() for one in image["objects"])
+    return {**pack_strings("names", files), "objects": np.array(counts, np.int64), "masks": masks,
+            **pack_strings("records", map(json.dumps, images.values()))}, categories
+
+
+class Coco:
+    """The images and objects of a file as COCO's or LVIS's; the images are in a folder."""
+
+    def __init__(self, folder, columns, categories):
+        self.folder, self.columns, self.categories = folder, columns, categories
+        self.classes = [word_of(one["name"]) for one in categories]
+        self.objects = columns["objects"]       # how many to learn in each image, without crowds
+        self.masks = columns["masks"]           # whether all have masks
+        self.chunks, self.mark = even_chunks(len(self)), crc(columns["names"], columns["records"])
+
+    def __len__(self):
+        return len(self.objects)
+
+    def __getitem__(self, i):
+        path = os.path.join(self.folder, string_at(self.columns, "names", i))
+        return {**json.loads(string_at(self.columns, "records", i)), "image": path, "where": path}
+
+
+class WorldObjects:
+    """The built-in world with boxes and masks of shapes, drawn at `size` (H, W)."""
+
+    def __init__(self, split, count, size):
+        self.world, self.size, self.classes = World(split, count), size, list(SHAPES)
+        self.categories = [{"id": i, "name": name} for i, name in enumerate(SHAPES, 1)]
+        self.chunks, self.mark = self.world.chunks, crc(f"objects {split} {count} {size}")
+        self.objects, self.masks = np.full(count, 2), True      # so many at most
+
+    def __len__(self):
+        return len(self.world)
+
+    def __getitem__(self, i):
+        sample, (H, W) = self.world[i], self.size
+        objects = [{"bbox": (x0, y0, x1 - x0, y1 - y0), "category": SHAPES[shape], "iscrowd": 0,
+                    "area": int(mask.sum()),
+                    "segmentation": {"size": self.size, "counts": runs_of_mask(mask)}}
+                   for shape, x0, y0, x1, y1, mask in boxes(sample["image"], H, W)]
+        return {"image": sample["image"], "where": sample["where"], "id": i, "height": H,
+                "width": W, "objects": objects}
+
+
+def open_objects(specs, folder, size):
+    """Open world-boxes, world-boxes-val or files as COCO's, whose images are in `folder` (default:
+    that of the file), joined to one source. Raises UserError."""
+    splits = {"world-boxes": ("train", 20_000), "world-boxes-val": ("val", 500)}
+    sources, known = [], {}
+    for spec in map(str, specs):
+        name, _, count = spec.partition(":")
+        if name in splits and count.isdecimal() == bool(count):
+            split, usual = splits[name]
+            sources.append(WorldObjects(split, int(count or usual), tuple(size)))
+        elif spec.lower().endswith(".json"):
+            found = on_rank_0(functools.partial(read_coco, spec))
+            sources.append(Coco(folder or os.path.dirname(spec), *found))
+        else:
+            raise UserError(f"no objects in {spec}: give world-boxes, world-boxes-val, with :COUNT "
+                            "or without, or a .json as COCO's")
+        if not len(sources[-1]):
+            raise UserError(f"no image in {spec}")
+        known |= {one["name"]: one for one in sources[-1].categories}
+    joined = Joined(sources)
+    joined.categories = [known[name] for name in joined.classes]
+    joined.masks = all(source.masks for source in sources)
+    joined.federated = all("frequency" in one for one in joined.categories)     # LVIS
+    return joined
+
+
+def frame(width, height, size, uniforms, jitter):
+    """Where an image goes on a canvas of `size` (H, W), at its top left: (the box of the image that
+    is seen, in the image's pixels; its (height, width) on the canvas).
+
+    The image is scaled to what fits the canvas, in training times a number that is uniform in
+    `jitter` (low, high), then cut to the canvas at random (large-scale jitter, arXiv 2012.07177).
+    `uniforms` are 3; a pure function of them."""
+    (H, W), (low, high) = size, jitter
+    scale = min(H / height, W / width) * (low + (high - low) * uniforms[0])
+    h, w = max(1, round(height * scale)), max(1, round(width * scale))      # the whole image
+    left, top = max(0, w - W) * uniforms[1] * width / w, max(0, h - H) * uniforms[2] * height / h
+    seen_h, seen_w = min(h, H), min(w, W)
+    return (left, top, left + seen_w * width / w, top + seen_h * height / h), (seen_h, seen_w)
+
+
+# ======================================================================================
 # From a file to pixels
 # ======================================================================================
 
@@ -1333,13 +1486,16 @@ class Samples(Dataset):
     In training the order is shuffled, and an image that cannot be read is replaced by one that
     depends on the position alone. In validation (shuffle=False) it has weight 0, as have positions
     past the end, which fill up batches. `features` [n,D], if given, replace the pixels. With
-    `views` the source has clips (see Views)."""
+    `views` the source has clips (see Views). annotate(sample, uniforms), if given, returns the
+    pixels and a row of a numpy array of type `layout`, whose fields the batch has, too."""
 
-    def __init__(self, source, size, channels, choose_box, seed=0, shuffle=True, rows=None,
-                 targets_of=None, augment=None, features=None, views=None):
+    def __init__(self, source, size, channels, choose_box=None, seed=0, shuffle=True, rows=None,
+                 targets_of=None, augment=None, features=None, views=None, annotate=None,
+                 layout=()):
         self.source, self.size, self.channels, self.choose_box = source, size, channels, choose_box
         self.seed, self.rows, self.targets_of, self.views = seed, rows, targets_of, views
         self.augment, self.features = augment, features
+        self.annotate, self.layout = annotate, np.dtype(list(layout))
         used = source if rows is None else rows
         chunks = even_chunks(len(used)) if isinstance(rows, np.ndarray) else used.chunks
         self.order = Order(chunks, seed) if shuffle else None
@@ -1403,18 +1559,21 @@ class Samples(Dataset):
             shape, kind = self.features.shape[1:], np.float32
         images, targets = np.zeros((len(positions), *shape), kind), [[] for _ in positions]
         labels, weights, bad = np.full(len(positions), -1), np.zeros(len(positions)), []
-        short = torch.zeros(len(positions))
+        short, notes = torch.zeros(len(positions)), np.zeros(len(positions), self.layout)
         for row, (position, i) in enumerate(zip(positions.tolist(), index.tolist())):
             for i in self.candidates(position, i) if i < len(self) else ():
                 sample = self.sample(i)
                 try:
                     found = self.targets_of(sample) if self.targets_of else []
-                    if self.views:
+                    if self.annotate:
+                        images[row], notes[row] = self.annotate(sample, uniforms[row])
+                    elif self.views:
                         images[row], short[row] = self.views_of(sample["image"], uniforms[row],
                                                                 position)
+                    elif self.features is not None:
+                        images[row] = self.features[i]
                     else:
-                        images[row] = self.features[i] if self.features is not None else \
-                            self.pixels(sample["image"], uniforms[row], position)
+                        images[row] = self.pixels(sample["image"], uniforms[row], position)
                 except Exception as error:      # what decoders raise on damage has no common class
                     why = f"{type(error).__name__}: {error}".split("\n")[0]
                     bad.append((position, sample["where"], why))
@@ -1430,7 +1589,8 @@ class Samples(Dataset):
         return {"images": torch.from_numpy(images), "position": torch.from_numpy(positions),
                 "label": torch.from_numpy(labels), "bad": bad, "short": short,
                 "targets": torch.tensor(targets, dtype=torch.int64),
-                "weight": torch.from_numpy(weights).float()}
+                "weight": torch.from_numpy(weights).float(),
+                **{name: torch.tensor(notes[name]) for name in notes.dtype.names or ()}}
 
 
 def training_samples(source, args, config, choose_box=random_resized_crop, rows=None,

@@ -21,6 +21,10 @@ and judge them by nearest neighbours, a linear classifier, or a few labelled ima
 
     torchrun finetune.py linear --init runs/wsp/model.pt --data photos/train --val photos/val
 
+detect trains a detector on an encoder: boxes, classes and masks of objects.
+
+    torchrun finetune.py detect --init runs/wsp/model.pt
+
 zeroshot trains a text tower for an encoder, or uses a released one: classes are given in words.
 
     python finetune.py zeroshot --init maws_clip.pt --tokenizer tokenizer.json --predict cat.jpg \\
@@ -37,17 +41,19 @@ import os
 import re
 import shutil
 import unicodedata
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageEnhance, ImageOps
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import vit
@@ -1304,7 +1310,7 @@ class TextTransformer(nn.Module):
         x = self.norm(self.token_embed(tokens) + self.position_embed(positions))    # [B,N,D]
         mask = real[:, None, None]                                          # [B,1,1,N]
         for block in self.blocks:
-            x = vit.run_block(block, x, mask, self.recompute)               # [B,N,D]
+            x = vit.run_block(block, x, self.recompute, mask)               # [B,N,D]
         return x[:, 0]                                                      # [B,D]
 
 
@@ -1965,11 +1971,1015 @@ def video(argv):
 
 
 # ======================================================================================
+# Detection: recipes and flags
+#
+# `finetune.py detect` finds objects: of each a box, a class, a score and a mask. As in the paper it
+# is ViTDet (arXiv 2203.16527): a plain ViT with attention in windows, a pyramid made from its last
+# map, and Cascade Mask R-CNN (1703.06870, 1712.00726). Values without a source are those of
+# ViTDet's code, detectron2. The order: boxes, parts of maps, network, images, masks, scores, main.
+#
+#     torchrun finetune.py detect --init runs/wsp/model.pt      # the world's shapes, half an hour
+#     torchrun --nproc-per-node gpu finetune.py detect --init maws.pt --data train2017.json \
+#         --images train2017 --val val2017.json --val-images val2017
+#     python finetune.py detect --evaluate results.json --val val2017.json
+#
+# More letters: G objects of an image, A anchors, n boxes of an image, S those that are trained on,
+# R boxes of a batch.
+# ======================================================================================
+
+class Heads(NamedTuple):
+    """Sizes of what comes after the encoder."""
+    channels: int       # of the pyramid and of all convolutions
+    convs: int          # 3 x 3 convolutions in a box head or mask head
+    hidden: int         # outputs of a box head's linear layer
+    anchors: int        # of an image that the proposals are trained on
+    boxes: int          # S
+    before_nms: int     # best proposals of each level of the pyramid
+    after_nms: int      # best proposals of an image
+
+
+HEADS = {"vitdet": Heads(256, 4, 1024, 256, 512, 2000, 1000),
+         "ours": Heads(64, 1, 256, 64, 32, 256, 64)}        # nano, tiny, small: for a laptop
+DETECT_RECIPES = {
+    "vitdet": dict(batch=64, epochs=100, lr=1e-4, weight_decay=0.1, warmup=0.0014, clip_grad=0.0,
+                   jitter=[0.1, 2.0]),
+    "ours": dict(batch=16, epochs=1, lr=1e-3, weight_decay=0.05, warmup=0.05, clip_grad=1.0,
+                 jitter=[0.5, 1.5], layer_decay=0.8, drop_path=0.0)}
+DETECT_BY_MODEL = {"base": dict(layer_decay=0.7, drop_path=0.1),
+                   "large": dict(layer_decay=0.8, drop_path=0.4),   # 2b, 6.5b: not published
+                   **dict.fromkeys(("huge", "2b", "6.5b"), dict(layer_decay=0.9, drop_path=0.5))}
+STAGES = {"cascade": (0.5, 0.6, 0.7), "one": (0.5,)}        # IoU from which on a box is an object
+# The later the head, the smaller the offsets that it learns; what they are multiplied by
+SCALES = (10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)
+# LVIS: classes that are judged in an image; what makes a class improbable (0.01) at first
+FEDERATED, RARE = 50, math.log(99)
+MASK_SIDE = 112         # of objects' masks in their boxes: four times that of predictions (ours)
+
+
+def parse_detect_flags(argv):
+    """All flags, with the recipe filled in: (args, Config, Heads, file_info of --init)."""
+    parser = vit.stage_parser("finetune.py detect", __doc__, {
+        **{f"recipe {name}:": recipe for name, recipe in DETECT_RECIPES.items()},
+        **{f"recipe vitdet, {name}:": recipe for name, recipe in DETECT_BY_MODEL.items()}})
+    parser.set_defaults(data=["world-boxes"], micro_batch=16)
+    add = parser.add_argument_group("detection").add_argument
+    add("--images", metavar="DIR", help="folder of --data's images; default: that of its .json")
+    add("--val-images", metavar="DIR", help="folder of --val's images; default: --images")
+    add("--box-heads", choices=STAGES, help="cascade: three box heads, each for the boxes of the one "
+        "before; default cascade, or as --init")
+    add("--no-masks", dest="masks", action="store_false", help="boxes only, for data without "
+        "masks; default: boxes and masks, or as --init")
+    add("--window", type=vit.positive, metavar="PATCHES", help="side of the windows that most "
+        "blocks attend in; default 14, or as --init")
+    add("--jitter", type=vit.number(0.01, 10), nargs=2, metavar="SIZE", help="smallest and largest "
+        "size of images in training, relative to what fits; 1 1 is off; default by recipe")
+    add("--layer-decay", type=vit.number(1e-9, 1), metavar="FACTOR", help="learning rate of a "
+        "layer relative to the one above it; 1 off; default by recipe")
+    add("--drop-path", type=vit.number(0, 0.999), metavar="SHARE", help="share of images that skip "
+        "a branch of the last block; 0 off; default by recipe")
+    add("--evaluate", metavar="RESULTS", help="print the scores of a file of COCO's results on "
+        "--val's .json and stop")
+    args = parser.parse_args(argv)
+    size, args.image_size = args.image_size, None       # it must fit patches of 16, not of 14
+    config, name, file_info = vit.choose_config(args, "detect")
+    in_use, trained = args.predict or args.eval_only, file_info.get("detector", {})
+    if in_use and not trained:
+        raise UserError(f"{args.init} is no detector: --predict and --eval-only need one, as "
+                        "runs/detect/model.pt")
+    recipe = "vitdet" if name in DETECT_BY_MODEL else "ours"
+    size = size or (config.image if in_use or recipe == "ours" else [1024])
+    config = replace(config, image=size, patch=16 if config.patch == 14 else config.patch)
+    kept = {flag: trained[flag] for flag in ("box_heads", "window")} if in_use else {}
+    args.masks = trained["masks"] if in_use else args.masks
+    vit.fill_recipe(args, {"box_heads": "cascade", "window": 14, **DETECT_RECIPES[recipe],
+                           **DETECT_BY_MODEL.get(name, {}), **kept})
+    if args.val is None and all(spec.startswith("world-boxes") for spec in args.data):
+        args.val = ["world-boxes-val"]
+    if (args.eval_only or args.evaluate) and not args.val:
+        raise UserError("--eval-only and --evaluate need --val: the images to evaluate on")
+    return args, config, HEADS[recipe], file_info
+
+
+# ======================================================================================
+# Detection: boxes
+#
+# A box is (left, top, right, bottom) in pixels. Every image has equally many, so that a batch is
+# one tensor; which of them count is said beside it.
+# ======================================================================================
+
+def box_iou(a, b):
+    """The IoU [B,n,m] of boxes [B,n,4] and [B,m,4]: what two have in common, by what they cover."""
+    area = lambda box: (box[2] - box[0]) * (box[3] - box[1])
+    a, b = a[:, :, None].unbind(-1), b[:, None].unbind(-1)                  # [B,n,1] and [B,1,m]
+    w = (torch.minimum(a[2], b[2]) - torch.maximum(a[0], b[0])).clamp(min=0)    # [B,n,m]
+    h = (torch.minimum(a[3], b[3]) - torch.maximum(a[1], b[1])).clamp(min=0)
+    return w * h / (area(a) + area(b) - w * h).clamp(min=1e-9)
+
+
+def clip_boxes(boxes, seen):
+    """Boxes [B,n,4] cut to images of (height, width) `seen` [B,2]; which have an area [B,n]."""
+    boxes = torch.minimum(boxes.nan_to_num().clamp(min=0), seen.flip(1).repeat(1, 2)[:, None])
+    return boxes, (boxes[..., 2:] > boxes[..., :2]).all(-1)
+
+
+def centre_and_size(boxes):
+    """The centres and sizes (x, y) of boxes [B,n,4], 2 x [B,n,2]."""
+    return (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
+
+
+def encode_boxes(boxes, targets, scales=(1, 1, 1, 1)):
+    """The offsets [B,n,4] from boxes to targets [B,n,4]: of the centre, by the box's size, and the
+    logarithms of how much wider and higher; times `scales` (R-CNN, arXiv 1311.2524)."""
+    (centre, size), (target, target_size) = centre_and_size(boxes), centre_and_size(targets)
+    size, target_size = size.clamp(min=1e-6), target_size.clamp(min=1e-6)
+    offsets = torch.cat([(target - centre) / size, (target_size / size).log()], -1)
+    return offsets * offsets.new_tensor(scales)
+
+
+def decode_boxes(offsets, boxes, scales=(1, 1, 1, 1)):
+    """The inverse of encode_boxes: boxes [B,n,4] moved by offsets [B,n,4]. A side grows at most to
+    1000 / 16 of itself."""
+    offsets, (centre, size) = offsets / boxes.new_tensor(scales), centre_and_size(boxes)
+    centre = centre + offsets[..., :2] * size
+    half = size * offsets[..., 2:].clamp(max=math.log(1000 / 16)).exp() / 2
+    return torch.cat([centre - half, centre + half], -1)
+
+
+def make_anchors(grids, patch, device):
+    """The boxes to start from, [A,4], on a pyramid of `grids` [(rows, columns)]: at each place of
+    each level three of the same area, 0.5, 1 and 2 times as high as wide. Their side is 8 strides:
+    32 to 512 pixels for patches of 16."""
+    anchors, ratio = [], torch.tensor([0.5, 1, 2], device=device).sqrt()
+    for level, (rows, columns) in enumerate(grids):
+        stride = patch * 2.0 ** (level - 2)
+        half = 4 * stride * torch.stack([1 / ratio, ratio], 1)              # [3,2]
+        y, x = torch.meshgrid(torch.arange(rows, device=device) * stride,
+                              torch.arange(columns, device=device) * stride, indexing="ij")
+        centre = torch.stack([x, y], -1).reshape(-1, 1, 2)                  # [places,1,2]
+        anchors.append(torch.cat([centre - half, centre + half], -1).flatten(0, 1))
+    return torch.cat(anchors)
+
+
+def match(boxes, truth, known, low, high, nearest=False):
+    """Which object each of boxes [B,n,4] belongs to, of those of `truth` [B,G,4] that are `known`
+    [B,G]: the one of the largest IoU [B,n]; which boxes are that object (IoU from `high` on), and
+    which are background (below `low`), bool [B,n]. With `nearest`, the boxes that are nearest to an
+    object are it, however small their IoU."""
+    iou = box_iou(truth, boxes).masked_fill(~known[..., None], -1)          # [B,G,n]
+    best, which = iou.max(1)
+    positive = best >= high
+    if nearest:
+        positive |= ((iou == iou.amax(2, keepdim=True)) & (iou > 0)).any(1)
+    return which, positive, (best < low) & ~positive
+
+
+def sample(positive, negative, uniforms, n, share):
+    """Choose n boxes of each image by chance: at most a `share` of `positive`, the rest `negative`,
+    bool [B,m]. Their numbers [B,n], positive ones first, and whether each is one, bool [B,n], since
+    there may be too few. A pure function of `uniforms` [B,m]."""
+    last = torch.where(positive, uniforms, -1).topk(max(1, int(n * share))).values[:, -1:]
+    rank = torch.where(negative, uniforms, -1)
+    rank = torch.where(positive & (uniforms >= last), 2 + uniforms, rank).topk(n)
+    return rank.indices, rank.values >= 0
+
+
+def nms(boxes, scores, groups, threshold):
+    """Non-maximum suppression: going from the surest of boxes [B,n,4] down, each that remains drops
+    those after it, of its group [B,n], whose IoU with it is above the threshold. Returns which
+    remain, bool [B,n].
+
+    Without a loop over boxes: a box remains if none that remains drops it. This is applied to all
+    until nothing changes. Only one answer agrees with it, since it asks surer boxes only."""
+    order = scores.argsort(dim=1, descending=True, stable=True)             # [B,n]
+    boxes, groups = vit.gather_tokens(boxes, order), groups.gather(1, order)
+    drops = (box_iou(boxes, boxes) > threshold) & (groups[:, :, None] == groups[:, None])
+    drops = drops.triu(1).to(scores.dtype)                                  # [B,n,n]
+    remain, before = torch.ones_like(scores), None
+    while before is None or not remain.equal(before):
+        before, remain = remain, ((remain[:, None] @ drops)[:, 0] == 0).to(scores.dtype)
+    return torch.empty_like(remain).scatter(1, order, remain) > 0
+
+
+# ======================================================================================
+# Detection: the parts of maps and masks that are in boxes
+# ======================================================================================
+
+def roi_align(maps, boxes, strides, side):
+    """The part of a pyramid's maps [B,C,rows,columns] in each of boxes [B,n,4], as side x side
+    numbers: [B*n,C,side,side] (ROIAlign, arXiv 1703.06870; "aligned", as detectron2's).
+
+    Boxes of 14 patches' side are read from the patches' own level, smaller ones from finer maps. A
+    box is cut into side x side bins. A bin is the mean of the map at evenly spread points, about
+    one for each place, each point weighing the four places around it. One gather reads them all,
+    with a bag of places for every bin."""
+    table = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps])  # [places,C]
+    (B, n, _), device = boxes.shape, boxes.device
+    level = (2 + (centre_and_size(boxes)[1].prod(-1).sqrt() / (14 * strides[2]) + 1e-8).log2())
+    level = level.floor().clamp(0, len(maps) - 1).long().flatten()          # [R]
+    rows, columns = torch.tensor([m.shape[2:] for m in maps], device=device)[level].unbind(1)
+    places = torch.tensor([0, *(m[:, 0].numel() for m in maps)], device=device).cumsum(0)
+    first = places[level] + rows * columns * torch.arange(B, device=device).repeat_interleave(n)
+    boxes = boxes.flatten(0, 1) / boxes.new_tensor(strides)[level][:, None] - 0.5
+    start, bin_size = boxes[:, :2], (boxes[:, 2:] - boxes[:, :2]) / side    # [R,2]: x, y
+    across, down = bin_size.ceil().clamp(min=1).long().unbind(1)            # points in a bin, [R]
+    in_bin, in_box = across * down, across * down * side ** 2
+    begin = in_box.cumsum(0) - in_box                                       # [R]
+    box = torch.arange(B * n, device=device).repeat_interleave(in_box)      # [points]: their box,
+    k = torch.arange(len(box), device=device) - begin[box]
+    which, k = k // in_bin[box], k % in_bin[box]                            # bin, number in it
+    place = torch.stack([which % side + (k % across[box] + 0.5) / across[box],
+                         which // side + (k // across[box] + 0.5) / down[box]], 1)
+    place = start[box] + bin_size[box] * place                              # [points,2]: x, y
+    last = torch.stack([columns, rows], 1)[box] - 1
+    weight = ((place >= -1) & (place <= last + 1)).all(1) / in_bin[box]     # nothing outside
+    place = torch.minimum(place.clamp(min=0), last)
+    low = place.floor().long()
+    (x0, y0), (x1, y1) = low.unbind(1), torch.minimum(low + 1, last).unbind(1)
+    fx, fy = (place - low).unbind(1)
+    index = first[box, None] + torch.stack([y0, y0, y1, y1], 1) * columns[box, None] + torch.stack(
+        [x0, x1, x0, x1], 1)                                                # [points,4]
+    weight = weight[:, None] * torch.stack([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy,
+                                            fx * fy], 1)
+    bags = 4 * (begin[:, None] + in_bin[:, None] * torch.arange(side ** 2, device=device))
+    pooled = F.embedding_bag(index.flatten(), table.to(boxes.dtype), bags.flatten(), mode="sum",
+                             per_sample_weights=weight.flatten())           # [R*side*side,C]
+    return pooled.unflatten(0, (B * n, side, side)).permute(0, 3, 1, 2)
+
+
+def read_masks(masks, boxes, xs, ys):
+    """Masks [B,n,m,m] that fill boxes [B,n,4], at the columns xs [B,n,w] and rows ys [B,n,h], by
+    bilinear interpolation: [B,n,h,w]; 0 outside."""
+    m = masks.shape[-1]
+
+    def weights(places, low, high):         # of the m cells at each place: [B,n,places,m]
+        cell = (places - low[..., None]) / (high - low).clamp(min=1e-6)[..., None] * m - 0.5
+        return (1 - (cell[..., None] - torch.arange(m, device=cell.device)).abs()).clamp(min=0)
+
+    left, top, right, bottom = boxes.unbind(-1)
+    with torch.autocast(masks.device.type, enabled=False):
+        return weights(ys, top, bottom) @ masks @ weights(xs, left, right).transpose(-1, -2)
+
+
+def mask_targets(masks, truth, boxes, side):
+    """What a mask head should predict in boxes [B,n,4]: 1 where the centre of one of side x side
+    cells is inside of the masks [B,n,m,m] in the objects' boxes `truth`, else 0."""
+    cells = (torch.arange(side, device=boxes.device) + 0.5) / side
+    xs, ys = (boxes[..., k:k + 1] + (boxes[..., k + 2:k + 3] - boxes[..., k:k + 1]) * cells
+              for k in (0, 1))                                              # 2 x [B,n,side]
+    return (read_masks(masks, truth, xs, ys) >= 0.5).float()
+
+
+# ======================================================================================
+# Detection: the network
+# ======================================================================================
+
+class MapNorm(nn.Module):
+    """LayerNorm over the channels of a map [B,C,H,W]."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = vit.LayerNorm(channels)
+
+    def forward(self, x):
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def convs_of(heads):
+    """The layers of 3 x 3 convolutions that a head begins with."""
+    return [layer for _ in range(heads.convs)
+            for layer in (*conv_norm(heads.channels, heads.channels, 3), nn.ReLU())]
+
+
+def conv_norm(inputs, outputs, side):
+    return nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=False), MapNorm(outputs)
+
+
+def simple_pyramid(D, C):
+    """ViTDet's feature pyramid: modules from the encoder's map [B,D,rows,columns] to maps with C
+    channels, 4, 2, 1 and 1/2 times as fine: of strides 4 to 32 for patches of 16."""
+    up = lambda inputs: nn.ConvTranspose2d(inputs, inputs // 2, 2, 2)
+    to_C = lambda inputs: (*conv_norm(inputs, C, 1), *conv_norm(C, C, 3))
+    return nn.ModuleList((
+        nn.Sequential(up(D), MapNorm(D // 2), nn.GELU(), up(D // 2), *to_C(D // 4)),
+        nn.Sequential(up(D), *to_C(D // 2)),
+        nn.Sequential(*to_C(D)),
+        nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), *to_C(D))))
+
+
+class Detector(nn.Module):
+    """ViTDet for K classes; the encoder's parameters have the names of ViT's. `stages` are the IoUs
+    of the box heads. `images_of` [K], the number of images with each class, is given for LVIS: each
+    class is judged by itself, and only some are judged in an image (federated loss)."""
+
+    def __init__(self, config, heads, K, window, stages, masks, seed=0, images_of=None):
+        super().__init__()
+        self.config, self.heads, self.K, self.window = config, heads, K, window
+        self.stages, self.seed, self.images_of, self.recompute = stages, seed, images_of, False
+        D, C, depth = config.width, heads.channels, config.depth
+        self.patch_embed = vit.PatchEmbed(config)
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, D))
+        # The last block of each quarter attends everywhere; so do all where one window is enough.
+        everywhere = {depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)}
+        self.blocks = nn.ModuleList(
+            vit.Block(D, config.heads, config.grid, 0 if i in everywhere
+                      or window >= max(config.grid) else window) for i in range(depth))
+        self.pyramid = simple_pyramid(D, C)
+        # Of each of the three anchors at a place: a logit that it is an object, and four offsets
+        self.proposals = nn.Sequential(
+            nn.Conv2d(C, C, 3, padding=1), nn.ReLU(), nn.Conv2d(C, C, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(C, 3 * 5, 1))
+        # [R,C,7,7] to the logits of classes (the last one is the background) and four offsets
+        self.box_heads = nn.ModuleList(nn.Sequential(
+            *convs_of(heads), nn.Flatten(), nn.Linear(C * 49, heads.hidden), nn.ReLU(),
+            nn.Linear(heads.hidden, K + (not images_of) + 4)) for _ in stages)
+        # [R,C,14,14] to the logits of a mask for each class, [R,K,28,28]
+        self.mask_head = nn.Sequential(*convs_of(heads), nn.ConvTranspose2d(C, C, 2, 2), nn.ReLU(),
+                                       nn.Conv2d(C, K, 1)) if masks else None
+        self.strides = [config.patch * 2.0 ** (level - 2) for level in range(4)]
+        self.init_weights()
+
+    def init_weights(self, seed=0):
+        last = [name for name, p in self.named_parameters() if p.dim() > 1 and name.startswith((
+            f"proposals.{len(self.proposals) - 1}.", f"mask_head.{3 * self.heads.convs + 2}.",
+            *(f"box_heads.{k}.{3 * self.heads.convs + 3}." for k in range(3))))]
+        # ViTDet: 0.01 for classes and proposals, 0.001 for box offsets and masks
+        vit.init_weights(self, seed, dict.fromkeys(last, 0.001))
+
+    def find(self, images, seen, scales=None):
+        """The pyramid of images [B,C,H,W], whose (height, width) `seen` [B,2] are not filled up
+        (nothing attends to the rest); the anchors [A,4], their logits [B,A] and offsets [B,A,4].
+        `scales` [B,L,2] are drop_path_scales'."""
+        grid, p = self.config.grid, self.config.patch
+        x = self.patch_embed(vit.patchify(images, p)) + self.pos_embed[:, 1:]           # [B,N,D]
+        row, column = (torch.arange(0, n * p, p, device=x.device) for n in grid)
+        real = (row < seen[:, :1])[:, :, None] & (column < seen[:, 1:])[:, None]
+        real = real.flatten(1)                                              # [B,N]
+        inside = vit.to_windows(real[..., None].float(), grid, self.window)[..., 0] > 0
+        inside |= ~inside.any(1, keepdim=True)      # no softmax over nothing in an empty window
+        for i, block in enumerate(self.blocks):
+            x = vit.run_block(block, x, self.recompute, None if scales is None else scales[:, i],
+                              (inside if block.attn.window else real)[:, None, None])
+        x = x.transpose(1, 2).unflatten(2, grid)                            # [B,D,rows,columns]
+        maps = [level(x) for level in self.pyramid]
+        maps.append(maps[-1][..., ::2, ::2])
+        found = torch.cat([self.proposals(x).permute(0, 2, 3, 1).reshape(len(x), -1, 5)
+                           for x in maps], 1).float()                       # [B,A,5]
+        anchors = make_anchors([x.shape[2:] for x in maps], p, x.device)
+        return maps, anchors, found[..., 0], found[..., 1:]
+
+    @torch.no_grad()
+    def propose(self, maps, anchors, logits, offsets, seen):
+        """The best boxes [B,n,4] of the proposals, and which of them are one, bool [B,n]."""
+        counts, found = [3 * x[0, 0].numel() for x in maps], []
+        for level in zip(logits.split(counts, 1), offsets.split(counts, 1), anchors.split(counts)):
+            score, index = level[0].topk(min(self.heads.before_nms, level[0].shape[1]))
+            boxes = decode_boxes(vit.gather_tokens(level[1], index), level[2][index])   # [B,n,4]
+            boxes, sound = clip_boxes(boxes, seen)
+            score = score.masked_fill(~sound, -math.inf)
+            remain = nms(boxes, score, torch.zeros_like(index), 0.7)
+            found.append((boxes, score.masked_fill(~remain, -math.inf)))
+        boxes, score = (torch.cat(part, 1) for part in zip(*found))
+        score, index = score.topk(min(self.heads.after_nms, score.shape[1]))
+        return vit.gather_tokens(boxes, index), score > -math.inf
+
+    def forward(self, images, batch, scales=None):
+        """The loss of images [B,C,H,W] with the objects of a batch (see objects_layout). Each image
+        counts alike and has a fixed number of anchors and boxes, so that ranks and micro-batches
+        change nothing."""
+        seen, truth, classes = batch["seen"], batch["boxes"], batch["classes"]
+        known, heads = classes >= 0, self.heads                             # [B,G]
+        draw = lambda stream, n: data.uniform(self.seed, batch["position"], stream, n)  # [B,n]
+        maps, anchors, logits, offsets = self.find(images, seen, scales)
+        loss = proposal_losses(anchors, logits, offsets, truth, known, draw, heads.anchors) # [B]
+
+        # ---- boxes: proposals, and the objects themselves, get classes and better boxes
+        boxes, sound = self.propose(maps, anchors, logits, offsets, seen)
+        boxes, sound = torch.cat([boxes, truth], 1), torch.cat([sound, known], 1)
+        _, positive, negative = match(boxes, truth, known, 0.5, 0.5)
+        chosen, sound = sample(positive & sound, negative & sound, draw("boxes", boxes.shape[1]),
+                               heads.boxes, 0.25)                           # [B,S]
+        boxes = chosen = vit.gather_tokens(boxes, chosen)                   # [B,S,4]
+        judged = federated(classes, draw("classes", self.K), self.images_of) if self.images_of \
+            else None                                                       # [B,K]
+        for head, overlap, sizes in zip(self.box_heads, self.stages, SCALES):
+            which, positive, _ = match(boxes, truth, known, overlap, overlap)
+            positive &= sound                                               # [B,S]
+            x = roi_align(maps[:4], boxes, self.strides, 7)                 # [B*S,C,7,7]
+            part = x / len(self.stages)         # of the gradient goes on: as much as of one head
+            x = head(part + (x - part).detach()).float().unflatten(0, which.shape)
+            logits, offsets = x[..., :-4], x[..., -4:]                      # [B,S,K'] [B,S,4]
+            targets = classes.gather(1, which).masked_fill(~positive, self.K)
+            wanted = encode_boxes(boxes, vit.gather_tokens(truth, which), sizes)
+            losses = class_losses_of_boxes(logits, targets, judged) * sound
+            losses = losses + (offsets - wanted).abs().sum(-1) * positive   # [B,S]
+            loss = loss + losses.sum(1) / heads.boxes
+            boxes, area = clip_boxes(decode_boxes(offsets.detach(), boxes, sizes), seen)
+            sound = sound & area
+        if not self.mask_head:
+            return loss.mean()
+
+        # ---- masks of the chosen boxes that are objects, which come first
+        boxes = chosen[:, :max(1, heads.boxes // 4)]                        # [B,n,4]
+        which, positive, _ = match(boxes, truth, known, 0.5, 0.5)           # [B,n]
+        wanted = mask_targets(vit.gather_tokens(batch["masks"].flatten(2), which).unflatten(
+            2, 2 * [MASK_SIDE]) / 255, vit.gather_tokens(truth, which), boxes, 28)
+        logits = self.masks(maps, boxes, classes.gather(1, which).clamp(min=0))     # [B,n,28,28]
+        losses = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean((2, 3))
+        return (loss + (losses * positive).sum(1) / positive.sum(1).clamp(min=1)).mean()
+
+    def masks(self, maps, boxes, classes):
+        """The logits [B,n,28,28] of the masks of boxes [B,n,4] of these classes [B,n]."""
+        logits = self.mask_head(roi_align(maps[:4], boxes, self.strides, 14)).float()
+        rows = torch.arange(len(logits), device=logits.device)
+        return logits[rows, classes.flatten()].unflatten(0, classes.shape)
+
+    @torch.no_grad()
+    def detect(self, images, seen):
+        """What is found in images [B,C,H,W], the surest first: scores [B,n] (0: no more), classes
+        [B,n], boxes [B,n,4], and masks [B,n,28,28], 0 … 1, or None."""
+        most, least = (300, 0.02) if self.images_of else (100, 0.05)
+        (maps, *found), scores = self.find(images, seen), 0
+        boxes, sound = self.propose(maps, *found, seen)                     # [B,n,4] [B,n]
+        for head, sizes in zip(self.box_heads, SCALES):
+            x = head(roi_align(maps[:4], boxes, self.strides, 7)).float().unflatten(0, sound.shape)
+            chances = (x[..., :-4] - RARE).sigmoid() if self.images_of else \
+                x[..., :-4].softmax(-1)[..., :self.K]
+            scores = scores + chances / len(self.stages)                    # [B,n,K]
+            boxes, _ = clip_boxes(decode_boxes(x[..., -4:], boxes, sizes), seen)
+        scores = (scores * sound[..., None]).flatten(1)                     # [B,n*K]
+        # detectron2 takes all above the threshold; hardly ever are there more than these.
+        scores, index = scores.topk(min(self.heads.before_nms, scores.shape[1]))
+        boxes, classes = vit.gather_tokens(boxes, index // self.K), index % self.K
+        scores = scores * (nms(boxes, scores, classes, 0.5) & (scores > least))
+        scores, index = scores.topk(min(most, scores.shape[1]))
+        boxes, classes = vit.gather_tokens(boxes, index), classes.gather(1, index)
+        return scores, classes, boxes, self.masks(maps, boxes, classes).sigmoid() \
+            if self.mask_head else None
+
+
+def proposal_losses(anchors, logits, offsets, truth, known, draw, n):
+    """The loss [B] of the proposals, logits [B,A] and offsets [B,A,4], on n anchors of each image:
+    whether it is an object (cross-entropy), and where the object is (L1)."""
+    which, positive, negative = match(anchors[None], truth, known, 0.3, 0.7, nearest=True)
+    chosen, sound = sample(positive, negative, draw("anchors", logits.shape[1]), n, 0.5)    # [B,n]
+    positive = positive.gather(1, chosen) & sound
+    wanted = encode_boxes(anchors[chosen], vit.gather_tokens(truth, which.gather(1, chosen)))
+    losses = F.binary_cross_entropy_with_logits(logits.gather(1, chosen), positive.float(),
+                                                reduction="none") * sound
+    distances = (vit.gather_tokens(offsets, chosen) - wanted).abs().sum(-1)
+    return (losses + distances * positive).sum(1) / n
+
+
+def class_losses_of_boxes(logits, targets, judged):
+    """The loss [B,S] of class logits [B,S,K'] for targets [B,S], K for the background: the cross-
+    entropy of K + 1 classes, or the sum of the binary ones of the classes `judged` [B,K]."""
+    if judged is None:
+        return F.cross_entropy(logits.movedim(2, 1), targets, reduction="none")
+    hot = F.one_hot(targets, logits.shape[2] + 1)[..., :-1].float()         # [B,S,K]
+    losses = F.binary_cross_entropy_with_logits(logits - RARE, hot, reduction="none")
+    return (losses * judged[:, None]).sum(-1)
+
+
+def federated(classes, uniforms, images_of):
+    """The classes that are judged in each image, bool [B,K]: those of its objects [B,G] and, by
+    chance, others, each by the root of the number of its images `images_of` [K]."""
+    K = len(images_of)
+    weights = torch.tensor(images_of, device=classes.device).clamp(min=1).sqrt()
+    own = F.one_hot(classes + 1, K + 1).amax(1)[:, 1:] > 0                  # [B,K]
+    rank = torch.where(own, 1.0, uniforms.log() / weights)      # the largest: drawn by weight
+    chosen = rank.topk(min(FEDERATED, K)).indices
+    return torch.zeros_like(own).scatter(1, chosen, True)
+
+
+def detector_flops(model):
+    """Operations of a forward pass over one image, as torch counts them for a model without
+    content (on the meta device)."""
+    C, n = model.heads.channels, model.heads.boxes
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
+        model.find(torch.empty(1, model.config.channels, *model.config.image), torch.empty(1, 2))
+        for head in model.box_heads:
+            head(torch.empty(n, C, 7, 7))
+        if model.mask_head:
+            model.mask_head(torch.empty(max(1, n // 4), C, 14, 14))
+    return counter.get_total_flops()
+
+
+# ======================================================================================
+# Detection: images for training, masks in COCO's formats
+# ======================================================================================
+
+def see_objects(sample, uniforms, size, channels, numbers, most=0, side=0, jitter=(1, 1),
+                flip=False):
+    """A sample of data.open_objects as a detector gets it: a canvas uint8 [H,W,C] with the image at
+    its top left, and a row of objects_layout(most, side). `numbers` {category: class}. Raises what
+    decoders raise."""
+    height, width, flip = sample["height"], sample["width"], flip and uniforms[3] < 0.5
+    (left, top, right, bottom), (h, w) = data.frame(width, height, size, uniforms, jitter)
+    corner, last = np.array([left, top] * 2), np.array([right, bottom] * 2)
+    scale, turn = np.array([w, h] * 2) / (last - corner), slice(None, None, -1 if flip else 1)
+
+    def choose_box(found_width, found_height):
+        if isinstance(sample["image"], dict):           # the world's: in shares of its sides
+            return left / width, top / height, right / width, bottom / height
+        if (found_width, found_height) != (width, height):
+            raise ValueError(f"it is {found_width} x {found_height}, its annotations are for "
+                             f"{width} x {height}")
+        return left, top, right, bottom
+
+    row, n = np.zeros((), objects_layout(most, side)), 0
+    pixels = np.full((*size, channels), 116, np.uint8)          # about ImageNet's mean
+    pixels[:h, :w] = data.read_pixels(sample["image"], choose_box, (h, w), channels)[:, turn]
+    row["classes"], row["seen"], row["scale"] = -1, (h, w), scale[:2]
+    for one in sample["objects"]:
+        x, y, dx, dy = one["bbox"]
+        if side:            # the box is that of what can be seen of the mask
+            mask = mask_of_runs(read_runs(one["segmentation"], height, width), height, width)
+            mask[:int(top)], mask[math.ceil(bottom):] = False, False
+            mask[:, :int(left)], mask[:, math.ceil(right):] = False, False
+            if not mask.any():
+                continue
+            xs, ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+            x, y, dx, dy = xs[0], ys[0], np.ptp(xs) + 1, np.ptp(ys) + 1
+        box = np.clip((x, y, x + dx, y + dy), corner, last)
+        if one["iscrowd"] or (box[2:] <= box[:2]).any():
+            continue
+        if side:
+            row["masks"][n] = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(
+                (side, side), Image.Resampling.BILINEAR, tuple(box.tolist())))[:, turn]
+        x0, y0, x1, y1 = (box - corner) * scale
+        row["boxes"][n] = (w - x1, y0, w - x0, y1) if flip else (x0, y0, x1, y1)
+        row["classes"][n], n = numbers[one["category"]], n + 1
+    return pixels, row
+
+
+def objects_layout(most=0, side=0):
+    """What see_objects says of an image with at most `most` objects, in pixels of the canvas: their
+    boxes, classes (-1: no more), masks in their boxes (0 … 255), the (height, width) of the image,
+    and what the image's x and y were multiplied by."""
+    return [("boxes", np.float32, (most, 4)), ("classes", np.int64, (most,)), ("masks", np.uint8, (
+        most, side, side)), ("seen", np.float32, (2,)), ("scale", np.float32, (2,))]
+
+
+def mask_of_runs(runs, H, W):
+    """Run lengths [n] (see data.runs_of_mask) as a mask, bool [H,W]. Raises ValueError."""
+    if min(runs, default=0) < 0 or np.sum(runs) != H * W:
+        raise ValueError(f"a mask of {np.sum(runs)} pixels in an image of {W} x {H}")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(W, H).T.copy()
+
+
+def runs_of_polygon(polygon, H, W):
+    """The run lengths [n] of a polygon [x0, y0, x1, y1, …], of the pixels that COCO takes.
+
+    COCO draws the outline on a grid five times as fine. Where it passes the middle of a column of
+    pixels, what is below changes sides."""
+    x, y = np.trunc(5 * np.reshape(polygon, (-1, 2)).T + 0.5).astype(np.int64)
+    dx, dy = np.roll(x, -1) - x, np.roll(y, -1) - y
+    steps = np.maximum(abs(dx), abs(dy))
+    edge = np.repeat(np.arange(len(x)), steps + 1)
+    t = np.arange(len(edge)) - np.repeat(np.cumsum(steps + 1) - steps - 1, steps + 1)
+    x, y, dx, dy, steps = (values[edge] for values in (x, y, dx, dy, steps))
+    # An edge is drawn from its lower end, on the axis on which it is longer.
+    back = np.where(abs(dx) >= abs(dy), dx, dy) < 0
+    x, y, dx, dy = np.where(back, (x + dx, y + dy, -dx, -dy), (x, y, dx, dy))
+    x, y = (np.trunc(start + d / np.maximum(steps, 1) * np.where(back, steps - t, t) + 0.5)
+            .astype(np.int64) for start, d in ((x, dx), (y, dy)))
+    column, row = np.minimum(x[1:], x[:-1]), np.minimum(y[1:], y[:-1])
+    passed = (x[1:] != x[:-1]) & (column % 5 == 2) & (column >= 0) & (column // 5 < W)
+    row = np.ceil(np.clip((row[passed] + 0.5) / 5 - 0.5, 0, H)).astype(np.int64)
+    changes, times = np.unique(column[passed] // 5 * H + row, return_counts=True)
+    changes = changes[(times % 2 == 1) & (changes < H * W)]     # twice is not at all
+    return np.diff(changes, prepend=0, append=H * W)
+
+
+def text_of_runs(runs):
+    """Run lengths as COCO's text: each less the one two before it, in digits of 5 bits, the lowest
+    first; a sixth bit says that more follow; a digit's letter is number 48 on."""
+    rest, digits = np.concatenate([runs[:3], runs[3:] - runs[1:-2]]), []
+    going = np.ones(len(rest), bool)
+    while going.any():
+        low, rest = rest & 31, rest >> 5
+        more = rest != -(low >> 4)          # the top bit of the last digit is the sign
+        digits.append(np.where(going, low + 32 * more + 48, 0))
+        going = going & more
+    letters = np.stack(digits, 1).ravel()
+    return letters[letters > 0].astype(np.uint8).tobytes().decode()
+
+
+def runs_of_text(text):
+    """The inverse of text_of_runs. Raises ValueError for a damaged text."""
+    digits = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(digits < 32)
+    if not len(ends) or ends[-1] + 1 != len(digits) or digits.min() < 0 or digits.max() > 63:
+        raise ValueError("its mask does not decode")
+    lengths = np.diff(ends, prepend=-1)
+    begins = ends + 1 - lengths
+    place = np.arange(len(digits)) - np.repeat(begins, lengths)
+    runs = np.add.reduceat((digits & 31) << 5 * place, begins)
+    runs -= np.where(digits[ends] & 16, 1 << 5 * lengths, 0)
+    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
+    return runs
+
+
+def read_runs(segmentation, H, W):
+    """A "segmentation" of COCO's as run lengths: polygons, or runs as a list or as a text."""
+    if isinstance(segmentation, list):
+        masks = [mask_of_runs(runs_of_polygon(one, H, W), H, W) for one in segmentation]
+        return data.runs_of_mask(np.logical_or.reduce(masks))
+    runs = segmentation["counts"]
+    return runs_of_text(runs) if isinstance(runs, str) else np.array(runs, np.int64)
+
+
+# ======================================================================================
+# Detection: scores
+#
+# A truth is an image of data.open_objects, a result a dict of COCO's: "image_id", "category_id",
+# "bbox", "score", "segmentation". All numbers are those of pycocotools and of the lvis package.
+# ======================================================================================
+
+OVERLAPS, RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
+AREAS = np.array([(0, 1e10), (0, 32 ** 2), (32 ** 2, 96 ** 2), (96 ** 2, 1e10)])    # all, s, m, l
+
+
+def box_overlaps(found, truth, crowd):
+    """The IoU [D,G] of boxes [D,4] and [G,4] (left, top, width, height). Of a crowd, bool [G], it
+    is the share of the found box that is inside."""
+    found, truth = found[:, None], truth[None]                              # [D,1,4] [1,G,4]
+    first = np.maximum(found[..., :2], truth[..., :2])                      # [D,G,2]
+    last = np.minimum(found[..., :2] + found[..., 2:], truth[..., :2] + truth[..., 2:])
+    common, area = (last - first).clip(0).prod(-1), found[..., 2:].prod(-1)     # [D,G] [D,1]
+    return common / np.where(crowd, area, area + truth[..., 2:].prod(-1) - common).clip(1e-12)
+
+
+def mask_overlaps(found, truth, crowd):
+    """The same of D and G masks as run lengths."""
+    ends = [np.cumsum(runs) for runs in found]
+    starts, stops = (np.concatenate([some[k::2][:len(some) // 2] for some in ends]) for k in (0, 1))
+    owner = np.repeat(np.arange(len(found)), [len(some) // 2 for some in ends])
+    areas, overlaps = np.array([runs[1::2].sum() for runs in found]), []
+    for runs, is_crowd in zip(truth, crowd):
+        # How much of the mask is above a pixel: linear between the ends of runs
+        places, above = np.append(0, np.cumsum(runs)), np.append(0, np.cumsum(
+            runs * (np.arange(len(runs)) % 2)))
+        common = np.interp(stops, places, above) - np.interp(starts, places, above)
+        common = np.bincount(owner, common, len(found))                     # [D]
+        overlaps.append(common / np.where(is_crowd, areas, areas + above[-1] - common).clip(1e-12))
+    return np.stack(overlaps, 1)
+
+
+def match_truths(overlaps, crowd, ignored):
+    """Give each of D found objects, the surest first, the truth [G] that it overlaps most, if that
+    is free: (matched, to an ignored truth), bool [4,10,D] for AREAS and OVERLAPS.
+
+    Truths that count go before `ignored` [4,G] ones; a crowd may be given often; of equal overlaps
+    the last wins."""
+    D, G = overlaps.shape
+    free, places = np.ones((4, 10, G), bool), np.ogrid[:4, :10]
+    matched, wasted = np.zeros((2, 4, 10, D), bool)
+    for d in range(D if G else 0):
+        usable = (free | crowd) & (overlaps[d] >= OVERLAPS[:, None])        # [4,10,G]
+        rank = np.where(usable, overlaps[d] - 2 * ignored[:, None], -9)
+        best = G - 1 - rank[..., ::-1].argmax(-1)                           # [4,10]
+        matched[..., d] = hit = usable[(*places, best)]
+        wasted[..., d] = hit & ignored[places[0], best]
+        free[(*places, best)] &= ~hit
+    return matched, wasted
+
+
+def compare(found, truths, kind, image, lvis):
+    """The results and truths of one image and category: (scores [D], hits and misses, bool [4,10,D]
+    each, numbers of truths that count [4])."""
+    found = sorted(found, key=lambda one: -one["score"])[:300]
+    crowd = np.array([one["iscrowd"] for one in truths], bool)              # [G]
+    area = np.array([one["area"] for one in truths])                        # [G]
+    outside = lambda area: (area < AREAS[:, :1]) | (area > AREAS[:, 1:])    # [4,n]
+    ignored = outside(area) | crowd
+    if kind == "bbox":
+        boxes = [np.array([one["bbox"] for one in some], float).reshape(-1, 4)
+                 for some in (found, truths)]
+        areas, overlaps = boxes[0][:, 2:].prod(1), box_overlaps(*boxes, crowd)
+    else:
+        masks = [[read_runs(one["segmentation"], image["height"], image["width"]) for one in some]
+                 for some in (found, truths)]
+        areas = np.array([runs[1::2].sum() for runs in masks[0]])
+        overlaps = mask_overlaps(*masks, crowd) if found and truths else np.zeros(
+            (len(found), len(truths)))
+    matched, wasted = match_truths(overlaps, crowd, ignored)
+    misses = ~matched & ~outside(areas)[:, None] & (areas > 0 if lvis else True)
+    return np.array([one["score"] for one in found]), matched & ~wasted, misses, (~ignored).sum(1)
+
+
+def curves(rows, area, most):
+    """(Precision [10,101] at OVERLAPS and RECALLS, final recall [10]) of one category, from
+    `compare`'s rows, of which the surest `most` count; None where there is no truth."""
+    count = sum(row[3][area] for row in rows)
+    if not count:
+        return None
+    order = np.argsort(-np.concatenate([row[0][:most] for row in rows]), kind="stable")
+    hits, misses = (np.cumsum(np.concatenate(
+        [row[k][area, :, :most] for row in rows], 1)[:, order], 1) for k in (1, 2))     # [10,n]
+    if not len(order):
+        return np.zeros((10, 101)), np.zeros(10)
+    best = hits / (hits + misses + np.spacing(1))
+    best = np.maximum.accumulate(best[:, ::-1], 1)[:, ::-1]         # at this recall or a higher one
+    precision = [np.append(values, 0)[np.searchsorted(recall, RECALLS)]
+                 for recall, values in zip(hits / count, best)]
+    return np.array(precision), hits[:, -1] / count
+
+
+def coco_scores(truths, results, categories, kind):
+    """COCO's twelve numbers, 0 … 1, of "bbox" or "segm"; -1 where there is nothing to find.
+
+    Of LVIS, an image knows only some of the categories: results of others do not count, nor misses
+    of those that are not exhaustive; AP is also given for rare, common and frequent ones."""
+    lvis = any("neg_category_ids" in image for image in truths)
+    found = {}
+    for one in results:
+        found.setdefault(one["image_id"], []).append(one)
+    rows = {one["id"]: [] for one in categories}
+    ids = {one["name"]: one["id"] for one in categories}
+    for image in sorted(truths, key=lambda image: image["id"]):
+        here, some = {}, found.get(image["id"], [])
+        if lvis:
+            some = sorted(some, key=lambda one: -one["score"])[:300]
+        for k, one in ((ids[one["category"]], one) for one in image["objects"]):
+            here.setdefault(k, ([], []))[1].append(one)
+        for one in some:
+            k = one["category_id"]
+            if k in rows and (not lvis or k in here or k in image["neg_category_ids"]):
+                here.setdefault(k, ([], []))[0].append(one)
+        for k, (mine, objects) in here.items():
+            row = compare(mine, objects, kind, image, lvis)
+            if lvis and k in image["not_exhaustive_category_ids"]:
+                row[2][:] = False
+            rows[k].append(row)
+    most = 300 if lvis else 100
+    found = {(area, n): {k: curve for k in rows if (curve := curves(rows[k], area, n))}
+             for area, n in ((0, most), (1, most), (2, most), (3, most), (0, 1), (0, 10))}
+    mean = lambda values: float(np.mean(values)) if (values := [*values]) else -1.0
+    AP = lambda area, at=slice(None), of=rows: mean(
+        curve[0][at] for k, curve in found[area, most].items() if k in of)
+    AR = lambda area, n: mean(curve[1] for curve in found[area, n].values())
+    scores = {"AP": AP(0), "AP50": AP(0, 0), "AP75": AP(0, 5), "APs": AP(1), "APm": AP(2),
+              "APl": AP(3)}
+    for letter in "rcf" if lvis else "":
+        scores[f"AP{letter}"] = AP(0, of={one["id"] for one in categories
+                                          if one["frequency"] == letter})
+    scores |= {f"AR{n}": AR(0, n) for n in ((most,) if lvis else (1, 10, most))}
+    return scores | {"ARs": AR(1, most), "ARm": AR(2, most), "ARl": AR(3, most)}
+
+
+# ======================================================================================
+# Detection: evaluation, pictures, main
+# ======================================================================================
+
+def results_of(found, sample, scale, categories):
+    """What a detector has found in one sample as COCO's results: `found` are scores [n], classes
+    [n], boxes [n,4] and masks [n,28,28] or None; `scale` [2] is objects_layout's."""
+    (scores, classes, boxes, masks), H, W = found, sample["height"], sample["width"]
+    boxes = torch.minimum(boxes / scale.repeat(2), torch.tensor([W, H, W, H]))      # [n,4]
+    results = [{"image_id": sample["id"], "category_id": categories[k]["id"], "score": score,
+                "bbox": [x0, y0, x1 - x0, y1 - y0]} for k, score, (x0, y0, x1, y1) in zip(
+                    classes.tolist(), scores.tolist(), boxes.tolist()) if score]
+    for k, one in enumerate(results if masks is not None else ()):
+        places = (torch.arange(side)[None, None] + 0.5 for side in (W, H))
+        mask = read_masks(masks[None, k:k + 1], boxes[None, k:k + 1], *places) >= 0.5
+        runs = data.runs_of_mask(mask[0, 0].numpy())
+        one["segmentation"] = {"size": [H, W], "counts": text_of_runs(runs)}
+    return results
+
+
+def find_objects(model, val, categories, args, device):
+    """[(position, sample, results)] of all of `val` that can be read, in order, on rank 0."""
+    rows = []
+    for images, batch in data.validate(val, args, device):
+        with vit.autocast(args, device):
+            found = model.detect(images, batch["seen"].to(device))
+        found = zip(*([None] * len(images) if x is None else x.cpu() for x in found))
+        for i, one, scale, weight in zip(batch["position"].tolist(), found, batch["scale"],
+                                         batch["weight"].tolist()):
+            if weight:          # not past the end, and it can be read
+                rows.append((i, val.sample(i), results_of(one, val.sample(i), scale, categories)))
+    rows = vit.gather_objects(rows)
+    return rows and sorted(sum(rows, []), key=lambda row: row[0])
+
+
+def evaluate_detector(model, val, categories, args, device):
+    """COCO's scores over a source, every image once at any number of ranks. Writes
+    OUT/results.json and OUT/detections.png."""
+    rows = find_objects(model, val, categories, args, device)
+
+    def score():
+        truths, results = [row[1] for row in rows], [one for row in rows for one in row[2]]
+        draw_detections(args, rows[::math.ceil(len(rows) / 8)], categories)
+        vit.write_aside(Path(args.out) / "results.json",
+                        lambda aside: aside.write_text(json.dumps(results)))
+        return {**{kind: coco_scores(truths, results, categories, kind)
+                   for kind in ("bbox", "segm")[:1 + args.masks]},
+                "count": len(rows), "bad": len(val) - len(rows)}
+
+    return vit.on_rank_0(score)
+
+
+def predict_objects(model, categories, args, config, device):
+    """Print what is in --predict's pictures, and draw it. Raises UserError."""
+    samples, names = [], {one["id"]: one["name"] for one in categories}
+    for path in args.predict:
+        try:
+            with data.open_image(path) as image:
+                W, H = ImageOps.exif_transpose(image).size
+        except Exception as error:      # what decoders raise on damage has no common class
+            raise UserError(f"--predict {path} cannot be read: {error}") from error
+        samples.append({"id": path, "image": path, "where": path, "height": H, "width": W,
+                        "objects": []})
+    see = functools.partial(see_objects, size=config.image, channels=config.channels, numbers={})
+    val = data.Samples(samples, config.image, config.channels, shuffle=False, annotate=see,
+                       rows=np.arange(len(samples)), layout=objects_layout())
+    rows = find_objects(model, val, categories, args, device)
+    for _, sample, found in rows or ():
+        rank0_print(f"{sample['id']}: " + ", ".join(
+            f"{names[one['category_id']]} {one['score']:.2f} at {[*map(round, one['bbox'])]}"
+            for one in found if one["score"] >= 0.5))
+    vit.on_rank_0(lambda: draw_detections(args, rows, categories))
+
+
+def evaluate_results(args):
+    """Print the scores of the file --evaluate on the annotations --val, as a line of JSON."""
+    source = data.open_objects(args.val, None, (64, 64))
+    truths = [source[i] for i in range(len(source))]
+    try:
+        results = json.loads(Path(args.evaluate).read_text())
+        unknown = {one["image_id"] for one in results} - {image["id"] for image in truths}
+        if unknown or not results:
+            raise ValueError(f"{len(unknown)} of its images are not in --val, as {min(unknown)}"
+                             if unknown else "it is empty")
+        masks = all("segmentation" in one for one in results) and source.masks
+        kinds = [kind for kind, given in (("bbox", "bbox" in results[0]), ("segm", masks)) if given]
+        scores = {kind: coco_scores(truths, results, source.categories, kind) for kind in kinds}
+    except (OSError, *data.RECORD_ERRORS) as error:
+        raise UserError(f"--evaluate {args.evaluate} cannot be scored as COCO's results: "
+                        f"{type(error).__name__}: {error}") from error
+    rank0_print(json.dumps(scores))
+
+
+def draw_objects(sample, objects, categories):
+    """A sample with objects on it, as a PIL image: results of a score of 0.5 or more, or truths."""
+    H, W = sample["height"], sample["width"]
+    pixels = data.read_pixels(sample["image"], functools.partial(
+        data.whole, uniforms=None, size=None), (H, W)).astype(float)
+    names, zoom = {one["id"]: one["name"] for one in categories}, max(1, 320 // max(H, W))
+    labels = []
+    for one in objects:
+        name = one.get("category") or names[one["category_id"]]
+        colour = ImageColor.getrgb(f"hsl({zlib.crc32(name.encode()) % 360},90%,50%)")
+        if one.get("score", 1) >= 0.5:
+            labels.append((one["bbox"], colour, f"{name} {one.get('score', 1):.2f}"))
+            if "segmentation" in one:
+                mask = mask_of_runs(read_runs(one["segmentation"], H, W), H, W)
+                pixels[mask] = 0.6 * pixels[mask] + 0.4 * np.array(colour)
+    picture = Image.fromarray(pixels.astype(np.uint8)).resize((zoom * W, zoom * H), 0)
+    pen = ImageDraw.Draw(picture)
+    for (x, y, w, h), colour, text in labels:
+        pen.rectangle([zoom * side for side in (x, y, x + w, y + h)], outline=colour, width=2)
+        pen.text((zoom * x + 3, zoom * y + 1), text, "white", stroke_width=1, stroke_fill="black")
+    return picture
+
+
+def draw_detections(args, rows, categories):
+    """Draw find_objects' rows and, but for --predict, the truths beside them, in
+    OUT/detections.png."""
+    rows = [[draw_objects(sample, objects, categories) for objects in
+             (found, sample["objects"])[:1 if args.predict else 2]] for _, sample, found in rows]
+    sheet = Image.new("RGB", (max(len(row) * (row[0].width + 4) for row in rows),
+                              sum(row[0].height + 4 for row in rows)), "white")
+    for i, row in enumerate(rows):
+        for k, one in enumerate(row):
+            sheet.paste(one, (k * (one.width + 4), sum(row[0].height + 4 for row in rows[:i])))
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    vit.write_aside(Path(args.out) / "detections.png", lambda aside: sheet.save(aside, "PNG"))
+
+
+def object_samples(source, where, classes, args, config):
+    """A source of objects as data.Samples: --data's images with objects, in random sizes, or all of
+    --val's. Raises UserError.
+
+    In an epoch, images with rare classes of LVIS come max(1, sqrt(0.001 / f)) times, where f is the
+    share of images with their rarest class."""
+    training, objects = where == "--data", np.concatenate([one.objects for one in source.sources])
+    rows = np.flatnonzero(objects if training else objects >= 0)
+    if not len(rows) or args.masks and not source.masks:
+        raise UserError(f"{where} has objects without masks: give --no-masks" if len(rows) else
+                        f"{where} has no objects to learn")
+    if len(rows) < len(objects):
+        rank0_print(f"{len(objects) - len(rows):,} images without objects are left out")
+    if training and source.federated:
+        here = [{one["category"] for one in source[i]["objects"]} for i in rows.tolist()]
+        images = Counter(name for some in here for name in some)
+        times = [max(1, math.sqrt(0.001 * len(rows) / min(images[name] for name in some)))
+                 for some in here]
+        chance = data.uniform(args.seed, rows, "repeat", 1)[:, 0]
+        rows = np.repeat(rows, (np.array(times) + chance).astype(int))
+    most, side = int(objects.max()), MASK_SIDE * args.masks
+    see = functools.partial(
+        see_objects, size=config.image, channels=config.channels, most=most, side=side,
+        numbers={name: k for k, name in enumerate(classes)}, flip=training,
+        jitter=args.jitter if training else (1, 1))
+    return data.Samples(source, config.image, config.channels, seed=args.seed, shuffle=training,
+                        rows=rows, annotate=see, layout=objects_layout(most, side))
+
+
+def encoder_16(tensors):
+    """A file's tensors under our names, without class token, and with a kernel for patches of 16
+    pixels: one of 14 is resized bicubically."""
+    tensors = vit.our_names(tensors)
+    tensors.pop("cls_token", None)
+    if tensors["patch_embed.proj.weight"].shape[-1] == 14:
+        tensors["patch_embed.proj.weight"] = F.interpolate(
+            tensors["patch_embed.proj.weight"].float(), (16, 16), mode="bicubic")
+    return tensors
+
+
+def detect(argv):
+    args, config, heads, file_info = parse_detect_flags(argv)
+    if args.evaluate:
+        return evaluate_results(args)
+    device = None if args.plan else vit.start(args)
+
+    # ---- data
+    trained = file_info["detector"] if args.predict or args.eval_only else {}
+    classes, train, val = file_info.get("classes") or [""] * 80, None, None     # --plan: COCO's 80
+    images_of = [1] * len(classes) if trained.get("federated") else None
+    if not trained and not args.plan:
+        train = data.open_objects(args.data, args.images, config.image)
+        classes = train.classes
+        images_of = [one["image_count"] for one in train.categories] if train.federated else None
+    categories = [{"id": k, "name": name} for k, name in enumerate(classes, 1)]
+    if args.val and not (args.plan or args.predict):
+        val = data.open_objects(args.val, args.val_images or args.images, config.image)
+        known = {one["name"]: one for one in val.categories}
+        if missing := sorted({*known} - {*classes}):
+            raise UserError(f"--val has {len(missing)} categories that the model lacks: "
+                            f"{', '.join(missing[:5])}")
+        categories = [known.get(one["name"], {**one, "id": -one["id"]}) for one in categories]
+        val = object_samples(val, "--val", classes, args, config)
+
+    # ---- model: a checkpoint in --out, else --init, else random weights
+    make = lambda: Detector(config, heads, len(classes), args.window, STAGES[args.box_heads],
+                            args.masks, args.seed, images_of)
+    with torch.device("meta"):
+        flops = 3 * detector_flops(make())
+    if args.plan:
+        rank0_print("activations are those of the encoder; pyramid and heads need more")
+        return vit.plan(args, make, [(config.depth, config.width, config.num_patches)], flops)
+    model, wrapped = vit.build(make, args, device, ("detect",))
+    if args.init:       # of a detector the heads, too, but for other classes
+        parts = ("*.rel_pos.*", "pyramid.*", "proposals.*", "box_heads.*", "mask_head.*")
+        vit.load_weights(model, args.init, rename=encoder_16, new=() if trained else parts, renew=()
+                         if file_info.get("classes") == classes else parts[3:])
+    if args.predict:
+        return predict_objects(model, categories, args, config, device)
+    if args.eval_only:
+        return vit.report(args, evaluate_detector(model, val, categories, args, device))
+    train = object_samples(train, "--data", classes, args, config)
+    schedule = vit.make_schedule(args, len(train))
+    if not vit.open_run(args, "detect", model, train, val, {"classes": classes}):
+        return
+    scores = {}
+
+    def evaluate_and_draw():
+        if not val:
+            return {}
+        scores.update(evaluate_detector(model, val, categories, args, device))
+        return {f"{kind}_{name}": scores[kind][name] for kind in ("bbox", "segm")[:1 + args.masks]
+                for name in ("AP", "AP50", "AP75")}
+
+    # ---- loop
+    groups = vit.decay_groups(model, args.weight_decay, NO_DECAY, args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
+    model_info = {"config": asdict(config), "stage": "detect", "classes": classes, "detector": {
+        "box_heads": args.box_heads, "window": args.window, "masks": args.masks,
+        "federated": bool(images_of)}}
+    run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info, flops)
+    batches = data.training_batches(train, args, run.state["step"], schedule, device)
+    for _ in run.steps(evaluate_and_draw):
+        for batch in run.micro_batches(batches):
+            images, scales = data.normalise(batch["images"]), None          # [B,C,H,W]
+            if args.drop_path:
+                uniforms = data.uniform(args.seed, batch["position"], "drop path", 2 * config.depth)
+                scales = vit.drop_path_scales(uniforms, args.drop_path)     # [B,L,2]
+            with vit.autocast(args, device):
+                loss = wrapped(images, batch, scales)
+            run.backward(loss)
+        run.update()
+    if scores and run.state["step"] == schedule.steps:
+        vit.report(args, {**scores, "samples": schedule.steps * args.batch})
+
+
+# ======================================================================================
 # Main
 # ======================================================================================
 
 TASKS = {"classify": classify, "features": features, "knn": knn, "linear": linear,
-         "lowshot": lowshot, "zeroshot": zeroshot, "video": video}
+         "lowshot": lowshot, "zeroshot": zeroshot, "video": video, "detect": detect}
 
 
 def main(argv):

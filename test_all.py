@@ -42,7 +42,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -333,7 +333,7 @@ def test_nothing_is_computed_for_nothing():
     model = MAE(SMALL, 48, 1, 4)
     images, noise = torch.randn(2, 3, 32, 32, requires_grad=True), torch.rand(2, 16)
     keep, masked = mae.random_masking(noise, 0.75)
-    model.encode(vit.patchify(images, 8), keep).sum().backward()
+    model.encode(vit.patchify(images, 8), keep)[..., 0].sum().backward()
     touched = vit.patchify(images.grad, 8).abs().sum(-1) > 0
     assert touched.gather(1, keep).all() and not touched.gather(1, masked).any()
 
@@ -3610,6 +3610,426 @@ def claim_one_frame_of_world_clips_says_nothing():
     finetune.main(["classify", "--data", "world-clips", "--val", "world-clips-val", "--epochs", "2",
                    "--out", str(out), "--workers", "1"])
     assert json.loads((out / "metrics.json").read_text())["top1"] < 0.18
+
+
+# ======================================================================================
+# Detection
+# ======================================================================================
+
+# What pycocotools and lvis 0.5 say of scored_example, and of a polygon
+POLYGON_TEXT = "^31l02O1O0O2O1N2O1^OH;:DJ86HM54J012O>001O001O1O001O1O0O2M3N1N3M3M2N3M2O2MZ5"
+POLYGON_AREA = 486
+COCO_SCORES = {
+    "bbox": [0.133988, 0.353967, 0.073934, 0.185019, 0.096536, -1, 0.129563, 0.220134, 0.220134,
+             0.232349, 0.181597, -1],
+    "segm": [0.08756, 0.260327, 0.044584, 0.111454, 0.088234, -1, 0.1041, 0.165891, 0.165891,
+             0.164667, 0.155556, -1]}
+LVIS_SCORES = {
+    "bbox": [0.186993, 0.441724, 0.104865, 0.220072, 0.155187, -1, 0.283583, 0.132831, 0.165779,
+             0.236368, 0.263382, 0.200933, -1],
+    "segm": [0.129324, 0.408427, 0.040179, 0.139646, 0.131687, -1, 0.240323, 0.067134, 0.10492,
+             0.172645, 0.186891, 0.156329, -1]}
+
+
+def random_boxes(B, n, side=100.0, largest=60.0):
+    size, centre = 1 + largest * torch.rand(B, n, 2) ** 2, side * torch.rand(B, n, 2)
+    return torch.cat([centre - size / 2, centre + size / 2], 2)
+
+
+def slow_iou(a, b):
+    w = max(0, min(a[2], b[2]) - max(a[0], b[0]))
+    h = max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    area = lambda box: (box[2] - box[0]) * (box[3] - box[1])
+    return w * h / (area(a) + area(b) - w * h)
+
+
+def test_windows_that_cover_the_grid_attend_as_without_and_others_only_inside():
+    grid, x = (5, 7), torch.randn(3, 35, 32)
+    full, wide = vit.Attention(32, 4, grid), vit.Attention(32, 4, grid, window=9)
+    for p in full.parameters():
+        torch.nn.init.normal_(p, 0, 0.3)
+    shared = {name: p for name, p in full.state_dict().items() if "rel_pos" not in name}
+    wide.load_state_dict(shared, strict=False)
+    for n, table, own in zip(grid, wide.rel_pos, full.rel_pos):
+        table.data[9 - n:9 + n - 1] = own.data          # its middle: nearer than n places
+    mask = vit.to_windows(torch.ones(3, 35, 1), grid, 9)[:, None, None, :, 0] > 0
+    assert close(wide(x, mask).detach(), full(x).detach(), 1e-5)
+    assert torch.equal(vit.from_windows(vit.to_windows(x, grid, 3), grid, 3), x)
+    narrow, x = vit.Attention(32, 4, grid, window=3), x.requires_grad_()
+    narrow(x, torch.ones(18, 1, 1, 9, dtype=torch.bool))[:, 0].sum().backward()
+    touched = (x.grad.abs().sum(-1) > 0).unflatten(1, grid)
+    assert touched[:, :3, :3].all() and touched.sum() == 3 * 9
+
+
+def test_boxes_are_compared_moved_matched_and_sampled():
+    a, b = random_boxes(2, 20), random_boxes(2, 30)
+    iou = finetune.box_iou(a, b)
+    for i, j, k in itertools.product(range(2), range(20), range(30)):
+        assert abs(iou[i, j, k] - slow_iou(a[i, j].tolist(), b[i, k].tolist())) < 1e-5
+    offsets = finetune.encode_boxes(a, b[:, :20], (10, 10, 5, 5))
+    assert close(finetune.decode_boxes(offsets, a, (10, 10, 5, 5)), b[:, :20], 1e-5)
+    box = torch.tensor([[[0.0, 0, 10, 20]]])            # centre (5, 10)
+    assert close(finetune.encode_boxes(box, torch.tensor([[[1.0, 2, 21, 22]]]))[0, 0],
+                 [0.6, 0.1, math.log(2), 0])
+    anchors = finetune.make_anchors([(4, 4), (2, 2), (1, 1), (1, 1), (1, 1)], 16, "cpu")
+    assert anchors.shape == (69, 4) and close(anchors[4], [-12, -16, 20, 16])
+    known = torch.tensor([[True] * 29 + [False]] * 2)
+    which, positive, negative = finetune.match(a, b, known, 0.3, 0.5, nearest=True)
+    iou[..., 29] = -1
+    for i, j in itertools.product(range(2), range(20)):
+        best, near = iou[i, j].max(), (iou[i, j] == iou[i].max(0).values) & (iou[i, j] > 0)
+        assert which[i, j] == iou[i, j].argmax() and positive[i, j] == (best >= 0.5 or near.any())
+        assert negative[i, j] == (best < 0.3 and not near.any())
+    uniforms = data.uniform(0, torch.arange(500), "x", 20)
+    positive, negative = (torch.arange(20) < 6)[None], (torch.arange(20) > 9)[None]
+    chosen, sound = finetune.sample(positive, negative, uniforms, 8, 0.5)
+    times = torch.bincount(chosen.flatten(), minlength=20)
+    assert sound.all() and (chosen[:, :4] < 6).all() and not times[6:10].any()
+    assert times[:6].min() > 270 and times[10:].min() > 150         # of 333 and 200
+    few, sound = finetune.sample(positive, negative & False, uniforms, 8, 0.5)
+    assert sound.sum(1).eq(4).all() and (few[:, :4] < 6).all()
+
+
+def test_non_maximum_suppression_is_greedy():
+    boxes, groups = random_boxes(20, 60, 40), torch.randint(0, 3, (20, 60))
+    scores = (torch.rand(20, 60) * 20).round()          # many are equal
+    remain = finetune.nms(boxes, scores, groups, 0.4)
+    for i in range(20):
+        kept = []
+        for j in scores[i].argsort(descending=True, stable=True).tolist():
+            if all(groups[i, j] != groups[i, k] or slow_iou(
+                    boxes[i, j].tolist(), boxes[i, k].tolist()) <= 0.4 for k in kept):
+                kept.append(j)
+        assert remain[i].nonzero()[:, 0].tolist() == sorted(kept)
+
+
+def test_roi_align_is_the_mean_of_points_between_places():
+    maps = [torch.randn(2, 3, *shape) for shape in ((24, 20), (12, 10), (6, 5), (3, 3))]
+    boxes = finetune.clip_boxes(random_boxes(2, 12, 40, 40), torch.tensor([[48.0, 40]] * 2))[0]
+    boxes[0, 0] = torch.tensor([-9.0, -9, 60, 3])       # partly outside
+    found, strides = finetune.roi_align(maps, boxes, [2.0, 4, 8, 16], 3), (2, 4, 8, 16)
+    for r, box in enumerate(boxes.flatten(0, 1).tolist()):
+        side = math.sqrt((box[2] - box[0]) * (box[3] - box[1]))
+        level = min(max(math.floor(2 + math.log2(side / (14 * 8) + 1e-8)), 0), 3)
+        plane = maps[level][r // 12]
+        x0, y0, x1, y1 = (value / strides[level] - 0.5 for value in box)
+        nx, ny = (max(1, math.ceil((b - a) / 3)) for a, b in ((x0, x1), (y0, y1)))
+        for i, j in itertools.product(range(3), range(3)):
+            total = torch.zeros(3)
+            for a, b in itertools.product(range(ny), range(nx)):
+                y = y0 + (y1 - y0) / 3 * (i + (a + 0.5) / ny)
+                x = x0 + (x1 - x0) / 3 * (j + (b + 0.5) / nx)
+                _, h, w = plane.shape
+                if -1 <= y <= h and -1 <= x <= w:
+                    y, x = min(max(y, 0), h - 1), min(max(x, 0), w - 1)
+                    for v, u in itertools.product({int(y), min(int(y) + 1, h - 1)},
+                                                  {int(x), min(int(x) + 1, w - 1)}):
+                        total += (1 - abs(y - v)) * (1 - abs(x - u)) * plane[:, v, u]
+            assert (found[r, :, i, j] - total / (nx * ny)).abs().max() < 1e-4
+
+
+def test_masks_are_read_in_boxes():
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 2:, :4] = 1                               # of a box of 16 x 16 pixels at (4, 4)
+    truth = torch.tensor([[[4.0, 4, 20, 20]]])
+    target = finetune.mask_targets(mask, truth, torch.tensor([[[0.0, 0, 16, 16]]]), 8)[0, 0]
+    assert target[4:, 2:6].all() and target.sum() == 16         # rows from 8, columns 4 … 12
+    assert torch.equal(finetune.mask_targets(mask, truth, truth, 8), mask)
+
+
+def test_run_lengths_agree_with_coco():
+    rng = np.random.default_rng(0)
+    for H, W in ((1, 1), (7, 5), (30, 40)):
+        for share in (0, 0.1, 0.5, 1):
+            mask = rng.random((H, W)) < share
+            runs = data.runs_of_mask(mask)
+            slow = [len([*some]) for _, some in itertools.groupby(mask.T.ravel())]
+            assert runs.tolist() == ([0] if mask[0, 0] else []) + slow
+            assert np.array_equal(finetune.mask_of_runs(runs, H, W), mask)
+            assert np.array_equal(finetune.runs_of_text(finetune.text_of_runs(runs)), runs)
+    # pycocotools' own text and area of a polygon that leaves its image
+    polygon = [10.2, -3.0, 33.7, 12.4, 21.0, 35.5, 2.5, 20.1, 15.0, 15.0]
+    runs = finetune.runs_of_polygon(polygon, 30, 40)
+    assert finetune.text_of_runs(runs) == POLYGON_TEXT and runs[1::2].sum() == POLYGON_AREA
+    for damage in ("", "P", "!!", "52\x7f"):
+        try:
+            finetune.mask_of_runs(finetune.runs_of_text(damage), 30, 40)
+            raise AssertionError(damage)
+        except ValueError:
+            pass
+
+
+def test_masks_overlap_as_pixels_do():
+    rng = np.random.default_rng(1)
+    masks = [rng.random((9, 13)) < share for share in (0, 0.2, 0.7, 1, 0.5)]
+    runs, crowd = [data.runs_of_mask(mask) for mask in masks], np.array([0, 1, 0, 0, 1], bool)
+    found = finetune.mask_overlaps(runs, runs, crowd)
+    for i, j in itertools.product(range(5), range(5)):
+        common, cover = (masks[i] & masks[j]).sum(), (masks[i] | masks[j]).sum()
+        cover = masks[i].sum() if crowd[j] else cover
+        assert abs(found[i, j] - common / max(cover, 1)) < 1e-9
+
+
+def scored_example(lvis=False):
+    """Annotations and results of made-up images, with crowds, equal scores, images without objects
+    or without results, and every size."""
+    u = data.uniform(7, np.arange(4000), "scores", 1)[:, 0].tolist()
+    draw, images, annotations, results = iter(u).__next__, [], [], []
+    for i in range(24):
+        images.append({"id": i, "file_name": f"{i}.jpg", "height": 120, "width": 160,
+                       "neg_category_ids": [1 + i % 4] if lvis else None,
+                       "not_exhaustive_category_ids": [1 + (i + 1) % 4] if lvis else None})
+        for k in range(0 if i % 8 == 0 and not lvis else 2 + i % 5):
+            side = 6 * 20 ** draw()
+            x, y, w, h = 100 * draw(), 70 * draw(), side, side * (0.6 + 0.8 * draw())
+            w, h, category = min(w, 160 - x), min(h, 120 - y), 1 + int(4 * draw())
+            corners = lambda x, y, w, h: [x, y + h / 2, x + w / 2, y, x + w, y + h / 2, x + w / 2,
+                                          y + h]
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": i, "category_id": category,
+                "bbox": [x, y, w, h], "area": w * h / 2, "iscrowd": int(k == 3 and not lvis),
+                "segmentation": [corners(x, y, w, h)]})
+            if k == 3 and not lvis:
+                runs = finetune.runs_of_polygon(corners(x, y, w, h), 120, 160)
+                annotations[-1]["segmentation"] = {"size": [120, 160], "counts": runs.tolist()}
+            for _ in range(0 if i % 7 == 0 else int(3 * draw())):
+                box = [value + (draw() - 0.5) * side / 3 for value in (x, y, w, h)]
+                runs = finetune.runs_of_polygon(corners(*box), 120, 160)
+                results.append({
+                    "image_id": i, "category_id": category if draw() < 0.8 else 1 + int(4 * draw()),
+                    "bbox": box, "score": round(draw(), 1), "segmentation": {
+                        "size": [120, 160], "counts": finetune.text_of_runs(runs)}})
+    categories = [{"id": k, "name": f"c{k}", "frequency": "rcff"[k - 1], "image_count": 6}
+                  for k in range(1, 5)]
+    return {"images": images, "annotations": annotations, "categories": categories}, results
+
+
+def test_scores_agree_with_pycocotools_and_lvis():
+    for lvis, expected in ((False, COCO_SCORES), (True, LVIS_SCORES)):
+        truth, results = scored_example(lvis)
+        for one in truth["categories"] if not lvis else ():
+            del one["frequency"]
+        for image in truth["images"] if not lvis else ():
+            del image["neg_category_ids"], image["not_exhaustive_category_ids"]
+        place = folder()
+        (place / "truth.json").write_text(json.dumps(truth))
+        (place / "found.json").write_text(json.dumps(results))
+        said = on_ranks(1, finetune.main, ["detect", "--evaluate", str(place / "found.json"),
+                                           "--val", str(place / "truth.json")])[0][1]
+        found = json.loads(said.splitlines()[-1])
+        for kind, numbers in expected.items():
+            assert close([*found[kind].values()], numbers, 1e-5), (kind, found[kind])
+        assert [*found["bbox"]][:6] == "AP AP50 AP75 APs APm APl".split()
+
+
+DETECT = ("--data", "world-boxes:30", "--val", "world-boxes-val:7", "--model", "nano", "--window",
+          "3", "--drop-path", "0.1")
+
+
+@functools.lru_cache
+def detector():
+    """A short run of `detect` with a checkpoint after every step: (folder, losses, weights)."""
+    out = folder() / "run"
+    return (out, *train(out, *DETECT, "--save-every", 0, "--keep", 99, stage="detect")[:2])
+
+
+def test_detection_trains_the_same_however_it_is_run():
+    out, losses, weights = detector()
+    again = train(folder() / "run", *DETECT, "--workers", 2, stage="detect")
+    assert again[0] == losses and equal(again[1], weights)
+    for world, more in ((2, ()), (3, ("--parallel", "fsdp")), (1, ("--micro-batch", 4)),
+                        (2, ("--parallel", "fsdp", "--activation-checkpoint"))):
+        other, saved, _ = train(folder() / "run", *DETECT, *more, world=world, stage="detect")
+        assert close(other, losses, 1e-3), (world, more)
+        for name in ("blocks.0.attn.qkv.weight", "box_heads.2.6.weight"):
+            assert close(saved[name], weights[name], 2e-2), (world, more, name)
+    again, saved, _, _ = resumed(out, DETECT, at=6, stage="detect")
+    assert again == losses and equal(saved, weights)
+
+
+def test_every_parameter_of_a_detector_learns():
+    for stages, masks, images_of in (("cascade", True, None), ("one", False, [9] * 8)):
+        model = finetune.Detector(Config(64, 4, 4, 8, 48), finetune.HEADS["ours"], 8, 4,
+                                  finetune.STAGES[stages], masks, images_of=images_of)
+        source = data.open_objects(["world-boxes:8"], None, (48, 48))
+        numbers = {name: k for k, name in enumerate(source.classes)}
+        see = functools.partial(finetune.see_objects, size=(48, 48), channels=3, numbers=numbers,
+                                most=2, side=112, jitter=(0.5, 1.5), flip=True)
+        batch = data.Samples(source, (48, 48), 3, annotate=see,
+                             layout=finetune.objects_layout(2, 112)).__getitems__(range(8))
+        for p in model.parameters():
+            torch.nn.init.normal_(p, 0, 0.1) if not p.any() else None
+        model(data.normalise(batch["images"]), batch).backward()
+        assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+        assert [block.attn.window for block in model.blocks] == [0, 0, 0, 0]    # four are global
+        assert Counter(block.attn.window for block in finetune.Detector(
+            Config(64, 12, 4, 8, 48), finetune.HEADS["ours"], 8, 4, (0.5,), False).blocks) == {
+                4: 8, 0: 4}
+
+
+def test_nothing_attends_to_what_is_filled_up():
+    model = finetune.Detector(Config(64, 6, 4, 8, 64), finetune.HEADS["ours"], 8, 3, (0.5,), True)
+    images, seen = torch.randn(2, 3, 64, 64), torch.tensor([[24.0, 40], [64, 64]])
+    x = lambda images: model.find(images, seen)[0][2][0, :, :1, :3].detach()
+    other = images.clone()
+    other[0, :, 24:], other[0, :, :, 40:] = 7, 7
+    assert close(x(other), x(images), 1e-5)         # one place away from what is filled up
+    other[0, :, :8] = 7
+    assert not close(x(other), x(images), 1e-2)
+
+
+def test_objects_follow_their_pixels():
+    """Of a red rectangle, scaled, cut and mirrored, the box and mask are where the red is."""
+    place, mirrored = folder(), 0
+    picture = Image.new("RGB", (90, 60), "white")
+    ImageDraw.Draw(picture).rectangle((20, 10, 59, 29), fill="red")
+    picture.save(place / "a.png")
+    runs = data.runs_of_mask(np.asarray(picture)[..., 1] == 0)
+    sample = {"id": 1, "image": place / "a.png", "height": 60, "width": 90, "objects": [
+        {"bbox": [20, 10, 40, 20], "category": "red", "iscrowd": 0,
+         "segmentation": {"size": [60, 90], "counts": runs.tolist()}}]}
+    for uniforms in data.uniform(0, np.arange(60), "crop", 4):
+        pixels, row = finetune.see_objects(sample, uniforms, (64, 64), 3, {"red": 0}, 2, 16,
+                                           (0.3, 2.0), True)
+        h, w = row["seen"].astype(int)
+        red = pixels[:h, :w, 1] < 128
+        assert (pixels[h:] == 116).all() and (pixels[:, w:] == 116).all()
+        if row["classes"][0] < 0:
+            assert not red.any()
+            continue
+        ys, xs = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
+        if len(ys) > 2 < len(xs):
+            box = [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]
+            assert abs(row["boxes"][0] - box).max() <= 1 and row["masks"][0].mean() > 230
+        mirrored += uniforms[3] < 0.5
+    assert 15 < mirrored < 45
+
+
+@functools.lru_cache
+def annotated():
+    """Eight images with annotations as COCO's, many of them faulty: the path of the .json."""
+    place, images, annotations = folder(), [], []
+    for i in range(8):
+        picture = data.scene(i, "val")
+        Image.fromarray(data.draw(picture, 48, 60)).save(place / f"{i}.png")
+        images.append({"id": 10 + i, "file_name": f"{i}.png", "height": 48, "width": 60})
+        for shape, x0, y0, x1, y1, mask in data.boxes(picture, 48, 60) if i != 3 else ():
+            runs = data.runs_of_mask(mask)
+            annotations.append({
+                "id": len(annotations), "image_id": 10 + i, "category_id": 5 + 2 * (shape % 2),
+                "bbox": [x0, y0, x1 - x0, y1 - y0], "area": int(mask.sum()), "iscrowd": 0,
+                "segmentation": {"size": [48, 60], "counts": finetune.text_of_runs(runs) if i % 2
+                                 else runs.tolist()} if i < 6 else [[x0, y0, x1, y0, x1, y1]]})
+    images[4]["file_name"] = "missing.png"
+    images[5]["width"] = 61
+    annotations[-1]["segmentation"] = {"size": [48, 60], "counts": "!!"}
+    good = dict(annotations[0])
+    for k, change in enumerate(({"image_id": 99}, {"category_id": 6}, {"bbox": [70, 5, 9, 9]},
+                                {"bbox": [5, 5, 0, 9]}, {"bbox": [-9, 5, 9, 9]})):
+        annotations.append({**good, "id": 900 + k, **change})
+    (place / "truth.json").write_text(json.dumps({
+        "images": images, "annotations": annotations,
+        "categories": [{"id": 7, "name": "odd"}, {"id": 5, "name": "even"}]}))
+    return place / "truth.json"
+
+
+def test_faulty_annotations_are_counted_and_named():
+    out = folder() / "run"
+    flags = ("--data", annotated(), "--val", annotated(), "--max-bad", 1)
+    _, _, said = train(out, *flags, stage="detect")
+    for line in ("left out 1 annotations of images that are not listed, the first: id 900",
+                 "left out 1 annotations of categories that are not listed, the first: id 901",
+                 "left out 3 annotations without area inside their images, the first: id 902",
+                 "1 images without objects are left out"):
+        assert line in said, said
+    bad = (out / "bad_samples.txt").read_text()
+    for why in ("missing.png", "it is 60 x 48, its annotations are for 61 x 48", "not decode"):
+        assert why in bad
+    scores = json.loads((out / "metrics.json").read_text())
+    assert scores["count"] + scores["bad"] == 8 and scores["bad"] == 3
+    results = json.loads((out / "results.json").read_text())
+    assert {one["image_id"] for one in results} <= {*range(10, 17)} - {14, 15}
+    assert {one["category_id"] for one in results} <= {5, 7}
+
+
+def test_evaluation_of_a_detector_does_not_depend_on_ranks_and_is_coco_s():
+    out, _, weights = detector()
+    content = torch.load(out / "model.pt", weights_only=True)
+    assert content["classes"] == list(data.SHAPES) and content["stage"] == "detect"
+    assert Image.open(out / "detections.png").width > 600
+    found = []
+    for world in (1, 4):
+        place = folder()
+        on_ranks(world, finetune.main, [
+            "detect", "--init", str(out / "model.pt"), "--eval-only", "--val", "world-boxes-val:7",
+            "--device", "cpu", "--workers", "0", "--micro-batch", "2", "--out", str(place)])
+        found.append((json.loads((place / "metrics.json").read_text()),
+                      json.loads((place / "results.json").read_text())))
+    for kind in ("bbox", "segm"):
+        assert close([*found[0][0][kind].values()], [*found[1][0][kind].values()], 1e-3)
+    assert len(found[0][1]) == len(found[1][1]) and found[0][0]["count"] == 7
+    picture = next(photos().glob("cat/*.jpg"))
+    said = on_ranks(1, finetune.main, [
+        "detect", "--init", str(out / "model.pt"), "--predict", str(picture), str(picture),
+        "--device", "cpu", "--out", str(folder() / "seen")])[0][1]
+    assert said.count(str(picture)) == 2
+
+
+def test_detectors_of_lvis_learn_rare_classes_and_only_what_is_judged():
+    content = json.loads(annotated().read_text())
+    content["annotations"] = [one for one in content["annotations"] if one["id"] < 900
+                              and one["image_id"] not in (14, 15, 16, 17)]
+    for image in content["images"]:
+        image |= {"neg_category_ids": [7], "not_exhaustive_category_ids": []}
+    for one in content["categories"]:
+        one |= {"frequency": "f", "image_count": 3}
+    place = annotated().with_name("lvis.json")
+    place.write_text(json.dumps(content))
+    out = folder() / "run"
+    _, weights, _ = train(out, "--data", place, "--val", place, "--max-bad", 1, stage="detect")
+    assert len(weights["box_heads.0.6.bias"]) == 2 + 4      # no background
+    assert {"APr", "APc", "APf"} <= json.loads((out / "metrics.json").read_text())["bbox"].keys()
+    classes = torch.tensor([[3, -1], [0, 1]])
+    judged = finetune.federated(classes, data.uniform(0, torch.arange(2), "x", 400), [5] * 400)
+    assert judged.sum(1).tolist() == [50, 50] and judged[0, 3] and judged[1, :2].all()
+    often = finetune.federated(torch.full((400, 1), -1), data.uniform(
+        0, torch.arange(400), "x", 100), [1] * 50 + [100] * 50).float().mean(0)
+    assert often[:50].mean() < 0.3 < 0.7 < often[50:].mean()
+
+
+def test_encoders_with_patches_of_14_pixels_become_detectors():
+    model = ViT(Config(64, 2, 4, 14, 28), classes=3)
+    path = folder() / "model.pt"
+    save_tensors(path, {"model": model.state_dict(), "config": vars(model.config)})
+    out = folder() / "run"
+    _, weights, said = train(out, "--init", path, "--data", "world-boxes:12", "--val",
+                             "world-boxes-val:2", "--steps", 1, "--lr", 0, stage="detect")
+    assert "cls_token" not in weights and "new: blocks.*, " in said
+    old, new = model.patch_embed.proj.weight, weights["patch_embed.proj.weight"]
+    assert new.shape == (64, 3, 16, 16) and close(new.mean((2, 3)), old.mean((2, 3)).detach(), 0.1)
+    assert torch.equal(weights["blocks.1.mlp.fc1.weight"], model.blocks[1].mlp.fc1.weight)
+    assert torch.equal(weights["pos_embed"], model.pos_embed)       # two by two again
+
+
+def test_mistakes_of_detection_get_one_line():
+    out, place = folder(), annotated().parent
+    content = json.loads(annotated().read_text())
+    for one in content["annotations"]:
+        del one["segmentation"]
+    (place / "boxes.json").write_text(json.dumps(content))
+    (place / "torn.json").write_text('{"images": [')
+    (place / "found.json").write_text('[{"image_id": 3, "category_id": 5, "score": 1}]')
+    for message, *flags in (
+            ("give world-boxes", "--data", "world"), ("give world-boxes", "--data", photos()),
+            ("give --no-masks", "--data", place / "boxes.json"),
+            ("cannot be read as COCO's annotations", "--data", place / "torn.json"),
+            ("has 2 categories that the model lacks: even, odd", "--val", annotated()),
+            ("is no detector", "--eval-only", "--init", stepwise() / "model.pt"),
+            ("1 of its images are not in --val", "--evaluate", place / "found.json", "--val",
+             annotated()),
+            ("need --val", "--evaluate", place / "found.json", "--data", annotated())):
+        refused(message, on_ranks, 1, finetune.main, [
+            "detect", "--device", "cpu", "--steps", "2", "--out", str(out), *map(str, flags)])
 
 
 def main():

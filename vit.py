@@ -247,27 +247,55 @@ def relative_positions(q, k, tables, places):
     return torch.cat(queries, -1), torch.cat(keys, -1)                  # 2 x [B,h,N,D/h + sum of n]
 
 
+def to_windows(x, grid, side):
+    """Cut tokens [B,N,D] of a grid (rows, columns) into windows of side x side tokens, filled up
+    with zeros at the bottom and on the right: [B * windows, side * side, D]."""
+    B, _, D = x.shape
+    rows, columns = (math.ceil(n / side) for n in grid)                     # of windows
+    x = x.unflatten(1, grid)                                                # [B,rows,columns,D]
+    x = F.pad(x, (0, 0, 0, columns * side - grid[1], 0, rows * side - grid[0]))
+    x = x.reshape(B, rows, side, columns, side, D).transpose(2, 3)
+    return x.reshape(-1, side * side, D)
+
+
+def from_windows(windows, grid, side):
+    """The inverse of to_windows: tokens [B,N,D]."""
+    rows, columns = (math.ceil(n / side) for n in grid)
+    x = windows.reshape(-1, rows, columns, side, side, windows.shape[-1]).transpose(2, 3)
+    x = x.flatten(3, 4).flatten(1, 2)                               # [B,rows*side,columns*side,D]
+    return x[:, :grid[0], :grid[1]].flatten(1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over tokens [B,N,D]; `mask` as of `attention`.
 
     With a `grid`, as (rows, columns) or (T, rows, columns), the tokens lie on it in raster order
-    and the attention has relative positions, a table `rel_pos` [2n-1,D/h] for each axis."""
+    and the attention has relative positions, a table `rel_pos` [2n-1,D/h] for each axis. With a
+    `window`, tokens attend within windows of window x window tokens of the grid (ViTDet); `mask` is
+    that of the windows, [B * windows,1,1,window * window]."""
 
-    def __init__(self, width, heads, grid=()):
+    def __init__(self, width, heads, grid=(), window=0):
         super().__init__()
-        self.heads, self.grid = heads, grid
+        self.heads, self.grid, self.window = heads, grid, window
+        self.places = (window, window) if window else grid
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.rel_pos = nn.ParameterList(
-            nn.Parameter(torch.zeros(2 * n - 1, width // heads)) for n in grid)
+            nn.Parameter(torch.zeros(2 * n - 1, width // heads)) for n in self.places)
 
     def forward(self, x, mask=None):
+        if not self.window:
+            return self.attend(x, mask)
+        windows = self.attend(to_windows(x, self.grid, self.window), mask)
+        return from_windows(windows, self.grid, self.window)
+
+    def attend(self, x, mask):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)     # [B,N,3,h,D/h]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # 3 x [B,h,N,D/h]
         scale = None
         if self.grid:
-            axes = torch.meshgrid(*(torch.arange(n, device=x.device) for n in self.grid),
+            axes = torch.meshgrid(*(torch.arange(n, device=x.device) for n in self.places),
                                   indexing="ij")
             q, k = relative_positions(q, k, self.rel_pos, [axis.flatten() for axis in axes])
             # The fast kernels want values as wide as queries and keys.
@@ -293,22 +321,24 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-LayerNorm transformer block over tokens [B,N,D]; `grid` as of Attention."""
+    """A pre-LayerNorm transformer block over tokens [B,N,D]; `grid` and `window` as of
+    Attention."""
 
-    def __init__(self, width, heads, grid=()):
+    def __init__(self, width, heads, grid=(), window=0):
         super().__init__()
         self.norm1 = LayerNorm(width)
-        self.attn = Attention(width, heads, grid)
+        self.attn = Attention(width, heads, grid, window)
         self.norm2 = LayerNorm(width)
         self.mlp = MLP(width)
 
-    def forward(self, x, scales=None):
-        """`scales` [B,2] multiply what the two branches add to x (see drop_path_scales)."""
+    def forward(self, x, scales=None, mask=None):
+        """`scales` [B,2] multiply what the two branches add to x (see drop_path_scales); `mask` is
+        Attention's."""
         if scales is None:
-            x = x + self.attn(self.norm1(x))
+            x = x + self.attn(self.norm1(x), mask)
             return x + self.mlp(self.norm2(x))
         scales = scales[..., None, None]                                    # [B,2,1,1]
-        x = x + self.attn(self.norm1(x)) * scales[:, 0]
+        x = x + self.attn(self.norm1(x), mask) * scales[:, 0]
         return x + self.mlp(self.norm2(x)) * scales[:, 1]
 
 
@@ -323,19 +353,19 @@ def drop_path_scales(uniforms, rate):
     return (uniforms >= skipped) / (1 - skipped)                            # [B,L,2]
 
 
-def run_block(block, x, option, recompute):
-    """block(x, option). With `recompute` its activations are not kept for the backward pass but
+def run_block(block, x, recompute, *options):
+    """block(x, *options). With `recompute` its activations are not kept for the backward pass but
     computed again (activation checkpointing)."""
     if recompute and torch.is_grad_enabled():
         # Here and not in a wrapper module: wrappers rename the parameters.
-        return checkpoint(block, x, option, use_reentrant=False)
-    return block(x, option)
+        return checkpoint(block, x, *options, use_reentrant=False)
+    return block(x, *options)
 
 
 def run_blocks(blocks, x, recompute=False, scales=None):
     """Send tokens [B,N,D] through blocks; `scales` [B,L,2] are drop_path_scales'."""
     for i, block in enumerate(blocks):
-        x = run_block(block, x, None if scales is None else scales[:, i], recompute)
+        x = run_block(block, x, recompute, None if scales is None else scales[:, i])
     return x
 
 
