@@ -1296,7 +1296,7 @@ class WorldObjects:
         self.objects, self.masks = np.full(count, 2), True      # so many at most
 
     def __len__(self):
-        return len(self.world)
+        return int(self.world.chunks.sum())
 
     def __getitem__(self, i):
         sample, (H, W) = self.world[i], self.size

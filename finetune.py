@@ -2025,8 +2025,8 @@ def parse_detect_flags(argv):
     add = parser.add_argument_group("detection").add_argument
     add("--images", metavar="DIR", help="folder of --data's images; default: that of its .json")
     add("--val-images", metavar="DIR", help="folder of --val's images; default: --images")
-    add("--box-heads", choices=STAGES, help="cascade: three box heads, each for the boxes of the one "
-        "before; default cascade, or as --init")
+    add("--box-heads", choices=STAGES, help="cascade: three, each for the boxes of the one before; "
+        "default cascade, or as --init")
     add("--no-masks", dest="masks", action="store_false", help="boxes only, for data without "
         "masks; default: boxes and masks, or as --init")
     add("--window", type=vit.positive, metavar="PATCHES", help="side of the windows that most "
