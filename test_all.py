@@ -2070,6 +2070,8 @@ zeroshot {predict} => --predict needs something to choose from
 """
     for command, text in re.findall("(.+) => (.+)", commands):
         stage, *flags = command.split()
+        if stage in ("mae", "wsp", "classify", "zeroshot") and "--samples" not in flags:
+            flags += ["--steps", "1"]                       # what is not refused soon ends
         refused(text, asked, stages.get(stage, stage), *flags)
     if not torch.cuda.is_available():
         refused("--device cuda is not available here; found: ", asked, mae, "--device", "cuda")
