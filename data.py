@@ -1564,7 +1564,7 @@ def draw_predictions(args, batch, probabilities, names):
     side, texts, font = 112, [], ImageFont.load_default()
     for targets, best in zip(batch["targets"].tolist(), most_probable(probabilities, names)):
         right = [names[i] for i in targets if i >= 0]
-        texts.append([("true: " + ", ".join(right), "black")] + [
+        texts.append([("true: " + ", ".join(right)[:60], "black")] + [
             (f"{chance:.3f}  {name}", "#108030" if name in right else "#606060")
             for name, chance in best])
     width = side + 32 + max(int(font.getlength(text)) for lines in texts for text, _ in lines)

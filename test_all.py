@@ -1399,6 +1399,18 @@ def test_bad_images_are_counted_right_and_never_silent():
     assert "max_bad" in vit.FREE_FLAGS                  # or a run that it ended could not go on
 
 
+def test_predictions_are_drawn_in_two_columns_without_a_margin():
+    out, names = folder(), ["cat", "a dog"]
+    samples = data.Samples(data.open_data(photos()), (64, 64), 3, data.whole, shuffle=False,
+                           targets_of=lambda sample: [sample["label"]])
+    data.draw_predictions(argparse.Namespace(out=out), data.examples(samples, torch.device("cpu")),
+                          torch.rand(8, 2).softmax(1), names)
+    pixels = np.asarray(Image.open(out / "predictions.png"))
+    drawn = np.flatnonzero((pixels < 255).any((0, 2)))
+    assert pixels.shape[0] == 4 * 120 and pixels.shape[1] < 480
+    assert drawn[0] < 8 and pixels.shape[1] - drawn[-1] < 30
+
+
 def test_a_flag_given_twice_is_joined():
     parse = lambda *flags: mae.parse_flags([*flags, "--out", "x"])[0]
     assert parse("--data", "a", "b", "--data", "c").data == ["a", "b", "c"]
