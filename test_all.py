@@ -1244,9 +1244,9 @@ def test_what_other_decoders_read_is_read():
     assert data.Samples([{"image": cut, "where": "x"}], (8, 8), 3, data.whole, shuffle=False,
                         rows=np.arange(1)).__getitems__([0])["bad"]
     place, ramp = folder(), np.linspace(0, 1, 32)[None].repeat(32, 0)
-    for name, values in (("f", ramp.astype(np.float32)), ("low", (50 - 100 * ramp).astype(np.float32)),
-                         ("i", (ramp * (2 ** 31 - 1)).astype(np.int32))):
-        Image.fromarray(values).save(place / f"{name}.tif")
+    for name, values, kind in (("f", ramp, np.float32), ("low", 50 - 100 * ramp, np.float32),
+                               ("i", ramp * (2 ** 31 - 1), np.int32)):
+        Image.fromarray(values.astype(kind)).save(place / f"{name}.tif")
         found = read(place / f"{name}.tif")[0, :, 0].astype(float) / 255
         assert abs(found - (1 - ramp[0] if name == "low" else ramp[0])).max() < 0.02, name
     Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(place / "nan.tif")
