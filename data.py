@@ -1971,7 +1971,7 @@ def draw_predictions(args, batch, probabilities, names):
         file, pixels = "clips.png", pixels[:, 0, 0, frames]                 # [B,4,H,W,C]
     for targets, best in zip(batch["targets"].tolist(), most_probable(probabilities, names)):
         right = [names[i] for i in targets if i >= 0]
-        texts.append([("true: " + ", ".join(right), "black")] + [
+        texts.append([("true: " + ", ".join(right)[:60], "black")] + [
             (f"{chance:.3f}  {name}", "#108030" if name in right else "#606060")
             for name, chance in best])
     beside = (side + 4) * pixels.shape[1]

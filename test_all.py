@@ -1150,10 +1150,9 @@ def test_what_other_decoders_read_is_read():
     assert data.Samples([{"image": cut, "where": "x"}], (8, 8), 3, data.whole, shuffle=False,
                         rows=np.arange(1)).__getitems__([0])["bad"]
     place, ramp = folder(), np.linspace(0, 1, 32)[None].repeat(32, 0)
-    for name, values in (("f", ramp.astype(np.float32)),
-                         ("low", (50 - 100 * ramp).astype(np.float32)),
-                         ("i", (ramp * (2 ** 31 - 1)).astype(np.int32))):
-        Image.fromarray(values).save(place / f"{name}.tif")
+    for name, values, kind in (("f", ramp, np.float32), ("low", 50 - 100 * ramp, np.float32),
+                               ("i", ramp * (2 ** 31 - 1), np.int32)):
+        Image.fromarray(values.astype(kind)).save(place / f"{name}.tif")
         found = read(place / f"{name}.tif")[0, :, 0].astype(float) / 255
         assert abs(found - (1 - ramp[0] if name == "low" else ramp[0])).max() < 0.02, name
     Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(place / "nan.tif")
@@ -1301,6 +1300,18 @@ def test_bad_images_are_counted_right_and_never_silent():
     assert f"{len(listed)} images could not be read, and were replaced: see" in said
     assert "NOTE: 1 of 21 images cannot be read: see" in said
     assert "max_bad" in vit.FREE_FLAGS                  # or a run that it ended could not go on
+
+
+def test_predictions_are_drawn_in_two_columns_without_a_margin():
+    out, names = folder(), ["cat", "a dog"]
+    samples = data.Samples(data.open_data(photos()), (64, 64), 3, data.whole, shuffle=False,
+                           targets_of=lambda sample: [sample["label"]])
+    data.draw_predictions(argparse.Namespace(out=out), data.examples(samples, torch.device("cpu")),
+                          torch.rand(8, 2).softmax(1), names)
+    pixels = np.asarray(Image.open(out / "predictions.png"))
+    drawn = np.flatnonzero((pixels < 255).any((0, 2)))
+    assert pixels.shape[0] == 4 * 120 and pixels.shape[1] < 480
+    assert drawn[0] < 8 and pixels.shape[1] - drawn[-1] < 30
 
 
 def test_a_flag_given_twice_is_joined():
