@@ -18,6 +18,7 @@ A SPEC is one of
     x.tar  'x-{000..127}.tar'  'dir/*.tar'        shards in WebDataset's layout: 7.jpg with 7.json
                                                   (label, tags, caption), 7.cls, 7.txt (caption)
     x.jsonl  x.csv                                a manifest: image (a path), label, tags, caption
+`finetune.py video` reads clips by the same SPECs: see "Clips" below.
 """
 
 import argparse
