@@ -1295,13 +1295,13 @@ def with_channels(image, channels):
 
 
 def png_without_extras(content):
-    """A PNG file without the chunks that change no pixel: of text, profiles, dates. Pillow refuses
-    large and damaged ones, which other decoders pass over."""
+    """A PNG file without the chunks that change no pixel of a frame: of text, profiles, dates.
+    Pillow refuses large and damaged ones, which other decoders pass over."""
     kept, at = [content[:8]], 8
     while at < len(content):
         end, kind = at + 12 + int.from_bytes(content[at:at + 4]), content[at + 4:at + 8]
         exif = kind == b"eXIf" and content[at + 8:at + 10] in (b"II", b"MM")
-        if kind[:1].isupper() or kind == b"tRNS" or exif:
+        if kind[:1].isupper() or kind in (b"tRNS", b"acTL", b"fcTL", b"fdAT") or exif:
             kept.append(content[at:end])
         at = end
     return b"".join(kept)
