@@ -18,7 +18,6 @@ A SPEC is one of
     x.tar  'x-{000..127}.tar'  'dir/*.tar'        shards in WebDataset's layout: 7.jpg with 7.json
                                                   (label, tags, caption), 7.cls, 7.txt (caption)
     x.jsonl  x.csv                                a manifest: image (a path), label, tags, caption
-`finetune.py video` reads clips by the same SPECs: see "Clips" below.
 """
 
 import argparse
@@ -69,14 +68,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Order and randomness: pure functions of the position
 # ======================================================================================
 
-def as_int64(constant):
-    """The int64 that has the same 64 bits as an unsigned constant."""
-    return constant - (1 << 64) if constant >> 63 else constant
-
-
-# The constants of splitmix64 (Steele, Lea, Flood 2014)
-MIX_A, MIX_B, GOLDEN = (as_int64(constant) for constant in (
-    0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0x9E3779B97F4A7C15))
+# The constants of splitmix64 (Steele, Lea, Flood 2014): BF58476D1CE4E5B9, 94D049BB133111EB and
+# 9E3779B97F4A7C15 as int64
+MIX_A, MIX_B, GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB
 
 
 def splitmix64(x):
@@ -133,22 +127,18 @@ class Order:
         self.chunks, self.key = np.asarray(chunks, np.int64), zlib.crc32(f"{seed}/order".encode())
         self.starts, self.total = np.cumsum(self.chunks) - self.chunks, int(np.sum(chunks))
         self.windows = max(1, min(self.total >> 20, len(self.chunks) // 64))
-        self.epochs = {}
 
+    @lru_cache(16)      # a batch, and what replaces its bad images, needs fewer
     def epoch(self, number):
         """(permuted chunks, where the samples of each end, where each window begins)."""
-        if number not in self.epochs:
-            if len(self.epochs) == 12:      # a batch, and what replaces its bad images, needs fewer
-                self.epochs.pop(next(iter(self.epochs)))
-            count = len(self.chunks)
-            key = splitmix64(splitmix64(np.array([number])) + ~self.key)
-            chunks = permute(np.arange(count), count, key)
-            bounds = np.arange(self.windows + 1) * count // self.windows
-            window = np.searchsorted(bounds, np.arange(count), "right")
-            chunks = chunks[np.lexsort((chunks, window))]
-            ends = np.cumsum(self.chunks[chunks])
-            self.epochs[number] = chunks, ends, np.append(0, ends)[bounds]
-        return self.epochs[number]
+        count = len(self.chunks)
+        key = splitmix64(splitmix64(np.array([number])) + ~self.key)
+        chunks = permute(np.arange(count), count, key)
+        bounds = np.arange(self.windows + 1) * count // self.windows
+        window = np.searchsorted(bounds, np.arange(count), "right")
+        chunks = chunks[np.lexsort((chunks, window))]
+        ends = np.cumsum(self.chunks[chunks])
+        return chunks, ends, np.append(0, ends)[bounds]
 
     def __call__(self, positions):
         """The samples at int64 `positions` [n]: int64 [n]."""
@@ -473,10 +463,11 @@ def draw(picture, H, W, window=(0.0, 0.0, 1.0, 1.0)):
 # ======================================================================================
 # Sources
 #
-# A source has a length, and source[i] is what is known of sample i, a dict: "where" (for messages),
+# source[i] is what is known of sample i of a source, a dict: "where" (for messages),
 # "image" (a path, a function that returns the bytes of a file, or a scene of the world) and, as far
-# as known, "label" (a number in source.classes), "tags" (words) and "caption". It reads the index
-# only, so a damaged image is met later, by whoever reads its pixels.
+# as known, "label" (one of source.classes; where sources are joined, its number), "tags" (words)
+# and "caption". It reads the index only, so a damaged image is met later, by whoever reads its
+# pixels.
 #
 # `chunks` are the numbers of samples that are stored together, in the order of the listing: the
 # shards. words(c, what) gives the "labels" or "tags" of a chunk without a loop over its samples:
@@ -542,15 +533,13 @@ def columns_of(samples):
             **pack_strings("tag_words", tag_words)}
 
 
-def sample_at(columns, i, numbers):
-    """(The name of sample i, what is known of it: a dict of "label", "tags", "caption").
-
-    `numbers` {word: label} are those of the source's classes."""
+def sample_at(columns, i):
+    """(The name of sample i, what is known of it: a dict of "label", "tags", "caption")."""
     ends, label = columns["tag_ends"], int(columns["labels"][i])
     tags = columns["tags"][ends[i - 1] if i else 0:ends[i]].tolist()
     found = {"tags": [string_at(columns, "tag_words", tag) for tag in tags]}
     if label >= 0:
-        found["label"] = numbers[string_at(columns, "label_words", label)]
+        found["label"] = string_at(columns, "label_words", label)
     if caption := string_at(columns, "captions", i):
         found["caption"] = caption
     return string_at(columns, "names", i), found
@@ -570,19 +559,15 @@ class World:
     """`count` scenes of one split of the built-in world."""
 
     def __init__(self, split, count):
-        self.split, self.count, self.chunks = split, count, even_chunks(count)
-        self.moves = split.startswith("clips")
-        self.classes = [*MOTIONS] if self.moves else class_names(
+        self.split, self.chunks, self.mark = split, even_chunks(count), crc(f"{split} {count}")
+        self.scene = clip_scene if split.startswith("clips") else scene
+        self.classes = [*MOTIONS] if split.startswith("clips") else class_names(
             "novel" if split == "novel" else "seen")
-        self.mark = crc(f"{split} {count}")
-
-    def __len__(self):
-        return self.count
 
     def __getitem__(self, i):
-        picture = (clip_scene if self.moves else scene)(i, self.split)
-        return {"image": picture, "where": f"world {self.split} {i}",
-                **{name: picture[name] for name in ("label", "tags", "caption")}}
+        picture = self.scene(i, self.split)
+        return {"image": picture, "where": f"world {self.split} {i}", "tags": picture["tags"],
+                "label": self.classes[picture["label"]], "caption": picture["caption"]}
 
     def files(self):
         return iter(())
@@ -590,25 +575,20 @@ class World:
     def words(self, c, what):
         first = int(np.sum(self.chunks[:c]))
         pictures = [self[i] for i in range(first, first + int(self.chunks[c]))]
-        return words_of(columns_of(("", self.classes[one["label"]], one["tags"], None)
-                                   for one in pictures), 0, len(pictures), what)
+        return words_of(columns_of(("", one["label"], one["tags"], None) for one in pictures), 0,
+                        len(pictures), what)
 
 
 class Files:
     """The images of a folder or a manifest, listed in memory; their names are paths from `root`."""
 
     def __init__(self, root, columns):
-        self.root, self.columns = root, columns
-        self.classes = class_names_of({*all_strings(columns, "label_words")})
-        self.numbers = {name: i for i, name in enumerate(self.classes)}
+        self.root, self.columns, self.mark = root, columns, crc(*columns.values())
         self.chunks = even_chunks(len(columns["labels"]))
-        self.mark = crc(*columns.values())
-
-    def __len__(self):
-        return len(self.columns["labels"])
+        self.classes = class_names_of({*all_strings(columns, "label_words")})
 
     def __getitem__(self, i):
-        name, found = sample_at(self.columns, i, self.numbers)
+        name, found = sample_at(self.columns, i)
         path = os.path.join(self.root, name)
         return {"image": path, "where": path, **found}
 
@@ -912,18 +892,6 @@ def open_index(path, index_dir, clips):
     return columns
 
 
-@lru_cache(128)     # so many are read at a time: a window of Order, in shards of 10,000 samples
-def open_shard(path, index_dir, clips, size, changed):
-    """(A shard as an open file, the columns of its index). Raises UserError where the shard is not
-    the one of this size and time of change."""
-    file = open(path, "rb")
-    status = os.fstat(file.fileno())
-    if (status.st_size, status.st_mtime_ns) != (size, changed):
-        raise UserError(f"{path} is not the file that was indexed: it has changed since, or "
-                        "differs between nodes; start again")
-    return file, open_index(path, index_dir, clips)
-
-
 class Shards:
     """Samples of tar shards, images or `clips`, each read by itself with the help of an index.
 
@@ -934,24 +902,25 @@ class Shards:
         self.catalogue, self.index_dir, self.clips = catalogue, index_dir, clips
         self.chunks, self.ends = catalogue["counts"], np.cumsum(catalogue["counts"])
         self.classes = class_names_of({*all_strings(catalogue, "classes")})
-        self.numbers = {name: i for i, name in enumerate(self.classes)}
         self.mark = crc(catalogue["counts"], catalogue["marks"])
         self.left_out = catalogue["left_out"]
 
-    def __len__(self):
-        return int(self.ends[-1])
-
-    def open(self, s):
-        """(path, open file, columns) of shard s. Raises UserError where it is gone or changed."""
+    @lru_cache(128)     # so many are read at a time: a window of Order, in shards of 10,000 samples
+    def shard(self, s):
+        """(path, open file, columns) of shard s. Raises UserError where it has changed."""
         path = string_at(self.catalogue, "paths", s)
-        stats = self.catalogue["stats"][s].tolist()
-        return path, *open_shard(path, self.index_dir, self.clips, *stats)
+        file = open(path, "rb")
+        status = os.fstat(file.fileno())
+        if [status.st_size, status.st_mtime_ns] != self.catalogue["stats"][s].tolist():
+            raise UserError(f"{path} is not the file that was indexed: it has changed since, or "
+                            "differs between nodes; start again")
+        return path, file, open_index(path, self.index_dir, self.clips)
 
     def __getitem__(self, i):
         s = int(np.searchsorted(self.ends, i, side="right"))
-        path, file, columns = self.open(s)
+        path, file, columns = self.shard(s)
         row = int(i) - int(self.ends[s] - self.chunks[s])
-        name, found = sample_at(columns, row, self.numbers)
+        name, found = sample_at(columns, row)
         first, end = row, row + 1
         if self.clips:
             first, end = np.append(0, columns["place_ends"])[row:row + 2]
@@ -963,7 +932,7 @@ class Shards:
         return iter(all_strings(self.catalogue, "paths"))
 
     def words(self, c, what):
-        return words_of(self.open(c)[2], 0, int(self.chunks[c]), what)
+        return words_of(self.shard(c)[2], 0, int(self.chunks[c]), what)
 
 
 def process_pool(count):
@@ -987,9 +956,10 @@ def index_shards(paths, index_dir, clips):
     cores = cpu_cores() // environment().local_world_size
     try:
         with process_pool(cores) as processes:
-            work = functools.partial(summarise, index_dir=index_dir, clips=clips)
-            for s, shard in zip(mine, processes.map(work, paths[get_rank()::get_world_size()])):
-                found[s] = shard
+            work = (functools.partial(summarise, index_dir=index_dir, clips=clips),
+                    paths[get_rank()::get_world_size()])
+            results = processes.map(*work) if len(mine) > 16 else map(*work)
+            found.update(zip(mine, results))
     except (UserError, OSError) as error:
         problem = str(error)
     # The first message between ranks: whoever has less to index waits here.
@@ -1039,7 +1009,7 @@ class Joined:
 
     def __init__(self, sources):
         self.sources = sources
-        self.ends = np.cumsum([len(source) for source in sources])
+        self.ends = np.cumsum([source.chunks.sum() for source in sources])
         self.chunks = np.concatenate([source.chunks for source in sources])
         self.classes = sources[0].classes if len(sources) == 1 else class_names_of(
             {name for source in sources for name in source.classes})
@@ -1062,10 +1032,9 @@ class Joined:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         which = int(np.searchsorted(self.ends, i, side="right"))
-        source = self.sources[which]
-        sample = source[int(i) - int(self.ends[which]) + len(source)]
+        sample = self.sources[which][int(i) - (int(self.ends[which - 1]) if which else 0)]
         if "label" in sample:
-            sample["label"] = self.numbers[source.classes[sample["label"]]]
+            sample["label"] = self.numbers[sample["label"]]
         return sample
 
     def words(self, c, what):
@@ -1126,13 +1095,9 @@ def find_source(spec, clips=False):
     paths = [spec] if os.path.exists(spec) else [
         path for one in expand_braces(spec)
         for path in (sorted(glob.glob(one, recursive=True)) if glob.has_magic(one) else [one])]
-    if not paths or paths == [spec] and not os.path.exists(spec):
-        raise UserError(f"no data at {spec}: not a folder, shards (.tar), a manifest (.jsonl .csv) "
-                        f"or one of {' '.join(WORLD_COUNTS)}")
-    for path in paths:
-        if not path.lower().endswith(".tar"):
-            raise UserError(f"{path} is neither a folder nor a plain .tar, .jsonl or .csv: unpack "
-                            "what is compressed (no sample of it could be read by itself)")
+    if not paths or not all(path.lower().endswith(".tar") for path in paths):
+        raise UserError(f"no data at {spec}: give a folder, shards (.tar; unpack compressed ones), "
+                        f"a manifest (.jsonl .csv) or one of {' '.join(WORLD_COUNTS)}")
     return paths
 
 
@@ -1149,15 +1114,14 @@ def open_data(*specs, index_dir=None, clips=False):
             sources.append(open_shards(found, index_dir, clips))
         else:
             sources.append((World if is_world(spec) else Files)(*found))
-        if not len(sources[-1]):
+        if not sources[-1].chunks.sum():
             raise UserError(f"no image in {spec}")
     source = Joined(sources)
-    rank0_print(f"{first_of(specs)}: images: {len(source):,}; classes: {len(source.classes):,}"
-                + (f" ({first_of(source.classes, 12)})" if source.classes else ""))
-    if source.classes and {*source.classes} <= {"train", "training", "val", "valid", "validation",
-                                                "test"}:
+    rank0_print(f"{first_of(specs)}: images: {len(source):,}; classes: "
+                f"{first_of(source.classes, 12) or 'none'}")
+    if source.classes and {*source.classes} <= {"train", "training", "val", "validation", "test"}:
         rank0_print(f"NOTE: these classes look like parts of a data set: give {specs[0]}/"
-                    f"{source.classes[0]} to use one part of it")
+                    f"{source.classes[0]} to use one of them")
     return source
 
 
@@ -1197,8 +1161,7 @@ class Rows:
     it on every rank, or give the `sums`."""
 
     def __init__(self, source_chunks, times, sums=None):
-        self.times, self.known = times, {}
-        self.starts = np.cumsum(source_chunks) - source_chunks
+        self.times, self.starts = times, np.cumsum(source_chunks) - source_chunks
         if sums is None:
             sums = torch.zeros(len(source_chunks), dtype=torch.int64)
             for c in my_part(len(source_chunks), "choosing images"):
@@ -1211,12 +1174,12 @@ class Rows:
 
     def __getitem__(self, i):
         c = int(np.searchsorted(self.ends, i, "right"))
-        if c not in self.known:
-            if len(self.known) == 1024:
-                self.known.pop(next(iter(self.known)))
-            self.known[c] = np.cumsum(self.times(c)).astype(np.int32)
         place = i - (int(self.ends[c]) - int(self.chunks[c]))
-        return int(self.starts[c]) + int(np.searchsorted(self.known[c], place, "right"))
+        return int(self.starts[c]) + int(np.searchsorted(self.summed(c), place, "right"))
+
+    @lru_cache(1024)
+    def summed(self, c):
+        return np.cumsum(self.times(c)).astype(np.int32)
 
 
 def read_lines(path, flag):
@@ -1295,13 +1258,15 @@ def with_channels(image, channels):
 
 
 def png_without_extras(content):
-    """A PNG file without the chunks that change no pixel of a frame: of text, profiles, dates.
-    Pillow refuses large and damaged ones, which other decoders pass over."""
+    """A PNG file without the chunks that change no pixel: texts, profiles, dates. Pillow refuses
+    large and damaged ones, which other decoders pass over."""
     kept, at = [content[:8]], 8
     while at < len(content):
-        end, kind = at + 12 + int.from_bytes(content[at:at + 4]), content[at + 4:at + 8]
-        exif = kind == b"eXIf" and content[at + 8:at + 10] in (b"II", b"MM")
-        if kind[:1].isupper() or kind in (b"tRNS", b"acTL", b"fcTL", b"fdAT") or exif:
+        kind, end = content[at + 4:at + 8], at + 12 + int.from_bytes(content[at:at + 4], "big")
+        sound = content[end - 4:end] == zlib.crc32(content[at + 4:end - 4]).to_bytes(4, "big")
+        # tRNS is transparency; the next three are of animations
+        if kind[:1].isupper() or kind in (b"tRNS", b"acTL", b"fcTL", b"fdAT") or (
+                kind == b"eXIf" and sound):
             kept.append(content[at:end])
         at = end
     return b"".join(kept)
@@ -1376,12 +1341,11 @@ class Samples(Dataset):
         self.seed, self.rows, self.targets_of, self.views = seed, rows, targets_of, views
         self.augment, self.features = augment, features
         used = source if rows is None else rows
-        self.count = len(used)
         chunks = even_chunks(len(used)) if isinstance(rows, np.ndarray) else used.chunks
         self.order = Order(chunks, seed) if shuffle else None
 
     def __len__(self):
-        return self.count
+        return len(self.source if self.rows is None else self.rows)
 
     def sample(self, i):
         """What the source knows of the i-th sample that is used."""
@@ -1800,14 +1764,16 @@ class Pictures(NamedTuple):
     problem: str
 
 
-def read_pictures(args, config, choose_box=WHOLE_WIDTH):
-    """--predict's Pictures at the size of a model's Config; by default as much of each as fits.
-    Raises UserError where none can be read."""
+def read_pictures(args, config, choose_box=WHOLE_WIDTH, views=None):
+    """--predict's Pictures at the size of a model's Config, by default as much of each as fits; or
+    clips in these Views. Raises UserError where none can be read."""
     box = functools.partial(choose_box, uniforms=None, size=config.image)
     names, pixels, problems = [], [], []
     for name in args.predict:
         try:
-            pixels.append(torch.tensor(read_pixels(name, box, config.image, config.channels)))
+            found = (read_clip(name, views, config.image, config.channels)[0] if views else
+                     read_pixels(name, box, config.image, config.channels))
+            pixels.append(torch.tensor(found))
             names.append(name)
         except Exception as error:      # what decoders raise on damage has no common class
             problems.append(f"--predict {name} cannot be read: {error}".split("\n")[0])
@@ -1958,7 +1924,7 @@ def write_shard(k, source, out, size, short, index_dir):
 
     if not path.exists():
         write_aside(path, write)
-    open_index(str(path), index_dir)
+    open_index(str(path), index_dir, clips=False)
     return bad
 
 
@@ -1976,8 +1942,6 @@ def pack(args):
                   "resize": args.resize}, out / "pack.json"
     if read_json(note) != plan if note.exists() else any(out.glob("*.tar")):
         raise UserError(f"{out} holds shards of something else; choose another folder")
-    for torn in out.glob("*.tmp"):
-        torn.unlink()
     write_aside(note, lambda path: path.write_text(json.dumps(plan)))
     start, count = time.perf_counter(), math.ceil(len(source) / args.shard_size)
     work = functools.partial(write_shard, source=source, out=out, size=args.shard_size,
@@ -2009,14 +1973,11 @@ def bench(args):
 
 
 def world(args):
-    """Draw a sheet of 24 pictures of the built-in world, and print what it says of each."""
+    """Draw a sheet of the first 24 pictures of the built-in world; print what it says of each."""
     source, side = open_data(args.split), args.image_size
-    if args.first + 24 > len(source):
-        raise UserError(f"--first {args.first}: {args.split} has {len(source):,} pictures, and 24 "
-                        "are drawn")
     sheet = Image.new("RGB", (6 * (side + 4), 4 * (side + 4)), "white")
     for i in range(24):
-        sample = source[args.first + i]
+        sample = source[i]
         picture = Image.fromarray(draw(sample["image"], side, side))
         ImageDraw.Draw(picture).text((3, 1), str(i), "white", stroke_width=1, stroke_fill="black")
         sheet.paste(picture, (i % 6 * (side + 4), i // 6 * (side + 4)))
@@ -2055,8 +2016,6 @@ def main(argv):
                 "where it is longer; default: keep the files")
     flags[bench]("--seconds", type=float, default=20, help="length of the timing; default 20")
     flags[world]("--split", choices=WORLD_COUNTS, default="world", help="default world")
-    flags[world]("--first", type=number(0, kind=int), default=0,
-                 help="number of the first; default 0")
     flags[world]("--out", default="world.png", help="the sheet; default world.png")
     args = parser.parse_args(argv)
     args.command(args)

@@ -361,7 +361,7 @@ def classify(argv):
         if args.freeze:     # nothing is kept for a backward pass: one block's activations at a time
             towers = [(1, config.width, 1 + config.num_patches)]
         return vit.plan(args, lambda: make_classifier(args, config, outputs), towers, flops)
-    device = vit.start(args)
+    device = vit.start(args, towers)
 
     # ---- data and classes
     train, val, names = open_classes(args, config, file_info)
@@ -1707,7 +1707,7 @@ def zeroshot(argv):
         vit.training_flops if args.unlock else vit.forward_flops)(image_tower)
     if args.plan:
         return vit.plan(args, make, trained, flops)
-    device = vit.start(args)
+    device = vit.start(args, trained)
 
     # ---- model: a checkpoint in --out, else --init and --text-init, else random weights
     val, classes, templates = open_classes_and_val(args, config)
@@ -1935,15 +1935,10 @@ def parse_video_flags(argv):
 
 def predict_clips(args, config, views, logits_of, names, device):
     """Print what --predict's folders of frames and animated files most probably are."""
-    rows = []
-    for name in args.predict:
-        try:
-            pixels, _ = data.read_clip(name, views, config.image, config.channels)  # [V,T,H,W,C]
-        except Exception as error:      # what decoders raise on damage has no common class
-            raise UserError(f"--predict {name} cannot be read: {error}") from error
-        clip = data.normalise(torch.from_numpy(pixels)[None])               # [1,V,T,C,H,W]
-        rows.append(vit.probabilities(logits_of, clip, args, device))       # [1,K]
-    data.print_predictions(args, torch.cat(rows), names)
+    clips = data.read_pictures(args, config, views=views)                   # [B,V,T,H,W,C]
+    rows = [vit.probabilities(logits_of, data.normalise(clip[None]), args, device)
+            for clip in clips.pixels]                                       # [1,K] each
+    data.print_predictions(clips, torch.cat(rows), names)
 
 
 def video(argv):
@@ -1953,7 +1948,7 @@ def video(argv):
     flops = vit.training_flops(towers)
     if args.plan:
         return vit.plan(args, lambda: make(len(file_info.get("classes", range(400)))), towers)
-    device = vit.start(args)
+    device = vit.start(args, towers)
 
     # ---- data and classes
     train, val, names = open_classes(args, config, file_info, views)

@@ -656,9 +656,9 @@ RED, LIME, BLUE, WHITE, BLACK, GREY = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (2
                                        (0, 0, 0), (128, 128, 128))
 
 
-def quarters(mode="RGB", colours=(RED, LIME, BLUE, WHITE)):
+def quarters(mode="RGB", colours=(RED, LIME, BLUE, WHITE), size=(64, 48)):
     small = Image.fromarray(np.array(colours, np.uint8).reshape(2, 2, 3))
-    return small.resize((64, 48), Image.Resampling.NEAREST).convert(mode)
+    return small.resize(size, Image.Resampling.NEAREST).convert(mode)
 
 
 def test_every_mode_of_picture_comes_out_right():
@@ -901,7 +901,7 @@ def test_folders_of_shards_and_of_both():
     assert len(data.open_data(root)) == 3
     shutil.copy(photo(), root)
     source, said = quietly(data.open_data, root)
-    assert "holds images and 1 tars, which are passed over" in said and len(source) == 1
+    assert ", 1 .tar" in said and len(source) == 1
     Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9.jpg")).write_bytes(b"nothing")   # latin-1
     train(folder() / "run", "--data", root, "--max-bad", 1, "--steps", 1)
     assert command("verify", root)[0] == 1
@@ -936,13 +936,14 @@ def test_members_of_a_tar_are_grouped_as_in_webdataset_and_nothing_is_extracted(
 
 def opened(content):
     """A shard of this content, read: ({name: (label, weight)}, why some are bad, what was said)."""
-    source, said = quietly(data.open_data, new_file("x.tar", content))
+    path = new_file("x.tar", content)
+    source, said = quietly(data.open_data, path)
     samples = data.Samples(source, (8, 8), 3, data.centre_crop, shuffle=False)
     batch = samples.__getitems__(range(len(source)))
     labels = [source.classes[label] if label >= 0 else None for label in batch["label"].tolist()]
     names = [source[i]["where"][-3:] for i in range(len(source))]
     return (dict(zip(names, zip(labels, batch["weight"].tolist()))),
-            [why for _, _, why in batch["bad"]], said)
+            [why for _, _, why in batch["bad"]], said.rpartition(f"{path}: images")[0])
 
 
 def test_damaged_tars_lose_what_is_damaged_and_say_so():
@@ -964,7 +965,7 @@ def test_damaged_tars_lose_what_is_damaged_and_say_so():
         assert len(found) == count and report in said and bool(report) == bool(said), (found, said)
         assert bad == (["ValueError: the tar is cut short"] if count == 11 else [])
     source, said = quietly(data.open_data, new_file("b.tar", whole + whole))    # by cat
-    assert len(source) == 40 and said == ""
+    assert len(source) == 40 and said.endswith("images: 40; classes: cat, dog\n")
     for content in (b"", bytes(10240), b"\x7f" * 5000):
         refused("no image in", opened, content)
     refused("is compressed", opened, gzip.compress(whole))
@@ -1003,13 +1004,14 @@ def test_an_index_is_never_wrong():
     source = data.open_data(path)
     make_tar(path, range(8))                            # replaced under a run
     samples = data.Samples(source, (32, 32), 3, data.random_resized_crop)
-    data.open_shard.cache_clear()
+    data.Shards.shard.cache_clear()
     for workers in (0, 1):
         batches = data.load(samples, [np.arange(4)], workers, torch.device("cpu"))
         refused("x.tar is not the file that was indexed", next, batches)
     source = data.open_data(path)
     path.unlink()
-    refused("was there at the start, but: No such file", lambda: source[0])
+    refused("No such file", next, data.load(data.Samples(source, (8, 8), 3, data.whole),
+                                            [np.arange(4)], 0, torch.device("cpu")))
     path, usual = make_tar(root / "y.tar", range(5)), data.find_samples
 
     def growing(*args):
@@ -1057,10 +1059,9 @@ def test_specs():
     assert data.expand_braces("a{08..11}{x,y}.tar")[3:6] == ["a09y.tar", "a10x.tar", "a10y.tar"]
     assert not data.is_world("worldcup") and data.is_world("world:7")
     for text, spec in (("no shard", f"{root}/x-{{00..03}}.tar"), ("no data at", f"{root}/n-*.tar"),
-                       ("no data at", f"{root}/nothing.tar"), ("no data at", "nowhere"),
-                       ("unpack what is compressed", f"{root}/x-{{0..1}}.tar.gz"),
-                       ("is neither a folder nor a plain .tar", __file__),
-                       ("no image below", folder()),
+                       ("no shard", f"{root}/nothing.tar"), ("no data at", "nowhere"),
+                       ("unpack compressed ones", f"{root}/x-{{0..1}}.tar.gz"),
+                       ("no data at", __file__), ("no image below", folder()),
                        ("after the colon comes a number", "world:many")):
         refused(text, data.open_data, spec)
     joined = data.open_data(sharded()["three"], photos(), "world:7")
@@ -1132,15 +1133,16 @@ def test_orientation_is_undone_once_in_any_container():
 
 def test_what_other_decoders_read_is_read():
     def chunk(kind, content, damage=0):
-        return (len(content).to_bytes(4) + kind + content
-                + (zlib.crc32(kind + content) ^ damage).to_bytes(4))
+        return (len(content).to_bytes(4, "big") + kind + content
+                + (zlib.crc32(kind + content) ^ damage).to_bytes(4, "big"))
 
     whole = io.BytesIO()
     quarters().save(whole, "PNG", icc_profile=bytes(2_000_000))
     whole = whole.getvalue()
     expected = shown(lambda: whole)
     for extra in (chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(5_000_000))),
-                  chunk(b"tEXt", b"a\0b", damage=1), chunk(b"pHYs", b"a"), chunk(b"eXIf", b"a")):
+                  chunk(b"tEXt", b"a\0b", damage=1), chunk(b"pHYs", b"a"), chunk(b"eXIf", b"a"),
+                  chunk(b"eXIf", b"a", damage=1)):
         for at in (33, len(whole) - 12):                # behind the header, before the end
             content = whole[:at] + extra + whole[at:]
             assert np.array_equal(shown(lambda content=content: content), expected), extra[:20]
@@ -1184,7 +1186,7 @@ def test_folders_are_read_whole_or_say_what_they_pass_over():
     assert source.classes == ["ant", "caf\\udce8", "caf\\udce9", "cat", "dog", "pets"]
     said = said.getvalue()
     assert "are passed over: 2 .heic" in said and f"{root / 'run'} is passed over" in said
-    assert "images: 6; classes: 6 (ant, caf" in said
+    assert "images: 6; classes: ant, caf" in said
     packed = folder() / "out[1]"
     assert command("pack", root, packed)[1]["samples"] == 6
     assert data.open_data(packed).classes == source.classes
@@ -2145,8 +2147,6 @@ def test_data_commands_end_in_one_line_of_json():
     assert code == 0 and told["images_per_second"] > 0
     place = folder() / "world.png"
     assert command("world", "--out", place)[0] == 0
-    refused("world-val has 1,000 pictures", data.main, ["world", "--split", "world-val", "--first",
-                                                        "990", "--out", str(place)])
     Image.open(place).load()
 
 

@@ -401,7 +401,7 @@ def main(argv):
     if args.plan:
         rank0_print(f"planned for {args.vocabulary_size:,} tags: see --vocabulary-size")
         return vit.plan(args, lambda: ViT(config, args.vocabulary_size), towers)
-    device = vit.start(args)
+    device = vit.start(args, towers)
 
     # ---- data, and the vocabulary, which decides how many outputs the model has
     train, val, tags = open_all(args, config, file_info)
