@@ -29,6 +29,10 @@ zeroshot trains a text tower for an encoder, or uses a released one: classes are
 
     python finetune.py zeroshot --init maws_clip.pt --tokenizer tokenizer.json --predict cat.jpg \\
         --texts "une photo de chat" "a photo of a dog"
+
+video finetunes an image encoder on clips: folders of frames, or animated files.
+
+    torchrun finetune.py video --init runs/wsp/model.pt         # motions of the built-in world
 """
 
 import argparse
