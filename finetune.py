@@ -2270,6 +2270,25 @@ def simple_pyramid(D, C):
         nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), *to_C(D))))
 
 
+def to_windows(x, grid, side):
+    """Cut tokens [B,N,D] of a grid (rows, columns) into windows of side x side tokens, filled up
+    with zeros at the bottom and on the right: [B * windows, side * side, D]."""
+    B, _, D = x.shape
+    rows, columns = (math.ceil(n / side) for n in grid)                     # of windows
+    x = x.unflatten(1, grid)                                                # [B,rows,columns,D]
+    x = F.pad(x, (0, 0, 0, columns * side - grid[1], 0, rows * side - grid[0]))
+    x = x.reshape(B, rows, side, columns, side, D).transpose(2, 3)
+    return x.reshape(-1, side * side, D)
+
+
+def from_windows(windows, grid, side):
+    """The inverse of to_windows: tokens [B,N,D]."""
+    rows, columns = (math.ceil(n / side) for n in grid)
+    x = windows.reshape(-1, rows, columns, side, side, windows.shape[-1]).transpose(2, 3)
+    x = x.flatten(3, 4).flatten(1, 2)                               # [B,rows*side,columns*side,D]
+    return x[:, :grid[0], :grid[1]].flatten(1, 2)
+
+
 class Detector(nn.Module):
     """ViTDet for K classes; the encoder's parameters have the names of ViT's. `stages` are the IoUs
     of the box heads. `images_of` [K], the number of images with each class, is given for LVIS: each
@@ -2284,9 +2303,10 @@ class Detector(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, D))
         # The last block of each quarter attends everywhere; so do all where one window is enough.
         everywhere = {depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)}
+        self.windowed = [i not in everywhere and window < max(config.grid) for i in range(depth)]
         self.blocks = nn.ModuleList(
-            vit.Block(D, config.heads, config.grid, 0 if i in everywhere
-                      or window >= max(config.grid) else window) for i in range(depth))
+            vit.Block(D, config.heads, (window, window) if windowed else config.grid)
+            for windowed in self.windowed)
         self.pyramid = simple_pyramid(D, C)
         # Of each of the three anchors at a place: a logit that it is an object, and four offsets
         self.proposals = nn.Sequential(
@@ -2318,11 +2338,16 @@ class Detector(nn.Module):
         row, column = (torch.arange(0, n * p, p, device=x.device) for n in grid)
         real = (row < seen[:, :1])[:, :, None] & (column < seen[:, 1:])[:, None]
         real = real.flatten(1)                                              # [B,N]
-        inside = vit.to_windows(real[..., None].float(), grid, self.window)[..., 0] > 0
+        inside = to_windows(real[..., None].float(), grid, self.window)[..., 0] > 0
         inside |= ~inside.any(1, keepdim=True)      # no softmax over nothing in an empty window
         for i, block in enumerate(self.blocks):
-            x = vit.run_block(block, x, self.recompute, None if scales is None else scales[:, i],
-                              (inside if block.attn.window else real)[:, None, None])
+            scale, mask = None if scales is None else scales[:, i], real            # [B,2] [B,N]
+            if self.windowed[i]:        # all but attention treats each token by itself
+                x, mask = to_windows(x, grid, self.window), inside
+                if scale is not None:
+                    scale = scale.repeat_interleave(len(inside) // len(real), 0)
+            x = vit.run_block(block, x, self.recompute, scale, mask[:, None, None])
+            x = from_windows(x, grid, self.window) if self.windowed[i] else x
         x = x.transpose(1, 2).unflatten(2, grid)                            # [B,D,rows,columns]
         maps = [level(x) for level in self.pyramid]
         maps.append(maps[-1][..., ::2, ::2])

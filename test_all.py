@@ -1423,13 +1423,14 @@ def model_of(name):
 
 
 def test_same_run_twice_and_with_workers_and_from_shards_is_bit_equal():
-    for name, more in (("mae", ""), ("mae", "--workers 3"), ("wsp", "--workers 2"),
-                       ("classify", "--workers 2"), ("mae", f"--data {sharded()['one']}"),
-                       ("mae", f"--data {sharded()['three']}"),
-                       ("mae", f"--data {sharded()['jsonl']}")):
+    for name, more in (("mae", ()), ("mae", ("--workers", 3)), ("wsp", ("--workers", 2)),
+                       ("classify", ("--workers", 2))):
         first = trained(name)
-        again = train(folder() / "run", *first.flags, *more.split(), stage=first.stage)
+        again = train(folder() / "run", *first.flags, *more, stage=first.stage)
         assert again[0] == first.losses and equal(again[1], first.weights), (name, more)
+    for kind in ("one", "three", "jsonl"):
+        again = train(folder() / "run", "--data", sharded()[kind])
+        assert again[0] == trained("mae").losses and equal(again[1], trained("mae").weights), kind
     assert train(folder() / "run", "--data", photos(), "--seed", 1)[0] != trained("mae").losses
 
 
@@ -2180,7 +2181,7 @@ def test_only_four_packages_and_readable_files():
 def test_evening_path_is_short():
     """vit.py part 1, mae.py, wsp.py, and finetune.py up to the details of its first task."""
     text = {path.name: path.read_text() for path in HERE.glob("*.py")}
-    part_1 = text["vit.py"].split("# Part 1:")[1].split("# Part 2:")[0]
+    part_1 = text["vit.py"].split("# Part 1:")[1].split("# Relative positions, for video")[0]
     first = text["finetune.py"].split("# Details of classify")[0]
     lines = [len(part.splitlines()) for part in (part_1, text["mae.py"], text["wsp.py"], first)]
     assert sum(lines) < 1600, lines
@@ -3658,18 +3659,19 @@ def slow_iou(a, b):
 
 def test_windows_that_cover_the_grid_attend_as_without_and_others_only_inside():
     grid, x = (5, 7), torch.randn(3, 35, 32)
-    full, wide = vit.Attention(32, 4, grid), vit.Attention(32, 4, grid, window=9)
+    full, wide = vit.Attention(32, 4, grid), vit.Attention(32, 4, (9, 9))
+    cut, join = finetune.to_windows, finetune.from_windows
     for p in full.parameters():
         torch.nn.init.normal_(p, 0, 0.3)
     shared = {name: p for name, p in full.state_dict().items() if "rel_pos" not in name}
     wide.load_state_dict(shared, strict=False)
     for n, table, own in zip(grid, wide.rel_pos, full.rel_pos):
         table.data[9 - n:9 + n - 1] = own.data          # its middle: nearer than n places
-    mask = vit.to_windows(torch.ones(3, 35, 1), grid, 9)[:, None, None, :, 0] > 0
-    assert close(wide(x, mask).detach(), full(x).detach(), 1e-5)
-    assert torch.equal(vit.from_windows(vit.to_windows(x, grid, 3), grid, 3), x)
-    narrow, x = vit.Attention(32, 4, grid, window=3), x.requires_grad_()
-    narrow(x, torch.ones(18, 1, 1, 9, dtype=torch.bool))[:, 0].sum().backward()
+    mask = cut(torch.ones(3, 35, 1), grid, 9)[:, None, None, :, 0] > 0
+    assert close(join(wide(cut(x, grid, 9), mask), grid, 9).detach(), full(x).detach(), 1e-5)
+    assert torch.equal(join(cut(x, grid, 3), grid, 3), x)
+    narrow, x = vit.Attention(32, 4, (3, 3)), x.requires_grad_()
+    join(narrow(cut(x, grid, 3)), grid, 3)[:, 0].sum().backward()
     touched = (x.grad.abs().sum(-1) > 0).unflatten(1, grid)
     assert touched[:, :3, :3].all() and touched.sum() == 3 * 9
 
@@ -3874,10 +3876,9 @@ def test_every_parameter_of_a_detector_learns():
             torch.nn.init.normal_(p, 0, 0.1) if not p.any() else None
         model(data.normalise(batch["images"]), batch).backward()
         assert all(p.grad is not None and p.grad.any() for p in model.parameters())
-        assert [block.attn.window for block in model.blocks] == [0, 0, 0, 0]    # four are global
-        assert Counter(block.attn.window for block in finetune.Detector(
-            Config(64, 12, 4, 8, 48), finetune.HEADS["ours"], 8, 4, (0.5,), False).blocks) == {
-                4: 8, 0: 4}
+        assert not any(model.windowed)                      # four are global
+        assert finetune.Detector(Config(64, 12, 4, 8, 48), finetune.HEADS["ours"], 8, 4, (0.5,),
+                                 False).windowed == [True, True, False] * 4
 
 
 def test_nothing_attends_to_what_is_filled_up():

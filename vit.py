@@ -227,75 +227,27 @@ def attention(q, k, v, mask=None, scale=None):
     return weights @ v                                                      # [B,h,N,D/h]
 
 
-def relative_positions(q, k, tables, places):
-    """Queries and keys, [B,h,N,D/h] at first, whose unscaled product is attention's scaled one plus
-    decomposed relative positions (ViTDet, arXiv 2203.16527; also MViTv2's, arXiv 2112.01526):
-
-        q_i k_j / sqrt(D/h) + sum over the axes of q_i table[place_i - place_j + n - 1]
-
-    `tables` holds a table [2n-1,D/h] for every axis of n places (time, row, column), `places` the
-    place [N] of every token on it. A query is extended by what a key at place 0 … n-1 would add, a
-    key by a one at its own place: exact, and no N x N mask for each head, with which the kernels of
-    attention would need as much memory as the scores."""
-    queries, keys = [q * q.shape[-1] ** -0.5], [k]
-    for table, place in zip(tables, places):
-        n = (len(table) + 1) // 2
-        difference = place[:, None] - torch.arange(n, device=place.device) + n - 1      # [N,n]
-        by_difference = q @ table.t().to(q.dtype)                           # [B,h,N,2n-1]
-        queries.append(by_difference.gather(-1, difference.expand(*q.shape[:2], -1, -1)))
-        keys.append(F.one_hot(place, n).to(k.dtype).expand(*k.shape[:2], -1, -1))   # [B,h,N,n]
-    return torch.cat(queries, -1), torch.cat(keys, -1)                  # 2 x [B,h,N,D/h + sum of n]
-
-
-def to_windows(x, grid, side):
-    """Cut tokens [B,N,D] of a grid (rows, columns) into windows of side x side tokens, filled up
-    with zeros at the bottom and on the right: [B * windows, side * side, D]."""
-    B, _, D = x.shape
-    rows, columns = (math.ceil(n / side) for n in grid)                     # of windows
-    x = x.unflatten(1, grid)                                                # [B,rows,columns,D]
-    x = F.pad(x, (0, 0, 0, columns * side - grid[1], 0, rows * side - grid[0]))
-    x = x.reshape(B, rows, side, columns, side, D).transpose(2, 3)
-    return x.reshape(-1, side * side, D)
-
-
-def from_windows(windows, grid, side):
-    """The inverse of to_windows: tokens [B,N,D]."""
-    rows, columns = (math.ceil(n / side) for n in grid)
-    x = windows.reshape(-1, rows, columns, side, side, windows.shape[-1]).transpose(2, 3)
-    x = x.flatten(3, 4).flatten(1, 2)                               # [B,rows*side,columns*side,D]
-    return x[:, :grid[0], :grid[1]].flatten(1, 2)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention over tokens [B,N,D]; `mask` as of `attention`.
 
     With a `grid`, as (rows, columns) or (T, rows, columns), the tokens lie on it in raster order
-    and the attention has relative positions, a table `rel_pos` [2n-1,D/h] for each axis. With a
-    `window`, tokens attend within windows of window x window tokens of the grid (ViTDet); `mask` is
-    that of the windows, [B * windows,1,1,window * window]."""
+    and the attention has relative positions, a table `rel_pos` [2n-1,D/h] for each axis."""
 
-    def __init__(self, width, heads, grid=(), window=0):
+    def __init__(self, width, heads, grid=()):
         super().__init__()
-        self.heads, self.grid, self.window = heads, grid, window
-        self.places = (window, window) if window else grid
+        self.heads, self.grid = heads, grid
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.rel_pos = nn.ParameterList(
-            nn.Parameter(torch.zeros(2 * n - 1, width // heads)) for n in self.places)
+            nn.Parameter(torch.zeros(2 * n - 1, width // heads)) for n in grid)
 
     def forward(self, x, mask=None):
-        if not self.window:
-            return self.attend(x, mask)
-        windows = self.attend(to_windows(x, self.grid, self.window), mask)
-        return from_windows(windows, self.grid, self.window)
-
-    def attend(self, x, mask):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)     # [B,N,3,h,D/h]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # 3 x [B,h,N,D/h]
         scale = None
         if self.grid:
-            axes = torch.meshgrid(*(torch.arange(n, device=x.device) for n in self.places),
+            axes = torch.meshgrid(*(torch.arange(n, device=x.device) for n in self.grid),
                                   indexing="ij")
             q, k = relative_positions(q, k, self.rel_pos, [axis.flatten() for axis in axes])
             # The fast kernels want values as wide as queries and keys.
@@ -321,13 +273,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-LayerNorm transformer block over tokens [B,N,D]; `grid` and `window` as of
-    Attention."""
+    """A pre-LayerNorm transformer block over tokens [B,N,D]; `grid` as of Attention."""
 
-    def __init__(self, width, heads, grid=(), window=0):
+    def __init__(self, width, heads, grid=()):
         super().__init__()
         self.norm1 = LayerNorm(width)
-        self.attn = Attention(width, heads, grid, window)
+        self.attn = Attention(width, heads, grid)
         self.norm2 = LayerNorm(width)
         self.mlp = MLP(width)
 
@@ -491,6 +442,30 @@ def decay_groups(model, weight_decay, no_decay=(), layer_decay=1.0):
             "params": [], "weight_decay": weight_decay * decays, "lr_scale": lr_scale})
         group["params"].append(parameter)
     return list(groups.values())
+
+
+# --------------------------------------------------------------------------------------
+# Relative positions, for video and detection
+# --------------------------------------------------------------------------------------
+
+def relative_positions(q, k, tables, places):
+    """Queries and keys, [B,h,N,D/h] at first, whose unscaled product is attention's scaled one plus
+    decomposed relative positions (ViTDet, arXiv 2203.16527; also MViTv2's, arXiv 2112.01526):
+
+        q_i k_j / sqrt(D/h) + sum over the axes of q_i table[place_i - place_j + n - 1]
+
+    `tables` holds a table [2n-1,D/h] for every axis of n places (time, row, column), `places` the
+    place [N] of every token on it. A query is extended by what a key at place 0 … n-1 would add, a
+    key by a one at its own place: exact, and no N x N mask for each head, with which the kernels of
+    attention would need as much memory as the scores."""
+    queries, keys = [q * q.shape[-1] ** -0.5], [k]
+    for table, place in zip(tables, places):
+        n = (len(table) + 1) // 2
+        difference = place[:, None] - torch.arange(n, device=place.device) + n - 1      # [N,n]
+        by_difference = q @ table.t().to(q.dtype)                           # [B,h,N,2n-1]
+        queries.append(by_difference.gather(-1, difference.expand(*q.shape[:2], -1, -1)))
+        keys.append(F.one_hot(place, n).to(k.dtype).expand(*k.shape[:2], -1, -1))   # [B,h,N,n]
+    return torch.cat(queries, -1), torch.cat(keys, -1)                  # 2 x [B,h,N,D/h + sum of n]
 
 
 # ======================================================================================
