@@ -1440,8 +1440,8 @@ def test_ranks_layouts_and_accumulation_train_the_same():
     for name, *layouts in (
             ("mae", (2, "--parallel ddp"), (3, "--parallel ddp"), (2, fsdp), (3, fsdp),
              (1, "--micro-batch 4"), (2, "--parallel ddp --micro-batch 3"),
-             (2, "--parallel fsdp --micro-batch 2"), (2, recompute), (4, "--parallel hsdp"),
-             (4, f"--data {sharded()['one']}")),             # one shard for four ranks
+             (2, "--parallel fsdp --micro-batch 2"), (2, recompute), (4, "--parallel hsdp")),
+            ("shards", (4, "")),                            # one shard for four ranks
             ("wsp", (2, ""), (3, fsdp), (1, "--micro-batch 4"), (2, recompute)),
             ("classify", (2, ""), (3, fsdp), (1, "--micro-batch 5"), (2, recompute)),
             ("sgd", (2, ""), (2, fsdp)),
