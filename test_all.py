@@ -1725,7 +1725,7 @@ def test_predict_reconstructs_ones_own_pictures():
     _, out, said = asked(mae, *flags, *pictures)
     assert "3 pictures, 75% masked" in said
     with Image.open(out / "reconstruction.png") as sheet:
-        assert sheet.size == (3 * 132, 4 * 148)
+        assert sheet.size == (4 * 132 + 120, 3 * 132 + 32)      # with their names
     assert mae.parse_flags([*map(str, flags), "x"])[0].out == "runs/mae-predict"
 
 
@@ -1752,22 +1752,21 @@ def test_curves_show_each_loss_beside_its_own_baseline():
 
 
 def test_reconstruction_shows_what_the_true_means_alone_show():
-    """A perfect prediction is the original; a prediction of zeros is the row of true means."""
+    """A perfect prediction is the original; a prediction of zeros is the column of true means."""
     pixels = torch.from_numpy(np.stack([data.draw(data.scene(i), 32, 32) for i in range(2)]))
-    args = argparse.Namespace(seed=0, precision="fp32", micro_batch=2)
+    args = argparse.Namespace(seed=0, precision="fp32", micro_batch=2, out=folder())
     for norm_pix, perfect in ((True, True), (True, False), (False, True)):
         oracle = argparse.Namespace(
             config=SMALL, mask_ratio=0.75, norm_pix=norm_pix, predict=lambda images, noise:
             mae.pixel_targets(vit.patchify(images, 8), norm_pix) * perfect)
-        path = folder() / "out.png"
-        mae.draw_reconstruction(oracle, pixels, torch.arange(2), args, torch.device("cpu"), path)
-        sheet = np.asarray(Image.open(path)).astype(int)
-        rows = [sheet[20 + 148 * i:148 + 148 * i, :264] for i in range(4 if norm_pix else 3)]
-        visible, prediction, original = rows[0], rows[-2], rows[-1]
+        mae.draw_reconstruction(oracle, pixels, torch.arange(2), args, torch.device("cpu"))
+        sheet = np.asarray(Image.open(args.out / "reconstruction.png")).astype(int)
+        columns = [sheet[32:, 132 * i:132 * i + 128] for i in range(4 if norm_pix else 3)]
+        visible, prediction, original = columns[0], columns[-2], columns[-1]
         assert abs(visible - original).mean() > 10
-        assert np.array_equal(original[::4, :128:4], pixels[0].numpy())
+        assert np.array_equal(original[:128:4, ::4], pixels[0].numpy())
         if norm_pix:
-            means = rows[1]
+            means = columns[1]
             assert abs(means - original).mean() > 2 and abs(means - visible).mean() > 2
         assert abs(prediction - (original if perfect else means)).max() <= 1
 
