@@ -1458,7 +1458,7 @@ class Run:
                 "".join(json.dumps(record) + "\n" for record in kept)))
         self.bar = tqdm(total=schedule.steps, initial=self.state["step"], unit="step",
                         dynamic_ncols=True, disable=self.rank > 0 or not sys.stderr.isatty())
-        self.saved_at, self.stop = time.monotonic(), False
+        self.saved_at, self.stop, self.best_speed = time.monotonic(), False, 0.0
         self.restart_clock()
 
     # ---- the loop
@@ -1656,6 +1656,12 @@ class Run:
         self.write_record({**values, "images_per_second": round(speed, 1),
                            "data_wait": round(self.waited / seconds, 4),
                            "mfu": self.peak_speed and round(speed / self.peak_speed, 4)})
+        self.best_speed = max(self.best_speed, speed)
+        if self.device.type == "cpu" and speed < self.best_speed / 4:
+            rank0_print(f"NOTE: {speed:.0f} images/s, after {self.best_speed:.0f}: do other programs "
+                        "use the CPU? Threads that wait for each other then cost most of the time; "
+                        "with GOMP_SPINCOUNT=1000 in the environment, less")
+            self.best_speed = speed
         text = (f"loss {values['loss']:.4f}, {speed:.0f} images/s, "
                 f"{100 * self.waited / seconds:.0f}% waiting for data")
         self.bar.set_postfix_str(text)
