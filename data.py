@@ -21,10 +21,13 @@ A SPEC is one of
 """
 
 import argparse
+import ast
+import contextlib
 import csv
 import functools
 import glob
 import io
+import itertools
 import json
 import math
 import os
@@ -41,18 +44,22 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from vit import (
-    Parser, RankError, UserError, all_gather_objects, all_reduce_sum, cpu_cores, get_rank,
-    get_world_size, list_bad, number, on_rank_0, positive, rank0_print, read_json, run, write_aside)
+    Parser, RankError, UserError, all_gather_objects, all_reduce_sum, cpu_cores, environment,
+    get_rank, get_world_size, list_bad, number, on_rank_0, positive, rank0_print, read_json, run,
+    stop_signals, write_aside)
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif",
+                 ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga")
+warnings.filterwarnings("ignore", "This DataLoader will create")     # more workers than cores
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -61,14 +68,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Order and randomness: pure functions of the position
 # ======================================================================================
 
-def as_int64(constant):
-    """The int64 that has the same 64 bits as an unsigned constant."""
-    return constant - (1 << 64) if constant >> 63 else constant
-
-
-# The constants of splitmix64 (Steele, Lea, Flood 2014)
-MIX_A, MIX_B, GOLDEN = (as_int64(constant) for constant in (
-    0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0x9E3779B97F4A7C15))
+# The constants of splitmix64 (Steele, Lea, Flood 2014): BF58476D1CE4E5B9, 94D049BB133111EB and
+# 9E3779B97F4A7C15 as int64
+MIX_A, MIX_B, GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB
 
 
 def splitmix64(x):
@@ -125,22 +127,18 @@ class Order:
         self.chunks, self.key = np.asarray(chunks, np.int64), zlib.crc32(f"{seed}/order".encode())
         self.starts, self.total = np.cumsum(self.chunks) - self.chunks, int(np.sum(chunks))
         self.windows = max(1, min(self.total >> 20, len(self.chunks) // 64))
-        self.epochs = {}
 
+    @lru_cache(16)      # a batch, and what replaces its bad images, needs fewer
     def epoch(self, number):
         """(permuted chunks, where the samples of each end, where each window begins)."""
-        if number not in self.epochs:
-            if len(self.epochs) == 12:      # a batch, and what replaces its bad images, needs fewer
-                self.epochs.pop(next(iter(self.epochs)))
-            count = len(self.chunks)
-            key = splitmix64(splitmix64(np.array([number])) + ~self.key)
-            chunks = permute(np.arange(count), count, key)
-            bounds = np.arange(self.windows + 1) * count // self.windows
-            window = np.searchsorted(bounds, np.arange(count), "right")
-            chunks = chunks[np.lexsort((chunks, window))]
-            ends = np.cumsum(self.chunks[chunks])
-            self.epochs[number] = chunks, ends, np.append(0, ends)[bounds]
-        return self.epochs[number]
+        count = len(self.chunks)
+        key = splitmix64(splitmix64(np.array([number])) + ~self.key)
+        chunks = permute(np.arange(count), count, key)
+        bounds = np.arange(self.windows + 1) * count // self.windows
+        window = np.searchsorted(bounds, np.arange(count), "right")
+        chunks = chunks[np.lexsort((chunks, window))]
+        ends = np.cumsum(self.chunks[chunks])
+        return chunks, ends, np.append(0, ends)[bounds]
 
     def __call__(self, positions):
         """The samples at int64 `positions` [n]: int64 [n]."""
@@ -167,7 +165,6 @@ class Order:
 # without a download. Lengths are fractions of the image's side. All of it is ours.
 # ======================================================================================
 
-SPLITS = "train", "val", "test", "novel", "labelled"    # each has its own stream: no overlap
 SHAPES = "disc", "square", "triangle", "star", "cross", "heart", "ring", "moon"
 TEXTURES = "solid", "striped", "checked", "dotted", "halved", "framed"
 COLOURS = "red", "yellow", "white", "pink", "blue", "green"     # common ones first, like the others
@@ -230,37 +227,36 @@ COMMON_PAIRS = shares([zipf(8)[s] * zipf(6)[t] for s, t in PAIRS["seen"]])
 COMMON_COLOURS = shares(zipf(6))
 
 
-def scene(i, split="train", difficulty=0.0, seed=0):
-    """What is in picture i of a split, as a dict of plain values; difficulty in [0, 1]."""
-    u = uniform(seed, np.array([i]), f"world-{split}", 104)[0].tolist()
+def scene(i, split="train"):
+    """What is in picture i of a split, as a dict of plain values. Each split ("train", "val",
+    "test", "novel", "labelled") has its own stream of random numbers: no overlap."""
+    u = uniform(0, np.array([i]), f"world-{split}", 104)[0].tolist()
     # Every number has its place, so that a new one moves none of the others.
     main, others, clutter, field, words = u[:8], u[8:32], u[32:62], u[62:76], u[76:]
-    between = lambda easy, hard: easy + difficulty * (hard - easy)
-
     pairs = PAIRS["novel" if split == "novel" else "seen"]
     n = len(pairs)
     # Balanced splits go through all classes in a new order each round; 7 shares no factor with n.
     label = bisect(COMMON_PAIRS, main[0]) if split == "train" else (7 * i + 13 * (i // n)) % n
-    radius = between(0.30, 0.20) + between(0.15, 0.16) * main[1]
-    edge, turn = radius - 0.10, math.radians(between(20, 45))   # a tenth may stick out
+    radius = 0.30 + 0.15 * main[1]
+    edge, turn = radius - 0.10, math.radians(20)        # a tenth may stick out
     x, y = (edge + (1 - 2 * edge) * p for p in main[2:4])
     objects, strokes = [thing(pairs[label], x, y, radius, turn, main[4:])], []
-    for k in range(int(between(2, 4) * field[0])):      # small ones round the rim, partly over it
+    for k in range(int(2 * field[0])):      # small ones round the rim, partly over it
         a, far, way, pair, *rest = others[8 * k:8 * k + 8]
-        small, far, way = between(0.10, 0.07) + 0.04 * a, radius + 0.14 * far, 2 * math.pi * way
+        small, far, way = 0.10 + 0.04 * a, radius + 0.14 * far, 2 * math.pi * way
         px, py = x + far * math.cos(way), y + far * math.sin(way)
         px, py = (min(max(p, small), 1 - small) for p in (px, py))
         objects.append(thing(PAIRS["seen"][bisect(COMMON_PAIRS, pair)], px, py, small, turn, rest))
-    for k in range(int(between(2, 7) * field[1])):
+    for k in range(int(2 * field[1])):
         px, py, length, hue, way = clutter[5 * k:5 * k + 5]
         strokes.append(thing((-1, 0), px, py, 0.1 + 0.15 * length, math.pi, [hue, 0, way, 0.5]))
 
     picture = dict(
         label=label, objects=objects, strokes=strokes,
-        background=list(BACKGROUNDS)[int(6 * field[2])], contrast=between(0.4, 1.0),
+        background=list(BACKGROUNDS)[int(6 * field[2])], contrast=0.4,
         shift=field[3:5], zoom=0.8 + 0.4 * field[5],
         brightness=50 * field[6] - 16, light=[50 * p - 25 for p in field[7:9]],
-        noise=between(4, 10), grain=[int(32 * p) for p in field[9:11]])
+        noise=4, grain=[int(32 * p) for p in field[9:11]])
     picture["caption"] = caption(picture, field[11:])
     picture["tags"] = hashtags(concepts(picture), words)
     return picture
@@ -483,10 +479,11 @@ def boxes(picture, H, W):
 # ======================================================================================
 # Sources
 #
-# A source has a length, and source[i] is what is known of sample i, a dict: "where" (for messages),
+# source[i] is what is known of sample i of a source, a dict: "where" (for messages),
 # "image" (a path, a function that returns the bytes of a file, or a scene of the world) and, as far
-# as known, "label" (a number in source.classes), "tags" (words) and "caption". It reads the index
-# only, so a damaged image is met later, by whoever reads its pixels.
+# as known, "label" (one of source.classes; where sources are joined, its number), "tags" (words)
+# and "caption". It reads the index only, so a damaged image is met later, by whoever reads its
+# pixels.
 #
 # `chunks` are the numbers of samples that are stored together, in the order of the listing: the
 # shards. words(c, what) gives the "labels" or "tags" of a chunk without a loop over its samples:
@@ -552,15 +549,13 @@ def columns_of(samples):
             **pack_strings("tag_words", tag_words)}
 
 
-def sample_at(columns, i, numbers):
-    """(The name of sample i, what is known of it: a dict of "label", "tags", "caption").
-
-    `numbers` {word: label} are those of the source's classes."""
+def sample_at(columns, i):
+    """(The name of sample i, what is known of it: a dict of "label", "tags", "caption")."""
     ends, label = columns["tag_ends"], int(columns["labels"][i])
     tags = columns["tags"][ends[i - 1] if i else 0:ends[i]].tolist()
     found = {"tags": [string_at(columns, "tag_words", tag) for tag in tags]}
     if label >= 0:
-        found["label"] = numbers[string_at(columns, "label_words", label)]
+        found["label"] = string_at(columns, "label_words", label)
     if caption := string_at(columns, "captions", i):
         found["caption"] = caption
     return string_at(columns, "names", i), found
@@ -580,17 +575,15 @@ class World:
     """`count` scenes of one split of the built-in world."""
 
     def __init__(self, split, count):
-        self.split, self.count, self.chunks = split, count, even_chunks(count)
-        self.classes = class_names("novel" if split == "novel" else "seen")
-        self.mark = crc(f"{split} {count}")
-
-    def __len__(self):
-        return self.count
+        self.split, self.chunks, self.mark = split, even_chunks(count), crc(f"{split} {count}")
+        self.scene = clip_scene if split.startswith("clips") else scene
+        self.classes = [*MOTIONS] if split.startswith("clips") else class_names(
+            "novel" if split == "novel" else "seen")
 
     def __getitem__(self, i):
-        picture = scene(i, self.split)
-        return {"image": picture, "where": f"world {self.split} {i}",
-                **{name: picture[name] for name in ("label", "tags", "caption")}}
+        picture = self.scene(i, self.split)
+        return {"image": picture, "where": f"world {self.split} {i}", "tags": picture["tags"],
+                "label": self.classes[picture["label"]], "caption": picture["caption"]}
 
     def files(self):
         return iter(())
@@ -598,25 +591,20 @@ class World:
     def words(self, c, what):
         first = int(np.sum(self.chunks[:c]))
         pictures = [self[i] for i in range(first, first + int(self.chunks[c]))]
-        return words_of(columns_of(("", self.classes[one["label"]], one["tags"], None)
-                                   for one in pictures), 0, len(pictures), what)
+        return words_of(columns_of(("", one["label"], one["tags"], None) for one in pictures), 0,
+                        len(pictures), what)
 
 
 class Files:
     """The images of a folder or a manifest, listed in memory; their names are paths from `root`."""
 
     def __init__(self, root, columns):
-        self.root, self.columns = root, columns
-        self.classes = class_names_of({*all_strings(columns, "label_words")})
-        self.numbers = {name: i for i, name in enumerate(self.classes)}
+        self.root, self.columns, self.mark = root, columns, crc(*columns.values())
         self.chunks = even_chunks(len(columns["labels"]))
-        self.mark = crc(*columns.values())
-
-    def __len__(self):
-        return len(self.columns["labels"])
+        self.classes = class_names_of({*all_strings(columns, "label_words")})
 
     def __getitem__(self, i):
-        name, found = sample_at(self.columns, i, self.numbers)
+        name, found = sample_at(self.columns, i)
         path = os.path.join(self.root, name)
         return {"image": path, "where": path, **found}
 
@@ -628,34 +616,49 @@ class Files:
         return words_of(self.columns, first, first + int(self.chunks[c]), what)
 
 
+def walk(folder, above=()):
+    """Yield the paths of all files below a folder, but not hidden ones and not those of our runs.
+
+    Links are followed, but not to a folder that they are in (`above`, and this one)."""
+    above = (*above, os.path.realpath(folder))
+    with os.scandir(folder) as found:
+        entries = [entry for entry in found if not entry.name.startswith(".")]
+    if above[1:] and {"config.json", "log.jsonl"} <= {entry.name for entry in entries}:
+        return rank0_print(f"NOTE: {folder} is passed over: it is the --out of a run")
+    for entry in entries:
+        if not entry.is_dir():
+            yield entry.path
+        elif os.path.realpath(entry.path) not in above:
+            yield from walk(entry.path, above)
+
+
 def list_folder(root):
     """Every image below a folder, sorted by path: the arguments of Files. If there is none: the
-    paths of the tars below it.
-
-    Links are followed, but no folder is entered twice. Raises UserError."""
-    def fail(error):
-        raise UserError(f"{error.filename} cannot be listed: {error.strerror}")
-
-    names, tars, entered = [], [], set()
-    for folder, below, files in os.walk(root, followlinks=True, onerror=fail):
-        if (real := os.path.realpath(folder)) in entered:
-            below.clear()
-            continue
-        entered.add(real)
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        inside = "" if folder == root else os.path.relpath(folder, root) + "/"
-        files = [inside + name for name in files if not name.startswith(".")]
-        names += [name for name in files if name.lower().endswith(IMAGE_ENDINGS)]
-        tars += [os.path.join(root, name) for name in files if name.lower().endswith(".tar")]
+    paths of the tars below it. Raises UserError."""
+    names, tars, others = [], [], Counter()
+    try:
+        for path in walk(root):
+            ending = os.path.splitext(path)[1].lower()
+            if ending in IMAGE_ENDINGS:
+                names.append(path.removeprefix(os.path.join(root, "")))
+            elif ending == ".tar":
+                tars.append(path)
+            else:
+                others[ending or "no ending"] += 1
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be listed: {error.strerror}") from error
     if not names and tars:
         return sorted(tars)
-    if tars:
-        rank0_print(f"NOTE: {root} holds images and {len(tars)} tars, which are passed over; "
-                    f"--data '{tars[0]}' would read one")
+    others.update({".tar": len(tars)} if tars else {})
+    others = ", ".join(f"{count:,} {ending}" for ending, count in others.most_common(8))
     if not names:
-        raise UserError(f"no image below {root}; looked for {' '.join(IMAGE_ENDINGS)} and .tar")
-    return root, columns_of((name, name.split("/")[0] if "/" in name else None, (), None)
-                            for name in sorted(names))
+        raise UserError(f"no image below {root}; found: {others or 'no file'}; looked for "
+                        f"{' '.join(IMAGE_ENDINGS)} and .tar")
+    if others:
+        rank0_print(f"NOTE: other files below {root} are passed over: {others}")
+    # A name that is not UTF-8 becomes a class that can be written anywhere.
+    return root, columns_of((name, name.split("/")[0].encode("utf-8", "backslashreplace").decode()
+                             if "/" in name else None, (), None) for name in sorted(names))
 
 
 # A hashtag in running text ends at white space, another # or any other punctuation.
@@ -664,53 +667,68 @@ HASHTAG = re.compile(r"[#＃]([^\s#＃!\"$%&'()*+,./:;<=>?@\[\\\]^`{|}~、。，
 RECORD_ERRORS = ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error
 
 
+# How tables write "no value"; pandas reads these so, too
+MISSING = {"", "nan", "NaN", "-nan", "NA", "N/A", "n/a", "<NA>", "#N/A", "null", "NULL", "None"}
+
+
 def word_of(value):
-    """A label, tag, caption or path as a string; None for "no value": null, "" or NaN. 3.0 is "3".
+    """A label, tag, caption or path as a string; None where it is MISSING. 3.0 is "3".
 
     Raises ValueError for a list or a dict."""
     if isinstance(value, (list, dict)):
         raise ValueError(f"{value!r:.40} is neither a word nor a number")
-    if value is None or value == "" or value != value:
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).encode("utf-8", "replace").decode()       # half a surrogate pair becomes ?
+    word = str(value).strip()
+    word = word[:-2] if re.fullmatch(r"\d+\.0", word) else word
+    # Half of a surrogate pair becomes ?
+    return None if word in MISSING else word.encode("utf-8", "replace").decode()
+
+
+def words_in(value):
+    """The words of a list, also of one that a table holds as text (JSON, or as Python prints it);
+    None where the value is no list."""
+    for read in (json.loads, ast.literal_eval) if str(value).startswith("[") else ():
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+            value = read(value)
+    return [word_of(one) for one in value if word_of(one)] if isinstance(value, list) else None
 
 
 def read_record(record):
     """(label or None, tags, caption or None) of a dict that somebody has written.
 
     Tags are a list, or words in one string, or else the hashtags in the caption. Several labels, a
-    list, count as tags: stage 3 takes them as the classes of an image. Raises RECORD_ERRORS."""
-    words = lambda values: [word_of(value) for value in values if word_of(value)]
-    label, tags, caption = record.get("label"), record.get("tags"), word_of(record.get("caption"))
-    if isinstance(label, list):
-        return None, words(label), caption
-    if isinstance(tags, str):
-        tags = json.loads(tags) if tags.startswith("[") else re.split(r"[\s,;]+", tags)
-    if not isinstance(tags, list):
-        if word_of(tags):
-            raise ValueError("tags are a list of words")
-        tags = []
-    return word_of(label), words(tags) or HASHTAG.findall(caption or ""), caption
+    list, count as tags: stage 3 takes them as the classes of an image. Of several captions, the
+    first is taken. Raises RECORD_ERRORS."""
+    label, tags, caption = (record.get(name) for name in ("label", "tags", "caption"))
+    captions = [] if isinstance(caption, dict) else words_in(caption)
+    caption = word_of(caption) if captions is None else next(iter(captions), None)
+    if words_in(label) is not None:
+        return None, words_in(label), caption
+    if isinstance(tags, str) and not tags.startswith("["):
+        tags = re.split(r"[\s,;]+", tags)
+    if words_in(tags) is None and word_of(tags):
+        raise ValueError("tags are a list of words")
+    return word_of(label), words_in(tags) or HASHTAG.findall(caption or ""), caption
 
 
-def list_manifest(path):
-    """The images of a .jsonl or .csv: the arguments of Files. Raises UserError."""
+def list_manifest(path, kind="image"):
+    """The images of a .jsonl or .csv, or its clips with the `kind` "clip": the arguments of Files.
+    Raises UserError."""
     def samples():
         read = 0
         try:
             with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
                 records = map(json.loads, filter(str.strip, file))
                 if path.lower().endswith(".csv"):
-                    records = csv.DictReader(file)
-                    if "image" not in (records.fieldnames or ()):
-                        raise UserError(f"{path} has no column named image; its first line has: "
+                    records = csv.DictReader(file, skipinitialspace=True, strict=True)
+                    if kind not in (records.fieldnames or ()):
+                        raise UserError(f"{path} has no column named {kind}; its first line has: "
                                         f"{', '.join(records.fieldnames or ())[:200]}")
                 for record in records:
-                    image = word_of(record.get("image"))
+                    image = word_of(record.get(kind))
                     if image is None:
-                        raise ValueError("it has no image")
+                        raise ValueError(f"it has no {kind}")
+                    if None in record:
+                        raise ValueError(f"it has more fields than columns: {record[None]}")
                     yield image, *read_record(record)
                     read += 1
         except RECORD_ERRORS as error:
@@ -723,7 +741,7 @@ def list_manifest(path):
 # Shards: each is indexed once, then any sample is read by itself
 # --------------------------------------------------------------------------------------
 
-INDEX_VERSION = 4
+INDEX_VERSION = 5
 # What is counted when a shard is indexed; the first two are damage
 LEFT_OUT = ("damaged places", "shards cut short", "other files", "keys without an image",
             "unreadable records")
@@ -799,17 +817,18 @@ def read_part(file, offset, size):
     return content
 
 
-def index_tar(path, file):
+def index_tar(path, file, clips):
     """The columns of a tar's index: those of columns_of, "places" [n,2] (offset, size) of images,
-    and "left_out". Raises UserError for a compressed file."""
+    and "left_out"; of `clips` also where the places of each end. Raises UserError for a compressed
+    file."""
     if os.pread(file.fileno(), 6, 0).startswith(COMPRESSED):
         raise UserError(f"{path} is compressed: unpack it to a plain .tar (no sample of it could "
                         "be read by itself)")
     left_out = Counter()
-    samples = find_samples(file, left_out)
+    samples = (find_clips if clips else find_samples)(file, left_out)
 
     def read(sample):
-        text = {part: read_part(file, *sample[part]).decode("utf-8", "replace").strip()
+        text = {part: read_part(file, *sample[part]).decode("utf-8-sig", "replace").strip()
                 for part in ("cls", "txt", "json") if part in sample}
         from_files = {"label": text.get("cls"), "caption": text.get("txt")}
         try:
@@ -821,7 +840,10 @@ def index_tar(path, file):
             return sample["key"], *read_record(from_files)
 
     columns = columns_of(map(read, samples))
-    columns["places"] = np.array([sample["image"] for sample in samples], np.int64).reshape(-1, 2)
+    if clips:
+        columns["place_ends"] = np.cumsum([len(sample["image"]) // 2 for sample in samples])
+    places = np.array([number for sample in samples for number in sample["image"]], np.int64)
+    columns["places"] = places.reshape(-1, 2)
     columns["left_out"] = np.array([left_out[kind] for kind in LEFT_OUT])
     return columns
 
@@ -857,12 +879,13 @@ def kept_arrays(path, make):
     return found
 
 
-def index_path(path, index_dir):
+def index_path(path, index_dir, clips):
     """Where the index of a shard is: beside the shard, or in the folder `index_dir`."""
+    ending = "clips.npz" if clips else "index.npz"
     if index_dir is None:
-        return f"{path}.index.npz"
+        return f"{path}.{ending}"
     folder, name = os.path.split(os.path.abspath(path))
-    return os.path.join(index_dir, f"{crc(os.fsencode(folder)):08x}-{name}.index.npz")
+    return os.path.join(index_dir, f"{crc(os.fsencode(folder)):08x}-{name}.{ending}")
 
 
 def size_and_time(path):
@@ -870,131 +893,126 @@ def size_and_time(path):
     return status.st_size, status.st_mtime_ns
 
 
-def open_index(path, index_dir):
+def open_index(path, index_dir, clips):
     """The columns of a shard's index. It is made now where there is none of this version of the
     shard. Raises UserError."""
-    index, found = index_path(path, index_dir), size_and_time(path)
+    index, found = index_path(path, index_dir, clips), size_and_time(path)
     columns = read_arrays(index)
     if columns and columns["stamp"].tolist() == [INDEX_VERSION, *found]:
         return columns
     with open(path, "rb") as file:
-        columns = index_tar(path, file)
+        columns = index_tar(path, file, clips)
     if size_and_time(path) != found:
         raise UserError(f"{path} is still being written; start again when it is complete")
     write_arrays(index, {**columns, "stamp": np.array([INDEX_VERSION, *found])})
     return columns
 
 
-@lru_cache(128)     # so many are read at a time: a window of Order, in shards of 10,000 samples
-def open_shard(path, index_dir, size, changed):
-    """(A shard as an open file, the columns of its index). Raises UserError where the shard is not
-    the one of this size and time of change."""
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{path} was there at the start, but: {error.strerror}") from error
-    status = os.fstat(file.fileno())
-    if (status.st_size, status.st_mtime_ns) != (size, changed):
-        raise UserError(f"{path} is not the file that was indexed: it has changed since, or "
-                        "differs between nodes; start again")
-    return file, open_index(path, index_dir)
-
-
 class Shards:
-    """Samples of tar shards, each read by itself with the help of an index.
+    """Samples of tar shards, images or `clips`, each read by itself with the help of an index.
 
     `catalogue` has a row for each shard: "paths", "stats" (size and time of change), "counts" and
     "marks" (number and CRC of its samples); and "classes" and "left_out" of all together."""
 
-    def __init__(self, catalogue, index_dir):
-        self.catalogue, self.index_dir = catalogue, index_dir
+    def __init__(self, catalogue, index_dir, clips):
+        self.catalogue, self.index_dir, self.clips = catalogue, index_dir, clips
         self.chunks, self.ends = catalogue["counts"], np.cumsum(catalogue["counts"])
         self.classes = class_names_of({*all_strings(catalogue, "classes")})
-        self.numbers = {name: i for i, name in enumerate(self.classes)}
         self.mark = crc(catalogue["counts"], catalogue["marks"])
         self.left_out = catalogue["left_out"]
 
-    def __len__(self):
-        return int(self.ends[-1])
-
-    def open(self, s):
-        """(path, open file, columns) of shard s. Raises UserError where it is gone or changed."""
+    @lru_cache(128)     # so many are read at a time: a window of Order, in shards of 10,000 samples
+    def shard(self, s):
+        """(path, open file, columns) of shard s. Raises UserError where it has changed."""
         path = string_at(self.catalogue, "paths", s)
-        return path, *open_shard(path, self.index_dir, *self.catalogue["stats"][s].tolist())
+        file = open(path, "rb")
+        status = os.fstat(file.fileno())
+        if [status.st_size, status.st_mtime_ns] != self.catalogue["stats"][s].tolist():
+            raise UserError(f"{path} is not the file that was indexed: it has changed since, or "
+                            "differs between nodes; start again")
+        return path, file, open_index(path, self.index_dir, self.clips)
 
     def __getitem__(self, i):
         s = int(np.searchsorted(self.ends, i, side="right"))
-        path, file, columns = self.open(s)
+        path, file, columns = self.shard(s)
         row = int(i) - int(self.ends[s] - self.chunks[s])
-        name, found = sample_at(columns, row, self.numbers)
-        read_image = functools.partial(read_part, file, *columns["places"][row].tolist())
-        return {"image": read_image, "where": f"{path}: {name}", **found}
+        name, found = sample_at(columns, row)
+        first, end = row, row + 1
+        if self.clips:
+            first, end = np.append(0, columns["place_ends"])[row:row + 2]
+        image = [functools.partial(read_part, file, *place)
+                 for place in columns["places"][first:end].tolist()]
+        return {"image": image if self.clips else image[0], "where": f"{path}: {name}", **found}
 
     def files(self):
         return iter(all_strings(self.catalogue, "paths"))
 
     def words(self, c, what):
-        return words_of(self.open(c)[2], 0, int(self.chunks[c]), what)
+        return words_of(self.shard(c)[2], 0, int(self.chunks[c]), what)
 
 
-def index_shards(paths, index_dir):
+def process_pool(count):
+    """A pool of processes; Control-C ends them at once, without a traceback from each."""
+    return ProcessPoolExecutor(max(1, count), initializer=signal.signal,
+                               initargs=(signal.SIGINT, signal.SIG_DFL))
+
+
+def summarise(path, index_dir, clips):
+    """What a catalogue has of a shard, which is indexed if it was not: (number of samples, CRC,
+    what was left out, classes)."""
+    columns = open_index(path, index_dir, clips)
+    return (len(columns["labels"]), crc(*(columns[name] for name in columns if name != "stamp")),
+            columns["left_out"].tolist(), all_strings(columns, "label_words"))
+
+
+def index_shards(paths, index_dir, clips):
     """Index those shards that have no index yet, each rank its part: the "counts", "marks",
     "classes" and "left_out" of a catalogue."""
-    counts, marks = torch.zeros(2, len(paths), dtype=torch.int64)
-    left_out, classes, problem = torch.zeros(len(LEFT_OUT), dtype=torch.int64), set(), None
+    found, problem, mine = {}, None, my_part(len(paths), "indexing")
+    cores = cpu_cores() // environment().local_world_size
     try:
-        for s in my_part(len(paths), "indexing"):
-            columns = open_index(paths[s], index_dir)
-            counts[s] = len(columns["labels"])
-            marks[s] = crc(*(columns[name] for name in columns if name != "stamp"))
-            left_out += torch.from_numpy(columns["left_out"])
-            classes.update(all_strings(columns, "label_words"))
-    except UserError as error:
+        with process_pool(cores) as processes:
+            work = (functools.partial(summarise, index_dir=index_dir, clips=clips),
+                    paths[get_rank()::get_world_size()])
+            results = processes.map(*work) if len(mine) > 16 else map(*work)
+            found.update(zip(mine, results))
+    except (UserError, OSError) as error:
         problem = str(error)
-    except OSError as error:
-        problem = f"{paths[s]} cannot be read: {error}"
     # The first message between ranks: whoever has less to index waits here.
-    problems, classes = zip(*all_gather_objects((problem, classes)))
+    problems, parts = zip(*all_gather_objects((problem, found)))
     if any(problems):
         raise UserError(next(filter(None, problems)))
-    sums = {"counts": counts, "marks": marks, "left_out": left_out}
-    return {**{name: all_reduce_sum(part).numpy() for name, part in sums.items()},
+    found = {s: shard for part in parts for s, shard in part.items()}
+    counts, marks, left_out, classes = zip(*(found[s] for s in range(len(paths))))
+    return {"counts": np.array(counts), "marks": np.array(marks), "left_out": np.sum(left_out, 0),
             **pack_strings("classes", sorted(set().union(*classes)))}
 
 
-def open_shards(paths, index_dir):
-    """Open shards, and index those that are not: call it on every rank.
+def sizes_and_times(paths):
+    """int64 [n,2]: size and time of change of every file. Raises UserError where one is missing."""
+    parts = [paths[at:at + 256] for at in range(0, len(paths), 256)]
+    try:
+        with ThreadPoolExecutor(32) as threads:     # over a network, each look is a round trip
+            return np.concatenate(list(threads.map(
+                lambda part: [size_and_time(path) for path in part], parts)))
+    except OSError as error:
+        raise UserError(f"no shard {error.filename}: {error.strerror}") from error
 
-    Rank 0 asks for size and time of every shard. If the catalogue, which is one file, has the same,
-    no index is opened until a sample is read."""
+
+def open_shards(paths, index_dir, clips=False):
+    """Open shards of images or clips, and index those that are not: call it on every rank.
+
+    The catalogue is one file, kept under a CRC of the names, sizes and times of all shards. Where
+    it is there, no index is opened until a sample is read."""
+    stats = on_rank_0(lambda: sizes_and_times(paths))
     names = pack_strings("paths", paths)
-    path = os.path.join(index_dir or os.path.dirname(os.path.abspath(paths[0])),
-                        f"{crc(*names.values()):08x}.catalogue.npz")
-
-    def look():
-        parts = [paths[at:at + 256] for at in range(0, len(paths), 256)]
-        try:
-            with ThreadPoolExecutor(32) as threads:     # over a network, each look is a round trip
-                stats = np.concatenate(list(threads.map(
-                    lambda part: [size_and_time(path) for path in part], parts)))
-        except OSError as error:
-            raise UserError(f"no shard {error.filename}: {error.strerror}") from error
-        kept = read_arrays(path)
-        current = kept and kept["version"] == INDEX_VERSION and np.array_equal(
-            kept["stats"], stats) and np.array_equal(kept["paths"], names["paths"])
-        return stats, kept if current else None
-
-    stats, catalogue = on_rank_0(look)
-    if catalogue is None:
-        catalogue = {**names, "stats": stats, "version": np.array(INDEX_VERSION),
-                     **index_shards(paths, index_dir)}
-        on_rank_0(lambda: write_arrays(path, catalogue))
-    source, more = Shards(catalogue, index_dir), f" and {len(paths) - 1} more" if paths[1:] else ""
+    mark = crc(*names.values(), stats, f"version {INDEX_VERSION} {clips}")
+    folder = index_dir or os.path.dirname(os.path.abspath(paths[0]))
+    source = Shards(kept_arrays(os.path.join(folder, f"{mark:08x}.catalogue.npz"), lambda: {
+        **names, "stats": stats, **index_shards(paths, index_dir, clips)}), index_dir, clips)
     if source.left_out.any():
-        rank0_print(f"in {paths[0]}{more}: " + ", ".join(
+        rank0_print(f"in {first_of(paths)}: " + ", ".join(
             f"{count:,} {kind}" for kind, count in zip(LEFT_OUT, source.left_out) if count))
-    if not len(source):
-        raise UserError(f"no image in {paths[0]}{more}")
     return source
 
 
@@ -1007,7 +1025,7 @@ class Joined:
 
     def __init__(self, sources):
         self.sources = sources
-        self.ends = np.cumsum([len(source) for source in sources])
+        self.ends = np.cumsum([source.chunks.sum() for source in sources])
         self.chunks = np.concatenate([source.chunks for source in sources])
         self.classes = sources[0].classes if len(sources) == 1 else class_names_of(
             {name for source in sources for name in source.classes})
@@ -1030,10 +1048,9 @@ class Joined:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         which = int(np.searchsorted(self.ends, i, side="right"))
-        source = self.sources[which]
-        sample = source[int(i) - int(self.ends[which]) + len(source)]
+        sample = self.sources[which][int(i) - (int(self.ends[which - 1]) if which else 0)]
         if "label" in sample:
-            sample["label"] = self.numbers[source.classes[sample["label"]]]
+            sample["label"] = self.numbers[sample["label"]]
         return sample
 
     def words(self, c, what):
@@ -1045,7 +1062,8 @@ class Joined:
 
 WORLD_COUNTS = {"world": ("train", 1_000_000), "world-val": ("val", 1_000),
                 "world-test": ("test", 1_000), "world-novel": ("novel", 800),
-                "world-labelled": ("labelled", 5_000)}
+                "world-labelled": ("labelled", 5_000), "world-clips": ("clips", 8_000),
+                "world-clips-val": ("clips-val", 400)}
 
 
 def is_world(spec):
@@ -1067,18 +1085,15 @@ def expand_braces(spec):
     if not match:
         return [spec]
     first, last, words = match.groups()
-    if words is None:
-        words = [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
-        if not words:
-            raise UserError(f"{spec}: {match.group()} counts down")
-    else:
-        words = words.split(",")
-    rest = expand_braces(spec[match.end():])
-    return [f"{spec[:match.start()]}{word}{end}" for word in words for end in rest]
+    words = words.split(",") if words else [
+        f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
+    return [f"{spec[:match.start()]}{word}{rest}" for word in words
+            for rest in expand_braces(spec[match.end():])]
 
 
-def find_source(spec):
-    """What a spec names: the arguments of World or Files, or a list of the paths of shards."""
+def find_source(spec, clips=False):
+    """What a spec names, as images or `clips`: the arguments of World or Files, or a list of the
+    paths of shards."""
     spec = str(spec)
     if is_world(spec):
         name, _, count = spec.partition(":")
@@ -1086,45 +1101,61 @@ def find_source(spec):
         if count and not (count.isdecimal() and int(count)):
             raise UserError(f"{spec}: after the colon comes a number of pictures, as in "
                             f"{name}:{usual}")
+        if clips and not split.startswith("clips"):
+            raise UserError(f"{spec} has pictures, not clips; world-clips has")
         return split, int(count or usual)
     if os.path.isdir(spec):
-        return list_folder(spec)
+        return list_clips(spec) if clips else list_folder(spec)
+    if spec.lower().endswith((".jsonl", ".csv")) and os.path.exists(spec):
+        return list_manifest(spec, "clip" if clips else "image")
     paths = [spec] if os.path.exists(spec) else [
         path for one in expand_braces(spec)
         for path in (sorted(glob.glob(one, recursive=True)) if glob.has_magic(one) else [one])]
-    if not paths or paths == [spec] and not os.path.exists(spec):
-        raise UserError(f"no data at {spec}: not a folder, shards (.tar), a manifest (.jsonl .csv) "
-                        f"or one of {' '.join(WORLD_COUNTS)}")
-    if len(paths) == 1 and spec.lower().endswith((".jsonl", ".csv")):
-        return list_manifest(paths[0])
-    for path in paths:
-        if not path.lower().endswith(".tar"):
-            raise UserError(f"{path} is neither a folder nor a plain .tar: unpack a compressed one "
-                            "(no sample of it could be read by itself), and give a .jsonl or .csv "
-                            "by its own name")
+    if not paths or not all(path.lower().endswith(".tar") for path in paths):
+        raise UserError(f"no data at {spec}: give a folder, shards (.tar; unpack compressed ones), "
+                        f"a manifest (.jsonl .csv) or one of {' '.join(WORLD_COUNTS)}")
     return paths
 
 
-def open_data(*specs, index_dir=None):
-    """Open sources by their specs, joined to one (see "Sources" above): call it on every rank.
+def open_data(*specs, index_dir=None, clips=False):
+    """Open sources of images or `clips` by their specs, joined to one (see "Sources" above): call
+    it on every rank.
 
     Indexes of shards are kept beside them, or in `index_dir`. Raises UserError where a spec names
     nothing."""
     sources = []
-    for spec, found in zip(specs, on_rank_0(lambda: [find_source(spec) for spec in specs])):
+    found_all = on_rank_0(lambda: [find_source(spec, clips) for spec in specs])
+    for spec, found in zip(specs, found_all):
         if isinstance(found, list):
-            sources.append(open_shards(found, index_dir))
+            sources.append(open_shards(found, index_dir, clips))
         else:
             sources.append((World if is_world(spec) else Files)(*found))
-        if not len(sources[-1]):
+        if not sources[-1].chunks.sum():
             raise UserError(f"no image in {spec}")
-    return Joined(sources)
+    source = Joined(sources)
+    rank0_print(f"{first_of(specs)}: images: {len(source):,}; classes: "
+                f"{first_of(source.classes, 12) or 'none'}")
+    if source.classes and {*source.classes} <= {"train", "training", "val", "validation", "test"}:
+        rank0_print(f"NOTE: these classes look like parts of a data set: give {specs[0]}/"
+                    f"{source.classes[0]} to use one of them")
+    return source
+
+
+def first_of(names, most=1):
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
+def progress(steps, what, unit="batch", total=None):
+    """Iterate over steps with a bar: on rank 0, if stderr is a terminal."""
+    return tqdm(steps, what, total, unit=unit, leave=False, dynamic_ncols=True,
+                disable=get_rank() > 0 or not sys.stderr.isatty())
 
 
 def my_part(count, what):
     """The numbers below `count` that this rank works through, with a bar."""
-    return tqdm(range(get_rank(), count, get_world_size()), desc=what, unit="shard",
-                disable=get_rank() > 0 or not sys.stderr.isatty())
+    return progress(range(get_rank(), count, get_world_size()), what, "part")
 
 
 def pairs(source, c, number_of, what="tags"):
@@ -1146,8 +1177,7 @@ class Rows:
     it on every rank, or give the `sums`."""
 
     def __init__(self, source_chunks, times, sums=None):
-        self.times, self.known = times, {}
-        self.starts = np.cumsum(source_chunks) - source_chunks
+        self.times, self.starts = times, np.cumsum(source_chunks) - source_chunks
         if sums is None:
             sums = torch.zeros(len(source_chunks), dtype=torch.int64)
             for c in my_part(len(source_chunks), "choosing images"):
@@ -1160,12 +1190,12 @@ class Rows:
 
     def __getitem__(self, i):
         c = int(np.searchsorted(self.ends, i, "right"))
-        if c not in self.known:
-            if len(self.known) == 1024:
-                self.known.pop(next(iter(self.known)))
-            self.known[c] = np.cumsum(self.times(c)).astype(np.int32)
         place = i - (int(self.ends[c]) - int(self.chunks[c]))
-        return int(self.starts[c]) + int(np.searchsorted(self.known[c], place, "right"))
+        return int(self.starts[c]) + int(np.searchsorted(self.summed(c), place, "right"))
+
+    @lru_cache(1024)
+    def summed(self, c):
+        return np.cumsum(self.times(c)).astype(np.int32)
 
 
 def read_lines(path, flag):
@@ -1266,7 +1296,7 @@ class WorldObjects:
         self.objects, self.masks = np.full(count, 2), True      # so many at most
 
     def __len__(self):
-        return len(self.world)
+        return int(self.world.chunks.sum())
 
     def __getitem__(self, i):
         sample, (H, W) = self.world[i], self.size
@@ -1343,11 +1373,13 @@ def random_resized_crop(width, height, uniforms, size, scale=(0.2, 1.0), ratio=(
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
-def centre_crop(width, height, uniforms, size, share=224 / 256):
-    """The central box of the output's aspect; `share` of what fits (MAE: resize 256, crop 224)."""
+def centre_crop(width, height, uniforms, size, share=224 / 256, place=0.5):
+    """The central box of the output's aspect; `share` of what fits (MAE: resize 256, crop 224).
+    A `place` of 0 is at the left and top, 1 at the right and bottom."""
     shape = size[1] / size[0]
     w, h = share * min(width, height * shape), share * min(height, width / shape)
-    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+    left, top = (width - w) * place, (height - h) * place
+    return left, top, left + w, top + h
 
 
 WHOLE_WIDTH = functools.partial(centre_crop, share=1)       # or height: as much as fits
@@ -1361,9 +1393,16 @@ def whole(width, height, uniforms, size):
 def with_channels(image, channels):
     """A PIL image of any mode as grey (1), RGB (3) or RGBA (4), 8 bits each.
 
-    16 bits are scaled, not cut; without an alpha channel, what is transparent becomes white."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    16 bits are scaled, not cut; 32 bits and floats by their own range. Without an alpha channel,
+    what is transparent becomes white."""
+    if image.mode[0] in "IF":
+        values, low, high = np.asarray(image, np.float64), 0, 65535
+        if image.mode == "F" or values.min() < low or values.max() > high:
+            low, high = values.min(), values.max()
+        if not math.isfinite(high - low):
+            raise ValueError("some pixels are not finite")
+        values = (values - low) / (max(high - low, 1e-30) / 255)
+        image = Image.fromarray(values.round().astype(np.uint8))
     if channels < 4 and (image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
                          or "transparency" in image.info):
         image = image.convert("RGBA")
@@ -1371,11 +1410,46 @@ def with_channels(image, channels):
     return image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
 
 
+def png_without_extras(content):
+    """A PNG file without the chunks that change no pixel: texts, profiles, dates. Pillow refuses
+    large and damaged ones, which other decoders pass over."""
+    kept, at = [content[:8]], 8
+    while at < len(content):
+        kind, end = content[at + 4:at + 8], at + 12 + int.from_bytes(content[at:at + 4], "big")
+        sound = content[end - 4:end] == zlib.crc32(content[at + 4:end - 4]).to_bytes(4, "big")
+        # tRNS is transparency; the next three are of animations
+        if kind[:1].isupper() or kind in (b"tRNS", b"acTL", b"fcTL", b"fdAT") or (
+                kind == b"eXIf" and sound):
+            kept.append(content[at:end])
+        at = end
+    return b"".join(kept)
+
+
 def open_image(image):
-    """Open an image, of which only the header is read: a path, or a function that reads its bytes.
+    """Open an image, a path or a function that reads its bytes; its pixels are decoded later. A
+    frame that is decoded already stays as it is.
 
     Raises what Pillow raises, also for more than 178,956,970 pixels: it takes these for a bomb."""
-    return Image.open(io.BytesIO(image()) if callable(image) else image)
+    if isinstance(image, Image.Image):
+        return image
+    content = image() if callable(image) else Path(image).read_bytes()
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        content = png_without_extras(content)
+    try:
+        return Image.open(io.BytesIO(content))
+    except UnidentifiedImageError as error:
+        raise ValueError("Pillow knows no such image format") from error
+
+
+def orientation_of(opened):
+    """Exif's orientation of an open image, 1 (upright) to 8: what is still to be undone."""
+    if opened.format == "TIFF":
+        opened.load()                   # Pillow turns it here, and forgets its orientation
+    try:
+        found = opened.getexif().get(0x0112, 1)
+    except Exception:                   # damaged Exif, which says nothing of the pixels
+        found = 1
+    return found if found in range(1, 9) else 1
 
 
 def read_pixels(image, choose_box, size, channels=3):
@@ -1389,15 +1463,13 @@ def read_pixels(image, choose_box, size, channels=3):
         pixels = Image.fromarray(draw(image, H, W, choose_box(1.0, 1.0)))
         return np.asarray(with_channels(pixels, channels)).reshape(H, W, channels)
     with open_image(image) as opened:
-        orientation = opened.getexif().get(0x0112, 1)
-        if orientation != 1 and opened.format not in ("JPEG", "MPO"):   # those can be drafted
-            opened, orientation = ImageOps.exif_transpose(opened), 1
-        width, height = opened.size[::-1] if orientation in (5, 6, 7, 8) else opened.size
+        orientation = orientation_of(opened)
+        width, height = opened.size[::-1] if orientation > 4 else opened.size
         left, top, right, bottom = choose_box(width, height)
         shrink = max(1.0, min((right - left) / W, (bottom - top) / H))
         opened.draft("L" if channels == 1 else None,
                      (math.ceil(opened.width / shrink), math.ceil(opened.height / shrink)))
-        upright = ImageOps.exif_transpose(opened) if orientation != 1 else opened
+        upright = opened if orientation == 1 else ImageOps.exif_transpose(opened)
         x, y = upright.width / width, upright.height / height
         box = (left * x, top * y, min(right * x, upright.width), min(bottom * y, upright.height))
         pixels = with_channels(upright, channels).resize((W, H), Image.Resampling.BICUBIC, box)
@@ -1413,23 +1485,23 @@ class Samples(Dataset):
 
     In training the order is shuffled, and an image that cannot be read is replaced by one that
     depends on the position alone. In validation (shuffle=False) it has weight 0, as have positions
-    past the end, which fill up batches. `features` [n,D], if given, replace the pixels.
-    annotate(sample, uniforms), if given, returns them and a row of a numpy array of type `layout`,
-    whose fields the batch has, too."""
+    past the end, which fill up batches. `features` [n,D], if given, replace the pixels. With
+    `views` the source has clips (see Views). annotate(sample, uniforms), if given, returns the
+    pixels and a row of a numpy array of type `layout`, whose fields the batch has, too."""
 
     def __init__(self, source, size, channels, choose_box=None, seed=0, shuffle=True, rows=None,
-                 targets_of=None, augment=None, features=None, annotate=None, layout=()):
+                 targets_of=None, augment=None, features=None, views=None, annotate=None,
+                 layout=()):
         self.source, self.size, self.channels, self.choose_box = source, size, channels, choose_box
-        self.seed, self.rows, self.targets_of = seed, rows, targets_of
+        self.seed, self.rows, self.targets_of, self.views = seed, rows, targets_of, views
         self.augment, self.features = augment, features
         self.annotate, self.layout = annotate, np.dtype(list(layout))
         used = source if rows is None else rows
-        self.count = len(used)
         chunks = even_chunks(len(used)) if isinstance(rows, np.ndarray) else used.chunks
         self.order = Order(chunks, seed) if shuffle else None
 
     def __len__(self):
-        return self.count
+        return len(self.source if self.rows is None else self.rows)
 
     def sample(self, i):
         """What the source knows of the i-th sample that is used."""
@@ -1447,24 +1519,47 @@ class Samples(Dataset):
         pixels = read_pixels(image, box, self.size, self.channels)
         return self.augment(pixels, self.seed, position) if self.augment else pixels
 
+    def views_of(self, clip, uniforms, position):
+        """What is seen of a clip: uint8 [T,H,W,C] in training, else [V,T,H,W,C]; and whether it is
+        too short."""
+        if not self.order:
+            return read_clip(clip, self.views, self.size, self.channels)
+        u = uniform(self.seed, np.array([position]), "frames", self.views.frames)[0]
+        box = functools.partial(self.choose_box, uniforms=uniforms, size=self.size)
+        (pixels,), short = read_clip(clip, self.views, self.size, self.channels, box, u)
+        if self.augment:
+            pixels = np.stack([self.augment(one, self.seed, position) for one in pixels])
+        return pixels, short
+
     def __getitems__(self, positions):
         """The batch at int64 positions [B]: {"images": uint8 [B,H,W,C] or features, "position":
         int64 [B], "label": int64 [B] (-1: none), "targets": int64 [B,k] (filled up with -1),
-        "weight": float32 [B], "bad": [(position, where, why)]}."""
+        "weight": float32 [B], "bad": [(position, where, why)], "short": float32
+        [B], 1 for clips that are too short}. Images of clips are as those of views_of."""
         try:
-            return self.batch(np.asarray(positions, dtype=np.int64))
-        except UserError as error:      # as raised in a worker, it would have a traceback in it
+            batch = self.batch(np.asarray(positions, dtype=np.int64))
+            if get_worker_info():       # what goes wrong later would only be printed
+                batch["images"].share_memory_()
+            return batch
+        except (UserError, OSError) as error:   # raised in a worker, it would have a traceback
             return {"fault": str(error)}
+        except RuntimeError as error:
+            if "shared memory" not in str(error):
+                raise
+            return {"fault": f"{error}: start the container with --shm-size 8g or more, or give "
+                    "fewer --workers"}
 
     def batch(self, positions):
         index = self.order(positions) if self.order else positions
         uniforms = uniform(self.seed, positions, "crop", 22).tolist()
         shape, kind = (*self.size, self.channels), np.uint8
+        if self.views:
+            shape = *([] if self.order else [self.views.count]), self.views.frames, *shape
         if self.features is not None:
             shape, kind = self.features.shape[1:], np.float32
         images, targets = np.zeros((len(positions), *shape), kind), [[] for _ in positions]
         labels, weights, bad = np.full(len(positions), -1), np.zeros(len(positions)), []
-        notes = np.zeros(len(positions), self.layout)
+        short, notes = torch.zeros(len(positions)), np.zeros(len(positions), self.layout)
         for row, (position, i) in enumerate(zip(positions.tolist(), index.tolist())):
             for i in self.candidates(position, i) if i < len(self) else ():
                 sample = self.sample(i)
@@ -1472,6 +1567,9 @@ class Samples(Dataset):
                     found = self.targets_of(sample) if self.targets_of else []
                     if self.annotate:
                         images[row], notes[row] = self.annotate(sample, uniforms[row])
+                    elif self.views:
+                        images[row], short[row] = self.views_of(sample["image"], uniforms[row],
+                                                                position)
                     elif self.features is not None:
                         images[row] = self.features[i]
                     else:
@@ -1482,26 +1580,193 @@ class Samples(Dataset):
                     continue
                 targets[row], labels[row], weights[row] = found, sample.get("label", -1), 1
                 break
-        most = max(map(len, targets), default=0)
+            else:
+                if self.order:
+                    raise UserError("eleven images in a row cannot be read; the last: "
+                                    f"{sample['where']}: {why}")
+        most = max(1, *map(len, targets))       # a batch past the end has a column, too
         targets = [some + [-1] * (most - len(some)) for some in targets]
         return {"images": torch.from_numpy(images), "position": torch.from_numpy(positions),
-                "label": torch.from_numpy(labels), "bad": bad,
+                "label": torch.from_numpy(labels), "bad": bad, "short": short,
                 "targets": torch.tensor(targets, dtype=torch.int64),
                 "weight": torch.from_numpy(weights).float(),
                 **{name: torch.tensor(notes[name]) for name in notes.dtype.names or ()}}
 
 
 def training_samples(source, args, config, choose_box=random_resized_crop, rows=None,
-                     targets_of=None, augment=None):
+                     targets_of=None, augment=None, views=None):
     """The images of a source in random crops and in shuffled order, for a run with --seed."""
     return Samples(source, config.image, config.channels, choose_box, args.seed, rows=rows,
-                   targets_of=targets_of, augment=augment)
+                   targets_of=targets_of, augment=augment, views=views)
 
 
-def evaluation_samples(source, config, choose_box=centre_crop, rows=None, targets_of=None):
+def evaluation_samples(source, config, choose_box=centre_crop, rows=None, targets_of=None,
+                       views=None):
     """The images of a source one after another, for an evaluation."""
     return Samples(source, config.image, config.channels, choose_box, shuffle=False, rows=rows,
-                   targets_of=targets_of)
+                   targets_of=targets_of, views=views)
+
+
+# ======================================================================================
+# Clips: what `finetune.py video` learns from
+#
+# The "image" of a clip's sample is the path of a folder of numbered frames or of an animated file,
+# the frames of a shard's key as a list of functions that return bytes, or a scene with a "path".
+# ======================================================================================
+
+# Of world-clips. Each is the one beside it reversed in time.
+MOTIONS = "right", "left", "down", "up", "clockwise", "anticlockwise", "growing", "shrinking"
+CLIP_LENGTH = 32        # frames
+# x and y (sides of the image), angle (radians), logarithm of the radius: the middle of an object's
+# path is between the first two numbers; the path is as long as the third.
+PATHS = (0.39, 0.61, 0.4), (0.39, 0.61, 0.4), (-0.35, 0.35, 1.9), (-1.6, -1.2, 0.8)
+
+
+def clip_scene(i, split):
+    """Clip i of world-clips: a scene whose main object moves, as it is at a random time.
+
+    At a random time its place, angle and size are distributed alike for all MOTIONS, because those
+    that stay the same are drawn from where a motion would be: one frame says nothing."""
+    u = uniform(0, np.array([i]), f"world-{split}-path", 9)[0].tolist()
+    shift = uniform(0, np.array([i // 8]), f"world-{split}-round", 1).item()
+    picture = scene(i, split)
+    main = picture["objects"][0]
+    if main["texture"] == "framed":     # a framed disc looks the same however it is turned
+        main["texture"] = "halved"
+    picture["label"] = (i + int(8 * shift)) % 8         # balanced; tells nothing of the object
+    picture["path"] = [(low + (high - low) * a, length, length * (b - 0.5))
+                       for (low, high, length), a, b in zip(PATHS, u, u[4:])]
+    return moment(picture, int(CLIP_LENGTH * u[8]))
+
+
+def moment(picture, frame):
+    """The scene of a clip at frame 0 … CLIP_LENGTH - 1."""
+    axis, backwards = divmod(picture["label"], 2)
+    time = ((frame + 0.5) / CLIP_LENGTH - 0.5) * (-1 if backwards else 1)
+    x, y, angle, size = (middle + (time * length if k == axis else still)
+                         for k, (middle, length, still) in enumerate(picture["path"]))
+    main, *others = picture["objects"]
+    main = main | {"x": x, "y": y, "angle": angle, "radius": math.exp(size)}
+    return picture | {"objects": [main, *others], "grain": [7 * frame % 32, 11 * frame % 32]}
+
+
+def natural(name):
+    """The key that sorts names by the numbers in them: 2.jpg before 10.jpg."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
+
+
+def is_animated(path):
+    """Whether a file is a clip by itself: a GIF, or an animated WebP or PNG."""
+    with contextlib.suppress(OSError):
+        if path.lower().endswith((".webp", ".png")):
+            with Image.open(path) as image:
+                return getattr(image, "is_animated", False)
+    return path.lower().endswith(".gif")
+
+
+def list_clips(root):
+    """The clips below a folder, sorted by path: the arguments of Files; or the tars below it.
+
+    Images in one folder are one clip, or one each if the first is animated. The class of a clip is
+    its parent folder. Raises UserError."""
+    names, tars, folders = [], [], {}
+    for path in walk(root):
+        name = path.removeprefix(os.path.join(root, ""))
+        if name.lower().endswith(IMAGE_ENDINGS):
+            folders.setdefault(os.path.dirname(name), []).append(name)
+        elif name.lower().endswith(".tar"):
+            tars.append(path)
+    for folder, images in folders.items():
+        alone = is_animated(os.path.join(root, min(images)))
+        names += images if alone else [folder or "."]
+    if not names and tars:
+        return sorted(tars)
+    if not names:
+        raise UserError(f"no clip below {root}; looked for folders of frames, animated .gif .webp "
+                        ".png, and .tar")
+    return root, columns_of((name, os.path.basename(os.path.dirname(name)) or None, (), None)
+                            for name in sorted(names))
+
+
+def find_clips(file, left_out):
+    """The clips of a tar as find_samples finds images; "image" is (offset, size) of each frame."""
+    frames, texts = {}, {}
+    for name, offset, size in tar_members(file, left_out):
+        key, longer, part = split_name(name)
+        if part is None or size > MOST[part]:
+            left_out["other files"] += 1
+        elif part == "image":
+            frames.setdefault(key, []).append((natural(longer), offset, size))
+        else:
+            texts.setdefault(key, {})[part] = offset, size
+    left_out["keys without an image"] += len(texts.keys() - frames.keys())
+    return [{"key": key, "image": [number for _, *place in sorted(some) for number in place],
+             **texts.get(key, {})} for key, some in frames.items()]
+
+
+class Views(NamedTuple):
+    """What a model sees of a clip: T = `frames` frames, every `stride`-th or, with `segments`, one
+    of each of T equal parts. In training it is one view, of a random crop and from a random start;
+    in an evaluation V views, `temporal` x `spatial`."""
+    frames: int
+    stride: int
+    segments: bool
+    temporal: int
+    spatial: int
+
+    @property
+    def count(self):
+        return self.temporal * self.spatial
+
+    @property
+    def span(self):
+        """The frames that a clip must have so that none is seen twice."""
+        return self.frames if self.segments else (self.frames - 1) * self.stride + 1
+
+    def numbers(self, count, u):
+        """Which of `count` frames are seen [T], by numbers u [T] in [0, 1)."""
+        if self.segments:
+            return ((np.arange(self.frames) + u) * count / self.frames).astype(int)
+        start = int(u[0] * (max(0, count - self.span) + 1))
+        return np.minimum(start + self.stride * np.arange(self.frames), count - 1)
+
+
+def clip_frames(clip):
+    """The frames of a clip, in order, each as read_pixels takes an image."""
+    if isinstance(clip, dict):
+        return [moment(clip, frame) for frame in range(CLIP_LENGTH)]
+    if isinstance(clip, list) and len(clip) > 1:
+        return clip
+    clip = clip[0] if isinstance(clip, list) else clip
+    if not callable(clip) and os.path.isdir(clip):
+        names = [name for name in os.listdir(clip) if name.lower().endswith(IMAGE_ENDINGS)]
+        if not names:
+            raise ValueError("a folder without frames")
+        return [os.path.join(clip, name) for name in sorted(names, key=natural)]
+    with open_image(clip) as file:
+        return [frame.copy() for frame in ImageSequence.Iterator(file)]
+
+
+def read_clip(clip, views, size, channels, choose_box=None, u=None):
+    """(What is seen of a clip, uint8 [V,T,H,W,C]; whether it is too short, so that frames are
+    repeated). In training V is 1: `choose_box` is the crop, u [T] choose the frames.
+
+    Raises ValueError for frames of different sizes, and what decoders raise."""
+    frames, found, sizes = clip_frames(clip), [], set()
+    times = [u] if choose_box else (np.arange(views.temporal) + 0.5) / views.temporal
+    places = np.linspace(0, 1, views.spatial) if views.spatial > 1 else [0.5]
+    for u, place in itertools.product(times, [None] if choose_box else places):
+        def box(width, height):
+            sizes.add((width, height))
+            return choose_box(width, height) if choose_box else centre_crop(
+                width, height, None, size, 1.0, place)
+
+        numbers = views.numbers(len(frames), np.broadcast_to(u, views.frames)).tolist()
+        seen = {i: read_pixels(frames[i], box, size, channels) for i in {*numbers}}
+        found.append(np.stack([seen[i] for i in numbers]))
+    if len(sizes) > 1:
+        raise ValueError(f"frames of different sizes, as {sorted(sizes)[:2]}")
+    return np.stack(found), len(frames) < views.span
 
 
 # ======================================================================================
@@ -1535,17 +1800,39 @@ def prepare_worker(number):
     warnings.simplefilter("ignore")
 
 
+POLL, PATIENCE = 5, 600     # seconds between looks at the workers, and until a batch must be there
+
+
 def load(samples, positions, workers, device):
     """Iterate over the batches at `positions` (an iterable of arrays), read ahead by workers.
 
-    Raises UserError where the data are no longer what they were at the start."""
-    for batch in DataLoader(samples, batch_sampler=positions, num_workers=workers,
-                            collate_fn=dict,        # a batch is one already
-                            pin_memory=device.type == "cuda",
-                            prefetch_factor=4 if workers else None,
-                            worker_init_fn=prepare_worker):
+    Raises UserError where the data are no longer what they were at the start, where a worker has
+    ended, where no batch comes for ten minutes, or where a signal to stop comes meanwhile."""
+    batches = iter(DataLoader(
+        samples, batch_sampler=positions, num_workers=workers, collate_fn=dict,  # it is a batch
+        pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
+        worker_init_fn=prepare_worker, timeout=POLL if workers else 0,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None))
+    if workers:     # torch would raise in the middle of a step: a dead worker is seen below
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    waited = 0
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError as error:
+            waited += POLL
+            if "timed out" not in str(error):
+                raise RankError(f"a process that reads images has ended: {error}; was it killed, "
+                                "or is memory short? Fewer --workers need less") from error
+            if waited >= PATIENCE or waited >= 4 * POLL and stop_signals:
+                raise RankError(f"no images came for {waited} seconds; the same command resumes "
+                                "from the newest checkpoint") from error
+            continue
+        if batch is None:
+            return
         if "fault" in batch:
             raise RankError(batch["fault"])
+        waited = 0
         yield batch
 
 
@@ -1558,32 +1845,51 @@ def training_batches(samples, args, first_step, schedule, device):
 
 def examples(samples, device, count=8):
     """A batch of central crops from all over the images of `samples`, to be shown."""
-    if samples.order:       # those of training: without its order, crops and augmentation
+    if samples.order or samples.views:      # without order, crops and augmentation of training
         samples = Samples(samples.source, samples.size, samples.channels, centre_crop,
-                          shuffle=False, rows=samples.rows, targets_of=samples.targets_of)
+                          shuffle=False, rows=samples.rows, targets_of=samples.targets_of,
+                          views=samples.views and samples.views._replace(temporal=1, spatial=1))
     spread = np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(np.int64)
     return next(load(samples, [spread], 0, device))
 
 
 def validate(val, args, device):
-    """Every image of --val once, whatever the ranks: yields (images [B,C,H,W], normalised; batch).
+    """Every image of --val once, whatever the ranks: yields (images [B,C,H,W], of clips
+    [B,V,T,C,H,W], normalised; batch).
 
     Those that cannot be read have no weight; at the end they are listed in
     OUT/bad_val_samples.txt. Raises UserError where none can be read."""
-    seen, bad = torch.zeros(1), []
-    positions = validation_positions(len(val), args.micro_batch, get_rank(), get_world_size())
-    for batch in load(val, positions, args.workers, device):
+    seen, short, bad, world_size = torch.zeros(1), torch.zeros(1), [], get_world_size()
+    micro_batch = max(1, args.micro_batch // (val.views.count if val.views else 1))
+    batches = load(val, validation_positions(len(val), micro_batch, get_rank(), world_size),
+                   args.workers, device)
+    total = math.ceil(len(val) / (micro_batch * world_size))
+    for batch in progress(batches, "evaluating", "batch", total):
         seen, bad = seen + batch["weight"].sum(), bad + batch["bad"]
+        short += batch["short"].sum()
         yield normalise(batch["images"].to(device)), batch
     bad = list_bad(args, bad, "bad_val_samples.txt", "w")
+    if all_reduce_sum(short):
+        say_once(f"NOTE: {int(short)} of {len(val)} clips of --val have fewer than "
+                 f"{val.views.span} frames: the last one is repeated")
     if not all_reduce_sum(seen):
         raise UserError(f"none of {len(bad)} images can be read; the last: "
                         f"{bad[-1][1]}: {bad[-1][2]}")
+    if bad:
+        rank0_print(f"NOTE: {len(bad):,} of {len(val):,} images cannot be read: see "
+                    f"{args.out}/bad_val_samples.txt")
+
+
+@lru_cache
+def say_once(text):
+    """Print a line on rank 0, the first time that it is said."""
+    rank0_print(text)
 
 
 def flip(images, uniforms):
-    """Mirror those of images [B,H,W,C] whose number [B,1] is below a half."""
-    return torch.where(uniforms[..., None, None] < 0.5, images.flip(2), images)
+    """Mirror those of images [B,H,W,C] or clips [B,T,H,W,C] whose number [B,1] is below a half."""
+    uniforms = uniforms.view(-1, *[1] * (images.dim() - 1))
+    return torch.where(uniforms < 0.5, images.flip(-2), images)
 
 
 @lru_cache      # each copy to a GPU would make the host wait
@@ -1596,10 +1902,11 @@ def statistics(channels, device):
 
 
 def normalise(images):
-    """Pixels uint8 [B,H,W,C] to float32 [B,C,H,W] with zero mean and unit variance on ImageNet."""
+    """Pixels uint8 [B,H,W,C] to float32 [B,C,H,W] with zero mean and unit variance on ImageNet; of
+    clips [B,T,H,W,C] to [B,T,C,H,W]."""
     mean, std = statistics(images.shape[-1], images.device)
     # Bytes are put in order and floats changed in place: seven times as fast as the plain formula.
-    return images.permute(0, 3, 1, 2).contiguous().float().mul_(1 / (255 * std)).sub_(mean / std)
+    return images.movedim(-1, -3).contiguous().float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
 def denormalise(images):
@@ -1609,17 +1916,30 @@ def denormalise(images):
     return pixels.to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def read_pictures(args, config, choose_box=WHOLE_WIDTH):
-    """--predict's pictures at the size of a model's Config: uint8 [B,H,W,C]; by default as much of
-    each as fits. Raises UserError."""
+class Pictures(NamedTuple):
+    """--predict's pictures: the `names` of those that can be read, their pixels uint8 [B,H,W,C],
+    and a line about the others, or ""."""
+    names: list
+    pixels: object
+    problem: str
+
+
+def read_pictures(args, config, choose_box=WHOLE_WIDTH, views=None):
+    """--predict's Pictures at the size of a model's Config, by default as much of each as fits; or
+    clips in these Views. Raises UserError where none can be read."""
     box = functools.partial(choose_box, uniforms=None, size=config.image)
-    pictures = []
+    names, pixels, problems = [], [], []
     for name in args.predict:
         try:
-            pictures.append(torch.tensor(read_pixels(name, box, config.image, config.channels)))
+            found = (read_clip(name, views, config.image, config.channels)[0] if views else
+                     read_pixels(name, box, config.image, config.channels))
+            pixels.append(torch.tensor(found))
+            names.append(name)
         except Exception as error:      # what decoders raise on damage has no common class
-            raise UserError(f"--predict {name} cannot be read: {error}") from error
-    return torch.stack(pictures)
+            problems.append(f"--predict {name} cannot be read: {error}".split("\n")[0])
+    if not names:
+        raise UserError("; ".join(problems))
+    return Pictures(names, torch.stack(pixels), "; ".join(problems))
 
 
 def most_probable(probabilities, names, k=5):
@@ -1629,31 +1949,45 @@ def most_probable(probabilities, names, k=5):
             for row in zip(top.indices.tolist(), top.values.tolist())]
 
 
-def print_predictions(args, probabilities, names):
-    """Print what --predict's pictures most probably are, from probabilities [B,K]."""
-    for name, best in zip(args.predict, most_probable(probabilities, names)):
+def print_predictions(pictures, probabilities, names):
+    """Print what Pictures most probably are, from probabilities [B,K]; then raise UserError if some
+    could not be read."""
+    for name, best in zip(pictures.names, most_probable(probabilities, names)):
         rank0_print(f"{name}: " + ", ".join(f"{word} {chance:.3f}" for word, chance in best))
+    if pictures.problem:
+        raise UserError(pictures.problem)
 
 
 def draw_predictions(args, batch, probabilities, names):
     """Draw a batch's pictures, what they are and what a model thinks they are, from probabilities
-    [B,K], right answers green, into OUT/predictions.png; rank 0 does."""
+    [B,K], right answers green, into OUT/predictions.png; of clips four frames each, into
+    OUT/clips.png. Rank 0 does."""
     if get_rank():
         return
-    side, pixels = 112, batch["images"]
-    sheet = Image.new("RGB", (620, len(pixels) * (side + 8)), "white")
-    pen, predicted = ImageDraw.Draw(sheet), most_probable(probabilities, names)
-    for row, (image, targets, best) in enumerate(zip(pixels.numpy(), batch["targets"], predicted)):
-        right = [names[i] for i in targets.tolist() if i >= 0]
-        top, picture = row * (side + 8) + 4, Image.fromarray(image[..., :3].squeeze())
-        scale = side / max(picture.size)
-        picture = picture.resize([max(1, round(length * scale)) for length in picture.size], 0)
-        sheet.paste(picture, (4, top))
-        pen.text((side + 16, top), "true: " + ", ".join(right), "black")
-        for line, (name, chance) in enumerate(best, 1):
-            pen.text((side + 16, top + 18 * line), f"{chance:.2f}  {name}",
-                     "#108030" if name in right else "#606060")
-    write_aside(Path(args.out) / "predictions.png", lambda aside: sheet.save(aside, "PNG"))
+    side, texts, font = 112, [], ImageFont.load_default()
+    file, pixels = "predictions.png", batch["images"][:, None]              # [B,1,H,W,C]
+    if pixels.dim() == 7:
+        frames = np.linspace(0, pixels.shape[3] - 1, 4).astype(int)
+        file, pixels = "clips.png", pixels[:, 0, 0, frames]                 # [B,4,H,W,C]
+    for targets, best in zip(batch["targets"].tolist(), most_probable(probabilities, names)):
+        right = [names[i] for i in targets if i >= 0]
+        texts.append([("true: " + ", ".join(right)[:60], "black")] + [
+            (f"{chance:.3f}  {name}", "#108030" if name in right else "#606060")
+            for name, chance in best])
+    beside = (side + 4) * pixels.shape[1]
+    width = beside + 28 + max(int(font.getlength(text)) for lines in texts for text, _ in lines)
+    columns = 2 if pixels.shape[1] == 1 else 1
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(texts) / columns) * (side + 8)),
+                      "white")
+    for i, (images, lines) in enumerate(zip(pixels.numpy(), texts)):
+        left, top = i % columns * width + 4, i // columns * (side + 8) + 4
+        for k, image in enumerate(images):
+            picture = ImageOps.contain(Image.fromarray(image[..., :3].squeeze()), (side, side),
+                                       Image.Resampling.NEAREST)
+            sheet.paste(picture, (left + k * (side + 4), top))
+        for row, (text, colour) in enumerate(lines):
+            ImageDraw.Draw(sheet).text((left + beside + 8, top + 18 * row), text, colour, font)
+    write_aside(Path(args.out) / file, lambda aside: sheet.save(aside, "PNG"))
 
 
 # ======================================================================================
@@ -1662,24 +1996,25 @@ def draw_predictions(args, batch, probabilities, names):
 
 def info(args):
     """Print what is there: samples, classes, and of up to 1,000 samples sizes, modes and tags."""
-    source, sizes, modes, tags = open_data(*args.spec, index_dir=args.index_dir), [], Counter(), []
+    source = open_data(*args.spec, index_dir=args.index_dir)
     looked = np.linspace(0, len(source) - 1, min(len(source), 1000)).astype(int).tolist()
-    for sample in (source[i] for i in looked):
-        tags += sample.get("tags", [])
+    sizes, modes, tags = [], Counter(), Counter()
+    for sample in map(source.__getitem__, looked):
+        tags.update(sample.get("tags", ()))
         try:
             with open_image(sample["image"]) as image:
                 sizes.append(image.size)
                 modes[f"{image.format} {image.mode}"] += 1
         except Exception:               # what decoders raise on damage has no common class
             modes["drawn" if isinstance(sample["image"], dict) else "unreadable"] += 1
-    quantiles = np.percentile(sizes or [(0, 0)], (0, 50, 100), axis=0).astype(int).tolist()
-    tag_counts = Counter(tags).most_common()
+    smallest, median, largest = np.percentile(
+        sizes or [(0, 0)], (0, 50, 100), axis=0).astype(int).tolist()
     print(json.dumps({
         "samples": len(source), "classes": len(source.classes), "names": source.classes[:12],
         "looked_at": len(looked), "modes": modes,
-        **dict(zip(("smallest", "median", "largest"), quantiles)),
-        "tags_per_image": round(len(tags) / len(looked), 3),
-        "different_tags": len(tag_counts), "head": tag_counts[:8], "tail": tag_counts[8:][-4:]}))
+        "smallest": smallest, "median": median, "largest": largest,
+        "tags_per_image": round(tags.total() / len(looked), 3), "different_tags": len(tags),
+        "head": tags.most_common()[:8], "tail": tags.most_common()[8:][-4:]}))
 
 
 def verify(args):
@@ -1688,8 +2023,8 @@ def verify(args):
     count, start, bad = len(source), time.perf_counter(), 0
     positions = list(validation_positions(count, 64, 0, 1))
     batches = load(Samples(source, (32, 32), 3, whole, shuffle=False), positions,
-                   args.workers or cpu_cores(), torch.device("cpu"))
-    for batch in tqdm(batches, total=len(positions), disable=not sys.stderr.isatty()):
+                   args.workers, torch.device("cpu"))
+    for batch in progress(batches, "decoding", "batch", len(positions)):
         bad += len(batch["bad"])
         for _, where, why in batch["bad"]:
             print(f"bad: {where}: {why}")
@@ -1701,30 +2036,32 @@ def verify(args):
 
 def encode(image, short):
     """An image as (ending, bytes of a file). JPEG, PNG, WebP and GIF stay as they are, unless their
-    shorter side is over `short`; the rest becomes JPEG of quality 90. The world is drawn at `short`
-    or 224, as PNG."""
+    shorter side is over `short`; the rest becomes an upright JPEG of quality 90. The world is drawn
+    at `short` or 224, as PNG."""
     file = io.BytesIO()
     if isinstance(image, dict):
         Image.fromarray(draw(image, short or 224, short or 224)).save(file, "PNG")
         return "png", file.getvalue()
     content = image() if callable(image) else Path(image).read_bytes()
-    opened = Image.open(io.BytesIO(content))
+    opened = open_image(lambda: content)
     ending = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp",
               "GIF": "gif"}.get(opened.format)
-    scale = max(1, min(opened.size) / short) if short else 1
-    if ending and scale == 1:
+    shrink = max(1, min(opened.size) / short) if short else 1
+    if ending and shrink == 1:
         return ending, content
-    size, exif = [round(side / scale) for side in opened.size], Image.Exif()
-    exif[0x0112] = opened.getexif().get(0x0112, 1)
-    opened.draft(None, size)
-    plain = opened.mode in ("RGB", "L") and "transparency" not in opened.info
-    pixels = opened if plain else with_channels(opened, 3)
-    pixels.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90, exif=exif)
+    orientation = orientation_of(opened)
+    opened.draft(None, [round(side / shrink) for side in opened.size])
+    pixels = opened if orientation == 1 else ImageOps.exif_transpose(opened)
+    shrink = max(1, min(pixels.size) / short) if short else 1
+    with_channels(pixels, 1 if pixels.mode == "L" else 3).resize(
+        [round(side / shrink) for side in pixels.size], Image.Resampling.BICUBIC
+    ).save(file, "JPEG", quality=90)
     return "jpg", file.getvalue()
 
 
-def write_shard(k, source, out, size, short):
-    """Write shard k of `size` samples, unless it is there: [(where, why)] of what was left out."""
+def write_shard(k, source, out, size, short, index_dir):
+    """Write shard k of `size` samples, unless it is there, and index it: [(where, why)] of what was
+    left out."""
     path, bad = out / f"{k:05d}.tar", []
 
     def write(aside):
@@ -1747,6 +2084,7 @@ def write_shard(k, source, out, size, short):
 
     if not path.exists():
         write_aside(path, write)
+    open_index(str(path), index_dir, clips=False)
     return bad
 
 
@@ -1764,103 +2102,81 @@ def pack(args):
                   "resize": args.resize}, out / "pack.json"
     if read_json(note) != plan if note.exists() else any(out.glob("*.tar")):
         raise UserError(f"{out} holds shards of something else; choose another folder")
-    for torn in out.glob("*.tmp"):
-        torn.unlink()
     write_aside(note, lambda path: path.write_text(json.dumps(plan)))
     start, count = time.perf_counter(), math.ceil(len(source) / args.shard_size)
-    workers = min(count, args.workers or cpu_cores())
     work = functools.partial(write_shard, source=source, out=out, size=args.shard_size,
-                             short=args.resize)
-    # Control-C ends processes at once, without a traceback from each.
-    with ProcessPoolExecutor(workers, initializer=signal.signal,
-                             initargs=(signal.SIGINT, signal.SIG_DFL)) as processes:
+                             short=args.resize, index_dir=args.index_dir)
+    with process_pool(args.workers) as processes:
         # In a few portions for each process, since the list of files is sent with each portion.
-        shards = processes.map(work, range(count), chunksize=math.ceil(count / (8 * workers)))
-        for bad in tqdm(shards, total=count, disable=not sys.stderr.isatty()):
+        shards = processes.map(work, range(count), chunksize=1 + count // (8 * args.workers + 8))
+        for bad in progress(shards, "packing", "shard", count):
             for where, why in bad:
                 print(f"left out: {where}: {why}")
-    packed = len(open_data(out / "*.tar", index_dir=args.index_dir))
+    packed = len(open_data(out, index_dir=args.index_dir))
     print(json.dumps({"samples": packed, "left_out": len(source) - packed, "shards": count,
                       "seconds": round(time.perf_counter() - start, 1)}))
 
 
 def bench(args):
     """Measure how many images per second this rank's workers read, crop and normalise."""
-    source, size = open_data(*args.spec, index_dir=args.index_dir), image_size(args)
+    source, size = open_data(*args.spec, index_dir=args.index_dir), (args.image_size,) * 2
     torch.set_num_threads(1)
-    samples, count = Samples(source, size, 3, random_resized_crop), 0
-    batches = load(samples, training_positions(0, 1 << 40, 32, 32, 0, 1), args.workers,
-                   torch.device("cpu"))
+    batches = load(Samples(source, size, 3, random_resized_crop),
+                   training_positions(0, 1 << 40, 32, 32, 0, 1), args.workers, torch.device("cpu"))
     for _ in range(1 + 4 * args.workers):       # what the workers have read before the clock starts
         next(batches)
-    start = time.perf_counter()
+    start, count = time.perf_counter(), 0
     while (seconds := time.perf_counter() - start) < args.seconds:
         count += len(normalise(next(batches)["images"]))
-    print(json.dumps({"image_size": size, "workers": args.workers,
+    print(json.dumps({"image_size": args.image_size, "workers": args.workers,
                       "images_per_second": round(count / seconds, 1)}))
 
 
-def image_size(args):
-    """--image-size as (height, width)."""
-    if len(args.image_size) > 2:
-        raise UserError(f"--image-size takes one or two numbers; found {args.image_size}")
-    return args.image_size[0], args.image_size[-1]
-
-
 def world(args):
-    """Draw a sheet of the built-in world, and print what it says of each picture."""
-    source, (height, width), columns, rows = open_data(args.split), image_size(args), 6, 4
-    if args.first + columns * rows > len(source):
-        raise UserError(f"--first {args.first}: {args.split} has {len(source):,} pictures, and "
-                        f"{columns * rows} are drawn")
-    sheet = Image.new("RGB", (columns * (width + 4), rows * (height + 4)), "white")
-    for i in range(columns * rows):
-        sample = source[args.first + i]
-        picture = Image.fromarray(draw(sample["image"], height, width))
-        sheet.paste(picture, (i % columns * (width + 4), i // columns * (height + 4)))
+    """Draw a sheet of the first 24 pictures of the built-in world; print what it says of each."""
+    source, side = open_data(args.split), args.image_size
+    sheet = Image.new("RGB", (6 * (side + 4), 4 * (side + 4)), "white")
+    for i in range(24):
+        sample = source[i]
+        picture = Image.fromarray(draw(sample["image"], side, side))
+        ImageDraw.Draw(picture).text((3, 1), str(i), "white", stroke_width=1, stroke_fill="black")
+        sheet.paste(picture, (i % 6 * (side + 4), i // 6 * (side + 4)))
         print(f"{i}: {source.classes[sample['label']]}: {sample['caption']}; "
               f"{' '.join('#' + tag for tag in sample['tags'])}")
     write_aside(Path(args.out), lambda path: sheet.save(path, "PNG"))
     print(f"wrote {args.out}")
 
 
-not_negative = number(0, kind=int)
-
-
 def main(argv):
-    parser = Parser(
-        prog="data.py", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="data.py", allow_abbrev=False, description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    # The flags that several commands have
+    source, workers, size = (Parser(add_help=False) for _ in range(3))
+    source.add_argument("spec", nargs="+", metavar="SPEC",
+                        help="world, world:COUNT, a folder, .tar shards, a .jsonl or .csv")
+    source.add_argument("--index-dir", metavar="DIR",
+                        help="where indexes of shards are kept; default: beside the shards")
+    workers.add_argument("--workers", type=number(0, kind=int), default=cpu_cores(),
+                         help="processes; 0: this one alone; default: the CPU cores")
+    size.add_argument("--image-size", type=positive, default=224, metavar="PIXELS",
+                      help="height and width; default 224")
     commands = parser.add_subparsers(required=True, metavar="info | verify | pack | bench | world")
-    for command in (info, verify, pack, bench, world):
+    flags = {}
+    for command, shared in ((info, [source]), (verify, [source, workers]),
+                            (pack, [source, workers]), (bench, [source, workers, size]),
+                            (world, [size])):
         sub = commands.add_parser(command.__name__, help=command.__doc__.split("\n")[0],
-                                  description=command.__doc__, allow_abbrev=False)
+                                  description=command.__doc__, parents=shared, allow_abbrev=False)
         sub.set_defaults(command=command)
-        add = sub.add_argument
-        if command is not world:
-            add("spec", nargs="+", metavar="SPEC",
-                help="world, world:COUNT, a folder, .tar shards, a .jsonl or .csv")
-            add("--index-dir", metavar="DIR", help="where indexes of shards are kept; default: "
-                "beside the shards")
-        if command is pack:
-            add("out", metavar="OUT", help="the folder for the shards")
-            add("--shard-size", type=positive, default=10_000, metavar="SAMPLES",
+        flags[command] = sub.add_argument
+    flags[pack]("out", metavar="OUT", help="the folder for the shards")
+    flags[pack]("--shard-size", type=positive, default=10_000, metavar="SAMPLES",
                 help="samples a shard; default 10,000")
-            add("--resize", type=positive, metavar="PIXELS",
-                help="make the shorter side this long where it is longer; default: keep the files")
-        if command in (verify, pack):
-            add("--workers", type=not_negative, default=0, help="processes; default 0: all cores")
-        if command is bench:
-            add("--workers", type=not_negative, default=0,
-                help="processes; default 0: this one alone")
-            add("--seconds", type=float, default=20, help="length of the timing; default 20")
-        if command in (bench, world):
-            add("--image-size", type=positive, nargs="+", default=[224], metavar="PIXELS",
-                help="side, or height and width; default 224")
-        if command is world:
-            add("--split", choices=WORLD_COUNTS, default="world", help="default world")
-            add("--first", type=not_negative, default=0, help="number of the first; default 0")
-            add("--out", default="world.png", help="the sheet; default world.png")
+    flags[pack]("--resize", type=positive, metavar="PIXELS", help="make the shorter side this long "
+                "where it is longer; default: keep the files")
+    flags[bench]("--seconds", type=float, default=20, help="length of the timing; default 20")
+    flags[world]("--split", choices=WORLD_COUNTS, default="world", help="default world")
+    flags[world]("--out", default="world.png", help="the sheet; default world.png")
     args = parser.parse_args(argv)
     args.command(args)
 

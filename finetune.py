@@ -29,8 +29,13 @@ zeroshot trains a text tower for an encoder, or uses a released one: classes are
 
     python finetune.py zeroshot --init maws_clip.pt --tokenizer tokenizer.json --predict cat.jpg \\
         --texts "une photo de chat" "a photo of a dog"
+
+video finetunes an image encoder on clips: folders of frames, or animated files.
+
+    torchrun finetune.py video --init runs/wsp/model.pt         # motions of the built-in world
 """
 
+import argparse
 import functools
 import hashlib
 import itertools
@@ -86,16 +91,12 @@ MAE_BY_MODEL = {        # of the recipe mae; warmup: 5 epochs; 2b and 6.5b are n
 }
 BETAS = 0.9, 0.999                              # MAE
 HEAD_STD = {"mae": 2e-5, "maws": 0.0, "ours": 2e-5}     # MAE; SWAG; ours
-NO_DECAY = "pos_embed", "cls_token"             # no weight decay (MAE)
+NO_DECAY = "pos_embed", "cls_token", "pos_embed_temporal"      # no weight decay (MAE)
 
 
 def add_classify_flags(add):
     add("--recipe", choices=RECIPES, help="mae: at 224 pixels (MAE); maws: at 512 or 518 (paper; "
         "not published in full); ours: for a classroom; default ours up to small, else mae")
-    add("--classes", metavar="FILE", help="meaning of --init's outputs: a line each, names "
-        "separated by commas; default: what the file says, or the classes of the data")
-    add("--class-map", metavar="FILE", help="lines of: model's class, TAB, class of --val, where "
-        "they differ; several model classes may be correct for one; default: by name")
     add("--loss", choices=("ce", "bce", "softmax"), help="ce: one class per image; softmax: 1/k on "
         "each of k classes; bce: binary cross-entropy for every class; default ce, but that of "
         "--init with --predict and --eval-only")
@@ -107,6 +108,15 @@ def add_classify_flags(add):
         "the whole central square above 224 pixels (MAE); squash: the whole image (released MAWS); "
         "default: that of --init, else by recipe")
     add("--optimizer", choices=("adamw", "sgd"), help="sgd: nesterov, 0.9; default by recipe")
+    add_training_flags(add)
+
+
+def add_training_flags(add):
+    """What classify and video share."""
+    add("--classes", metavar="FILE", help="meaning of --init's outputs: a line each, names "
+        "separated by commas; default: what the file says, or the classes of the data")
+    add("--class-map", metavar="FILE", help="lines of: model's class, TAB, class of --val, where "
+        "they differ; several model classes may be correct for one; default: by name")
     below_1 = vit.number(0, 0.999)
     for flag, kind, metavar, text in (
             ("final-lr", vit.number(0), "RATE", "learning rate at the end, before --layer-decay"),
@@ -152,15 +162,13 @@ def parse_classify_flags(argv):
     parser = vit.stage_parser("finetune.py classify", __doc__, {
         **{f"recipe {name}:": recipe for name, recipe in RECIPES.items()},
         **{f"recipe mae, {name}:": recipe for name, recipe in MAE_BY_MODEL.items()}})
-    parser.set_defaults(data=["world-labelled"])
+    parser.set_defaults(data=["world-labelled"], flip=True, dropout=0.0)
     add_classify_flags(parser.add_argument_group("classification").add_argument)
     args = parser.parse_args(argv)
     config, name, file_info = vit.choose_config(args, "classify")
     fill_classify_recipe(args, config, name, file_info)
     if args.freeze and not args.init and not args.plan:
         raise UserError("--freeze trains a head on a pretrained encoder: give its file as --init")
-    if args.randaugment and config.channels == 4:
-        raise UserError("--randaugment knows no alpha channel; give --randaugment 0")
     data.choose_val(args)
     return args, config, file_info
 
@@ -203,13 +211,14 @@ def intervals(centre, share, length):
 
 
 def mix(images, targets, uniforms, mixup, cutmix):
-    """Mix images [B,C,H,W] number 2i and 2i+1, and their targets [B,K], with one λ per pair.
+    """Mix images [B,C,H,W] number 2i and 2i+1, and their targets [B,K], with one λ per pair; the
+    frames of clips [B,T,C,H,W] alike.
 
     mixup (arXiv 1710.09412) takes λ of an image and 1 - λ of its partner; cutmix (1905.04899)
     pastes a rectangle of the partner with 1 - λ of the area. λ ~ Beta(alpha, alpha), where `mixup`
     and `cutmix` are the alphas, 0 is off. With both on, each is used half of the time (MAE).
     `uniforms` [B/2,35]: 1 for the choice, 2 for the rectangle's centre, 2 x 16 for `beta`."""
-    H, W = images.shape[2:]
+    H, W = images.shape[-2:]
     use_cutmix = uniforms[:, 0] < (0.5 if mixup and cutmix else float(cutmix > 0))  # [B/2]
     tries = uniforms[:, 3:].reshape(len(uniforms), 2, -1)                   # [B/2,2,16]
     lam = torch.where(use_cutmix, beta(tries, cutmix or 1.0), beta(tries, mixup or 1.0))    # [B/2]
@@ -219,7 +228,8 @@ def mix(images, targets, uniforms, mixup, cutmix):
     area = rows.float().mean(1) * columns.float().mean(1)                   # [B/2]
     own = torch.where(use_cutmix[:, None, None], (~pasted).float(), lam[:, None, None])
     lam = torch.where(use_cutmix, 1 - area, lam)                            # [B/2]
-    own = own.repeat_interleave(2, 0)[:, None]                              # [B,1,H,W]
+    own = own.repeat_interleave(2, 0)                                       # [B,H,W]
+    own = own.unflatten(0, (-1, *[1] * (images.dim() - 3)))                 # [B,1,H,W] [B,1,1,H,W]
     lam = lam.repeat_interleave(2)[:, None]                                 # [B,1]
     partner = lambda x: x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     return (own * images + (1 - own) * partner(images),                     # [B,C,H,W]
@@ -239,15 +249,6 @@ def class_losses(logits, targets, loss):
 # classify: evaluation
 # ======================================================================================
 
-class Answer(NamedTuple):
-    """What a model answers for one image of an evaluation."""
-    position: int
-    correct: list       # its classes
-    top: list           # the five most probable classes
-    loss: float
-    logits: object      # array [K] where an image may have several classes, else None
-
-
 @torch.no_grad()
 def evaluate(model, val, args, device, names):
     """Top-1 and top-5 over a source, every image once at any number of ranks; also OUT/classes.txt.
@@ -260,39 +261,7 @@ def evaluate(model, val, args, device, names):
         with vit.autocast(args, device):
             logits = model(images)                                          # [B,K]
         mine += answers(logits, batch, args)
-    parts = vit.gather_objects(mine)
-    return vit.on_rank_0(lambda: summarise(sum(parts, []), len(val), args, names))
-
-
-def answers(logits, batch, args):
-    """The Answers of the images of a batch that could be read."""
-    classes, K = batch["targets"].to(logits.device), logits.shape[1]        # [B,k]
-    losses = class_losses(logits, soft_targets(classes, K, 0.0, args.loss), args.loss)      # [B]
-    top = logits.topk(min(5, K)).indices                                    # [B,min(5,K)]
-    kept = [None] * len(top) if args.loss == "ce" else logits.float().cpu().numpy()
-    rows = zip(batch["position"].tolist(), classes.tolist(), top.tolist(), losses.tolist(), kept)
-    return [Answer(position, [k for k in correct if k >= 0], best, loss, some)
-            for weight, (position, correct, best, loss, some) in zip(batch["weight"].tolist(), rows)
-            if weight]
-
-
-def summarise(rows, total, args, names):
-    """The metrics of all images' Answers; `total` images were tried. Writes OUT/classes.txt."""
-    rows.sort(key=lambda row: row.position)     # the same sums at any number of ranks
-    hits = [row.top[0] in row.correct for row in rows]
-    hits5 = [bool({*row.top} & {*row.correct}) for row in rows]
-    metrics = {"loss": sum(row.loss for row in rows) / len(rows), "top1": sum(hits) / len(rows),
-               "top5": sum(hits5) / len(rows)}
-    if args.loss != "ce":
-        logits = torch.stack([torch.from_numpy(row.logits) for row in rows])        # [n,K]
-        hot = torch.zeros_like(logits, dtype=torch.bool)                    # [n,K]
-        for line, row in zip(hot, rows):
-            line[row.correct] = True
-        precisions = [average_precision(logits[:, k], hot[:, k]) for k in range(len(names))
-                      if hot[:, k].any()]
-        metrics["map"] = sum(precisions) / len(precisions)
-    write_classes(Path(args.out) / "classes.txt", rows, hits, names)
-    return {**metrics, "count": len(rows), "bad": total - len(rows)}
+    return summarise(mine, len(val), args, names)
 
 
 # ======================================================================================
@@ -314,14 +283,14 @@ def make_classifier(args, config, classes):
     return model
 
 
-def load_classifier(model, args, names, file_info):
+def load_classifier(model, args, names, file_info, new=()):
     """Load --init into the model of `classify`, with its head if that is for the same classes and
-    pooling."""
+    pooling. The file may lack `new` tensors, where the model is to be trained."""
     in_use = args.predict or args.eval_only
     same = file_info.get("classes") == names and \
         file_info.get("config", {}).get("pool", "cls") == args.pool
     keep_head = in_use or same
-    vit.load_weights(model, args.init, new=() if in_use else ("norm.*", "fc_norm.*"),
+    vit.load_weights(model, args.init, new=() if in_use else ("norm.*", "fc_norm.*", *new),
                      renew=() if keep_head else ("head.*",))
     if "head.weight" in file_info["shapes"] and not keep_head:
         rank0_print(f"a new head for {len(names)} classes: --init has one for "
@@ -329,43 +298,22 @@ def load_classifier(model, args, names, file_info):
                     + ("hashtags" if "vocabulary" in file_info else "other classes or pooling"))
 
 
-def classify(argv):
-    args, config, file_info = parse_classify_flags(argv)
-    towers = [(config.depth, config.width, 1 + config.num_patches)]
-    flops = (vit.forward_flops if args.freeze else vit.training_flops)(towers)
-    if args.plan:
-        outputs = len(file_info.get("classes", range(1000)))
-        if args.freeze:     # nothing is kept for a backward pass: one block's activations at a time
-            towers = [(1, config.width, 1 + config.num_patches)]
-        return vit.plan(args, lambda: make_classifier(args, config, outputs), towers, flops)
-    device = vit.start(args)
-
-    # ---- data and classes
-    train, val, names = open_classes(args, config, file_info)
-
-    # ---- model: a checkpoint in --out, else --init, else random weights
-    model, wrapped = vit.build(lambda: make_classifier(args, config, len(names)), args, device)
-    if args.init:
-        load_classifier(model, args, names, file_info)
-    if args.predict:
-        pixels = data.read_pictures(args, config, evaluation_crop(args, config))    # [B,H,W,C]
-        probabilities = vit.probabilities(model, data.normalise(pixels), args, device)    # [B,K]
-        return data.print_predictions(args, probabilities, names)
-    if args.eval_only:
-        return vit.report(args, evaluate(model, val, args, device, names))
-    mixing = bool(args.mixup or args.cutmix)
+def train_classifier(args, model, wrapped, logits_of, device, train, val, model_info, flops):
+    """The training of classify and video. `logits_of` is what is evaluated, a function of images
+    [B,C,H,W], of clips [B,V,T,C,H,W]; `model_info` and `flops` as of vit.Run."""
+    names, mixing = model_info["classes"], bool(args.mixup or args.cutmix)
     schedule = vit.make_schedule(args, len(train), together=2 if mixing else 1)
-    if not vit.open_run(args, "classify", model, train, val, {"classes": names,
-                                                              "ema": bool(args.ema)}):
+    if not vit.open_run(args, model_info["stage"], model, train, val,
+                        {"classes": names, "ema": bool(args.ema)}):
         return
     examples = data.examples(val or train, device)
 
     def draw_and_evaluate():
         with vit.ema_weights(model, run.ema):
             images = data.normalise(examples["images"])                     # [B,C,H,W]
-            probabilities = vit.probabilities(model, images, args, device)        # [B,K]
+            probabilities = vit.probabilities(logits_of, images, args, device)    # [B,K]
             data.draw_predictions(args, examples, probabilities, names)
-            metrics = evaluate(model, val, args, device, names) if val else {}
+            metrics = evaluate(logits_of, val, args, device, names) if val else {}
         score = metrics.get("map", metrics.get("top1", -1.0))
         if score > run.state["best"]:
             run.state["best"] = score
@@ -377,16 +325,16 @@ def classify(argv):
     optimizer = (torch.optim.AdamW(groups, betas=BETAS, fused=True) if args.optimizer == "adamw"
                  else torch.optim.SGD(groups, momentum=0.9, nesterov=True))
     ema = {name: p.detach().clone() for name, p in model.named_parameters()} if args.ema else {}
-    model_info = {"config": {**asdict(config), "pool": args.pool, "crop": args.crop,
-                             "loss": args.loss}, "stage": "classify", "classes": names}
-    run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info,
-                  flops, ema, {"best": -1.0})
+    run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info, flops, ema,
+                  {"best": -1.0, **({"short_clips": 0} if train.views else {})})
     batches = data.training_batches(train, args, run.state["step"], schedule, device)
     for _ in run.steps(draw_and_evaluate, args.final_lr):
+        counts = {"short_clips": torch.zeros((), device=device)} if train.views else {}
         for batch in run.micro_batches(batches):
             position, images = batch["position"], batch["images"]           # [B] [B,H,W,C]
-            images = data.flip(images, data.uniform(args.seed, position, "flip", 1))
-            images, scales = data.normalise(images), None                   # [B,C,H,W]
+            if args.flip:
+                images = data.flip(images, data.uniform(args.seed, position, "flip", 1))
+            images, scales, dropped = data.normalise(images), None, ()      # [B,C,H,W]
             if args.erasing:
                 images = erase(images, position, args.seed, args.erasing)
             targets = soft_targets(batch["targets"], len(names), args.smoothing, args.loss)  # [B,K]
@@ -394,17 +342,99 @@ def classify(argv):
                 uniforms = data.uniform(args.seed, position[::2], "mix", 35)    # [B/2,35]
                 images, targets = mix(images, targets, uniforms, args.mixup, args.cutmix)
             if args.drop_path:
-                uniforms = data.uniform(args.seed, position, "drop path", 2 * config.depth)
+                uniforms = data.uniform(args.seed, position, "drop path", 2 * model.config.depth)
                 scales = vit.drop_path_scales(uniforms, args.drop_path)     # [B,L,2]
+            if args.dropout:
+                uniforms = data.uniform(args.seed, position, "dropout", model.config.width)
+                dropped = ((uniforms >= args.dropout) / (1 - args.dropout),)    # [B,D]
             with vit.autocast(args, device):
-                logits = wrapped(images, scales)                            # [B,K]
+                logits = wrapped(images, scales, *dropped)                  # [B,K]
             run.backward(class_losses(logits, targets, args.loss).mean())
-        run.update()
+            for name in counts:
+                counts[name] += batch["short"].sum()
+        run.update(counts)
+        if run.state.get("short_clips"):
+            data.say_once(f"NOTE: some clips of --data have fewer than {train.views.span} frames: "
+                          "the last one is repeated (log.jsonl has their number)")
+
+
+def classify(argv):
+    args, config, file_info = parse_classify_flags(argv)
+    towers = [(config.depth, config.width, 1 + config.num_patches)]
+    flops = (vit.forward_flops if args.freeze else vit.training_flops)(towers)
+    if args.plan:
+        outputs = len(file_info.get("classes", range(1000)))
+        if args.freeze:     # nothing is kept for a backward pass: one block's activations at a time
+            towers = [(1, config.width, 1 + config.num_patches)]
+        return vit.plan(args, lambda: make_classifier(args, config, outputs), towers, flops)
+    device = vit.start(args, towers)
+
+    # ---- data and classes
+    train, val, names = open_classes(args, config, file_info)
+
+    # ---- model: a checkpoint in --out, else --init, else random weights
+    model, wrapped = vit.build(lambda: make_classifier(args, config, len(names)), args, device)
+    if args.init:
+        load_classifier(model, args, names, file_info)
+    if args.predict:
+        pictures = data.read_pictures(args, config, evaluation_crop(args, config))
+        images = data.normalise(pictures.pixels)                            # [B,C,H,W]
+        probabilities = vit.probabilities(model, images, args, device)      # [B,K]
+        return data.print_predictions(pictures, probabilities, names)
+    if args.eval_only:
+        return vit.report(args, evaluate(model, val, args, device, names))
+    model_info = {"config": {**asdict(config), "pool": args.pool, "crop": args.crop,
+                             "loss": args.loss}, "stage": "classify", "classes": names}
+    train_classifier(args, model, wrapped, model, device, train, val, model_info, flops)
 
 
 # ======================================================================================
-# Details of classify: average precision and classes.txt
+# Details of classify: metrics and classes.txt
 # ======================================================================================
+
+class Answer(NamedTuple):
+    """What a model answers for one image of an evaluation."""
+    position: int
+    correct: list       # its classes
+    top: list           # the five most probable classes
+    loss: float
+    logits: object      # array [K] where an image may have several classes, else None
+
+
+def answers(logits, batch, args):
+    """The Answers of the images of a batch that could be read, from logits [B,K]."""
+    classes, K = batch["targets"].to(logits.device), logits.shape[1]        # [B,k]
+    losses = class_losses(logits, soft_targets(classes, K, 0.0, args.loss), args.loss)      # [B]
+    top = logits.topk(min(5, K)).indices                                    # [B,min(5,K)]
+    kept = [None] * len(top) if args.loss == "ce" else logits.float().cpu().numpy()
+    rows = zip(batch["position"].tolist(), classes.tolist(), top.tolist(), losses.tolist(), kept)
+    return [Answer(position, [k for k in correct if k >= 0], best, loss, some)
+            for weight, (position, correct, best, loss, some) in zip(batch["weight"].tolist(), rows)
+            if weight]
+
+
+def summarise(mine, total, args, names):
+    """The metrics of all ranks' Answers; `total` images were tried. Writes OUT/classes.txt."""
+    parts = vit.gather_objects(mine)
+
+    def compute():      # in the order of positions: the same sums at any number of ranks
+        rows = sorted(sum(parts, []), key=lambda row: row.position)
+        hits = [row.top[0] in row.correct for row in rows]
+        hits5 = [bool({*row.top} & {*row.correct}) for row in rows]
+        metrics = {"loss": sum(row.loss for row in rows) / len(rows),
+                   "top1": sum(hits) / len(rows), "top5": sum(hits5) / len(rows)}
+        if args.loss != "ce":
+            logits = torch.stack([torch.from_numpy(row.logits) for row in rows])    # [n,K]
+            hot = torch.zeros_like(logits, dtype=torch.bool)                # [n,K]
+            for line, row in zip(hot, rows):
+                line[row.correct] = True
+            precisions = [average_precision(logits[:, k], hot[:, k]) for k in range(len(names))
+                          if hot[:, k].any()]
+            metrics["map"] = sum(precisions) / len(precisions)
+        write_classes(Path(args.out) / "classes.txt", rows, hits, names)
+        return {**metrics, "count": len(rows), "bad": total - len(rows)}
+    return vit.on_rank_0(compute)
+
 
 def write_classes(path, rows, hits, names):
     """Write classes.txt: the top-1 of each class, the worst first, and the commonest mistakes."""
@@ -493,7 +523,9 @@ def rand_augment(pixels, seed, position, magnitude):
 
 def erase(images, position, seed, share):
     """Random erasing (arXiv 1708.04896): in a `share` of images [B,C,H,W] a rectangle of 2% to a
-    third of the area, of an aspect from 0.3 to 3.3, becomes normal noise (timm's, MAE's)."""
+    third of the area, of an aspect from 0.3 to 3.3, becomes normal noise (timm's, MAE's). It is the
+    same in all frames of a clip [B,T,C,H,W]: a tube."""
+    clips, images = images, images.flatten(1, -3)           # a clip is an image of T * C channels
     _, C, H, W = images.shape
     uniforms = data.uniform(seed, position, "erase", 23)                    # [B,23]
     area = H * W * (0.02 + (1 / 3 - 0.02) * uniforms[:, :10])               # [B,10]: ten tries
@@ -509,7 +541,7 @@ def erase(images, position, seed, share):
               & (fits & (uniforms[:, 22:] < share))[..., None])              # [B,H,W]
     noise = data.uniform(seed, position, "erased pixels", C * H * W) + 2.0 ** -25    # [B,C*H*W]
     noise = math.sqrt(2) * torch.erfinv(2 * noise - 1)
-    return torch.where(inside[:, None], noise.reshape(images.shape), images)
+    return torch.where(inside[:, None], noise.reshape(images.shape), images).reshape(clips.shape)
 
 
 # ======================================================================================
@@ -543,17 +575,14 @@ def read_class_map(path, outputs):
 def outputs_of(classes, names, where, class_map=None):
     """Which outputs of a model are right for each of the data's classes: {name: [output]}.
 
-    `classes` [[name]] are the model's, or K if its K outputs have no names; `names` are the data's,
-    from `where`. They are matched by name; whole numbers that are no name, by number; K unnamed
-    outputs and K classes, in order (ImageNet's). Raises UserError for classes of the data that the
+    `classes` [[name]] are the model's, `names` the data's, from `where`. They are matched by name;
+    whole numbers that are no name, by number. Raises UserError for classes of the data that the
     model lacks, unless a `class_map` says what counts."""
-    if isinstance(classes, int):
-        if len(names) == classes:
-            rank0_print(f"the model does not name its {classes} outputs: taken as the {classes} "
-                        f"classes of {where}, in alphabetical order")
-            classes = [[name] for name in names]
-        else:
-            classes = [[str(i)] for i in range(classes)]
+    if len(classes) < 2:
+        raise UserError(f"{where} has {'one class' if classes else 'no class'}: there is nothing "
+                        "to tell apart; images have the class of their folder, or a label")
+    if not names:
+        raise UserError(f"{where} has no classes: images have that of their folder, or a label")
     outputs = {name: [i] for i, some in enumerate(classes) for name in some}
     lines = Counter(name for some in classes for name in {*some})
     if twice := [name for name in names if lines[name] > 1]:
@@ -565,35 +594,43 @@ def outputs_of(classes, names, where, class_map=None):
             rank0_print(f"{where} has numbers for classes: taken as the model's outputs, from 0 on")
     if class_map:
         outputs = read_class_map(class_map, outputs)
-    if not names:
-        raise UserError(f"{where} has no classes: images have that of their folder, or a label")
     unknown = [name for name in names if name not in outputs]
     if len(unknown) == len(names) or unknown and not class_map:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise UserError(f"{where} has {len(unknown)} classes that the model lacks: "
-                        f"{', '.join(unknown[:5])}{more}; the model has {len(classes)}: "
-                        f"{', '.join(some[0] for some in classes[:5])}, … (classify has "
-                        "--class-map)")
+        raise UserError(f"{where} has classes that are not known: {', '.join(unknown[:5])}{more}; "
+                        f"known are {len(classes)}: {', '.join(some[0] for some in classes[:5])}, "
+                        "… (classify has --class-map)")
     return outputs
 
 
-def check_several(classes, where):
-    """Raises UserError for fewer than two classes."""
-    if len(classes) < 2:
-        raise UserError(f"{where} has {len(classes)} classes: there is nothing to tell apart; "
-                        "images have the class of their folder, or a label")
+def classes_of_val(classes, val):
+    """Classes [[name]] to label `val` by: `classes`, or, if there are as many and none of them is
+    the name of a class of `val`, its own in sorted order (ImageNet's n01440764, …)."""
+    named = {name for names in classes for name in names} & {*val.classes}
+    if named or len(classes) != len(val.classes):
+        return classes
+    rank0_print(f"the {len(classes)} classes of --val are taken in sorted order: {val.classes[0]} "
+                f"is {classes[0][0]}, …, {val.classes[-1]} is {classes[-1][0]}")
+    return [[name] for name in val.classes]
 
 
-def names_of(sample, source):
-    """The classes of a sample: that of its folder or label; or several, where labels are lists."""
-    if not source.classes:
-        return sample.get("tags", [])
-    return [source.classes[sample["label"]]] if "label" in sample else []
+def names_in(source):
+    """The names of a source's classes; where labels are lists, all names in these, sorted: then all
+    ranks have to call it."""
+    if source.classes:
+        return source.classes
+    mine = {tag for c in data.my_part(len(source.chunks), "labels")
+            for tag in source.words(c, "tags")[0]}
+    return data.class_names_of(set().union(*vit.all_gather_objects(mine)))
 
 
 def class_targets(sample, source, outputs):
-    """The outputs that are right for a sample, each once."""
-    return sorted({i for name in names_of(sample, source) for i in outputs.get(name, ())})
+    """The outputs that are right for a sample, each once: those of the class of its folder or
+    label, or of several classes, where labels are lists."""
+    names = sample.get("tags", [])
+    if source.classes:
+        names = [source.classes[sample["label"]]] if "label" in sample else []
+    return sorted({i for name in names for i in outputs.get(name, ())})
 
 
 def times_labelled(c, source, outputs):
@@ -603,75 +640,101 @@ def times_labelled(c, source, outputs):
     return np.bincount(rows, minlength=int(source.chunks[c]))
 
 
+def check_labelled(count, total, where):
+    """Print how many of a source's images have no known class; UserError where none has one."""
+    if not count:
+        raise UserError(f"no image of {where} has a class: a folder each, or a label each")
+    if count < total:
+        rank0_print(f"{where}: {total - count:,} of {total:,} images have no known class and are "
+                    "left out")
+
+
 def labelled(source, classes, where, class_map=None):
     """(The data.Rows of a source whose class is known, targets_of(sample)), for data.Samples.
 
     `classes` as of outputs_of. Raises UserError where no image has a class."""
-    if not isinstance(classes, int):
-        check_several(classes, where)
-    outputs = outputs_of(classes, source.classes or all_tags(source), where, class_map)
+    outputs = outputs_of(classes, names_in(source), where, class_map)
     rows = data.Rows(source.chunks, functools.partial(
         times_labelled, source=source, outputs=outputs))
-    if len(rows) < len(source):
-        rank0_print(f"{where}: {len(source) - len(rows):,} of {len(source):,} images have no "
-                    f"{'known ' if class_map else ''}class and are left out")
-    if not len(rows):
-        raise UserError(f"no image of {where} has a class: a folder each, or a label each")
+    check_labelled(len(rows), len(source), where)
     return rows, functools.partial(class_targets, source=source, outputs=outputs)
 
 
-def all_tags(source):
-    """All tags of a source as they are written, sorted; all ranks have to call it."""
-    mine = {tag for c in data.my_part(len(source.chunks), "tags")
-            for tag in source.words(c, "tags")[0]}
-    return data.class_names_of(set().union(*vit.all_gather_objects(mine)))
+def classes_in_file(args, file_info):
+    """The classes [[name]] of --init's outputs: those of --classes, or of the file, or those that
+    config.json names, or numbers. Raises UserError for a file without a head for classes."""
+    if "head.weight" not in file_info["shapes"]:
+        raise UserError(f"{args.init} has no head: --predict and --eval-only need a finetuned "
+                        "file, as runs/classify/model.pt")
+    if "vocabulary" in file_info:
+        raise UserError(f"{args.init} predicts hashtags, not classes: use it by wsp.py, or "
+                        "finetune it first")
+    K = file_info["shapes"]["head.weight"][0]
+    if not args.classes and "classes" in file_info:
+        return [[name] for name in file_info["classes"]]
+    if not args.classes:        # Hugging Face's config.json beside the file may name its outputs
+        labels = vit.read_json(Path(args.init).with_name("config.json")).get("id2label", {})
+        labels = [labels.get(str(i)) for i in range(K)]
+        if not all(labels) or labels[0] == "LABEL_0":
+            labels = map(str, range(K))
+        return [[label, *re.split(" *, *", label)] for label in labels]
+    classes = read_classes(args.classes)
+    if len(classes) != K:
+        raise UserError(f"--classes {args.classes} has {len(classes)} lines, but {args.init} has "
+                        f"{K} outputs")
+    return classes
 
 
-def open_classes(args, config, file_info):
-    """(--data as data.Samples or None, --val or None, the name of each output)."""
+def open_classes(args, config, file_info, views=None):
+    """(--data as data.Samples or None, --val or None, the name of each output); of clips if there
+    are `views` (data.Views)."""
     train, val = None, None
     if args.predict or args.eval_only:
-        if "head.weight" not in file_info["shapes"]:
-            raise UserError(f"{args.init} has no head: --predict and --eval-only need a finetuned "
-                            "file, as runs/classify/model.pt")
-        if "vocabulary" in file_info:
-            raise UserError(f"{args.init} predicts hashtags, not classes: use it by wsp.py, or "
-                            "finetune it first")
-        K = file_info["shapes"]["head.weight"][0]
-        classes = read_classes(args.classes) if args.classes else [
-            [name] for name in file_info.get("classes", ())] or K
-        if classes != K and len(classes) != K:
-            raise UserError(f"--classes {args.classes} has {len(classes)} lines, but {args.init} "
-                            f"has {K} outputs")
+        classes = classes_in_file(args, file_info)
     else:
-        source = data.open_data(*args.data, index_dir=args.index_dir)
+        source = data.open_data(*args.data, index_dir=args.index_dir, clips=bool(views))
         classes = read_classes(args.classes) if args.classes else [
-            [name] for name in source.classes or all_tags(source)]
+            [name] for name in names_in(source)]
         rows, targets_of = labelled(source, classes, "--data")
         if args.loss == "ce" and not source.classes:
             raise UserError("labels of --data are lists, of several classes: give --loss bce or "
                             "softmax")
+        if args.randaugment and config.channels == 4:
+            raise UserError("--randaugment knows no alpha channel; give --randaugment 0")
         crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
         augment = functools.partial(rand_augment, magnitude=args.randaugment)
         train = data.training_samples(source, args, config, crop, rows, targets_of,
-                                      augment if args.randaugment else None)
+                                      augment if args.randaugment else None, views)
     if args.val and not args.predict:
-        source = data.open_data(*args.val, index_dir=args.index_dir)
+        source = data.open_data(*args.val, index_dir=args.index_dir, clips=bool(views))
+        if args.eval_only and not args.class_map and "classes" not in file_info:
+            classes = classes_of_val(classes, source)
         val = data.evaluation_samples(source, config, evaluation_crop(args, config),
-                                      *labelled(source, classes, "--val", args.class_map))
-        if classes == len(source.classes):
-            classes = [[name] for name in source.classes]
-    return train, val, [str(i) for i in range(classes)] if isinstance(classes, int) else [
-        some[0] for some in classes]
+                                      *labelled(source, classes, "--val", args.class_map), views)
+    return train, val, [some[0] for some in classes]
 
 
 # ======================================================================================
 # Frozen encoders: features, which the tasks knn, linear and lowshot share
 # ======================================================================================
 
-def parse_frozen_flags(task, argv, add_flags=lambda add: None):
-    """The flags of a task on features of a frozen encoder: (args, Config, what --init's file says
-    of itself). Raises UserError."""
+def add_lowshot_flags(add):
+    add("--shots", type=vit.positive, nargs="+", default=[1, 5, 10], metavar="IMAGES",
+        help="labelled images per class; default 1 5 10 (paper)")
+    add("--splits", type=vit.positive, default=5, metavar="COUNT",
+        help="random choices of these images; default %(default)s (paper)")
+    add("--prompts", type=vit.positive, default=10, metavar="COUNT",
+        help="prompts in each block; default %(default)s (not published: ours)")
+    add("--epochs", type=vit.positive, default=100,
+        help="epochs in which prompts are trained; default %(default)s (VPT's)")
+    add("--lr", type=vit.number(0), default=0.05,
+        help="peak learning rate of prompts; default %(default)s (not published: ours)")
+
+
+def start_frozen(task, argv):
+    """Read the flags of a task on features of a frozen encoder and start: (args, Config, device,
+    load). load(pool) is the encoder of --init, without a head and without gradients. Raises
+    UserError."""
     parser = vit.stage_parser(f"finetune.py {task}", __doc__)
     parser.set_defaults(data=["world-labelled"])
     add = parser.add_argument_group("features").add_argument
@@ -681,7 +744,8 @@ def parse_frozen_flags(task, argv, add_flags=lambda add: None):
         "central 7/8, all of it above 224 pixels (MAE); squash: the whole image")
     add("--features", metavar="DIR", default="runs/features", help="where features are kept, to be "
         "used again by any task; default runs/features")
-    add_flags(parser.add_argument_group(task).add_argument)
+    if task == "lowshot":
+        add_lowshot_flags(parser.add_argument_group(task).add_argument)
     args = parser.parse_args(argv)
     if not args.init:
         raise UserError(f"{task} needs an encoder: give its file as --init")
@@ -692,22 +756,27 @@ def parse_frozen_flags(task, argv, add_flags=lambda add: None):
         if not args.val:
             raise UserError(f"{task} needs --val: the images to be right about")
     config, _, file_info = vit.choose_config(args, task)
-    return args, config, file_info
+    if task == "lowshot":
+        if args.parallel in ("fsdp", "hsdp"):
+            raise UserError("lowshot gives each rank splits of its own, which need the whole "
+                            "encoder: leave --parallel out")
+        args.parallel = "ddp"
+    device = vit.start(args)
 
+    @functools.cache
+    def load(pool):
+        if pool == "mean":  # of a finetuned file, as its head saw it, or of any other, normalised
+            pool = "mean" if "fc_norm.weight" in file_info["shapes"] else "patches"
+        model, _ = vit.build(lambda: ViT(config, 0, pool), args, device, frozen=True)
+        vit.load_weights(model, args.init)
+        return model
 
-def load_encoder(args, config, file_info, device, pool):
-    """The encoder of --init, without a head and without gradients."""
-    if pool == "mean":      # of a finetuned file, as its head saw it, or of any other, normalised
-        pool = "mean" if "fc_norm.weight" in file_info["shapes"] else "patches"
-    model, _ = vit.build(lambda: ViT(config, 0, pool), args, device, frozen=True)
-    vit.load_weights(model, args.init)
-    return model
+    return args, config, device, load
 
 
 def file_mark(path):
-    """Bytes that tell a file from others, and from what it was before a change: its size, its time
-    of change and 16 pieces of 4 kB from all over it, which is all of a file of up to 64 kB. Of a
-    larger one a change is missed if it keeps size and time, and lies between the pieces."""
+    """Bytes that tell a file from others and from what it was before a change: its size, its time
+    of change, and 16 pieces of 4 kB from all over it, which is all of a file of up to 64 kB."""
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
@@ -719,17 +788,15 @@ def file_mark(path):
 
 
 def fingerprint(args, config, source, device):
-    """Of which encoder, images and settings features are, in 16 hex digits: rank 0's answer.
-
-    The encoder's file counts as a whole (seconds for gigabytes), of each image or shard what
-    file_mark says: the same names, sizes and times do not make the same images. 32 threads read
-    them, since over a network each file is a round trip."""
+    """16 hex digits of the encoder, the images and the settings that features are made of: rank 0's
+    answer. The encoder's file counts as a whole, of images and shards their file_mark: the same
+    names, sizes and times do not make the same images."""
     def compute():
         digest = hashlib.sha256(repr((
             os.path.getsize(args.init), vit.file_crc(args.init), config, args.pool, args.crop,
             str(vit.autocast_dtype(args, device)), source.fingerprint())).encode())
         files = source.files()
-        with ThreadPoolExecutor(32) as threads:
+        with ThreadPoolExecutor(32) as threads:     # over a network, each file is a round trip
             while some := [*itertools.islice(files, 4096)]:
                 for mark in threads.map(file_mark, some):
                     digest.update(mark)
@@ -741,9 +808,9 @@ def fingerprint(args, config, source, device):
 def write_features(folder, encoder, samples, width, args, device):
     """Write what an encoder makes of samples into a folder: features.npy float32 [n,D], a row for
     each image that can be read, in order; labels.npy int64 [n] (-1: none); index.npy int64 [n], the
-    numbers of these images in the source; about.json, for people.
+    numbers of these images in the source.
 
-    Rank 0 writes what all ranks compute; memory is bounded. Images that cannot be read are listed
+    Ranks send rank 0 a batch at a time, so memory is bounded. Images that cannot be read are listed
     in OUT/bad_val_samples.txt; as many rows at the end of features.npy are not used."""
     rank, count, n = vit.get_rank(), len(samples), 0
     labels, index = np.zeros(count, np.int64), np.zeros(count, np.int64)
@@ -772,7 +839,6 @@ def write_features(folder, encoder, samples, width, args, device):
     def finish():
         np.save(aside / "labels.npy", labels[:n])
         np.save(aside / "index.npy", index[:n])
-        (aside / "about.json").write_text(json.dumps(vars(args), indent=1))
         table.flush()
         if folder.exists():     # another process was faster
             return shutil.rmtree(aside)
@@ -781,15 +847,15 @@ def write_features(folder, encoder, samples, width, args, device):
 
 
 def open_features(place, load, source, args, config, choose_box, device):
-    """What an encoder makes of a source's whole images, from where it is kept below `place`, or
-    computed now by the encoder that load() returns: {"features" float32 [n,D], in a file, "labels"
-    int64 [n], "index" int64 [n]}, as write_features says."""
+    """The arrays that write_features writes, {"features", "labels", "index"}, for a source's whole
+    images: kept below `place`, or made now by the encoder that load() returns."""
     folder = Path(place) / fingerprint(args, config, source, device)
     if vit.on_rank_0(folder.exists):
-        rank0_print(f"features of {len(source):,} images are kept in {folder}")
+        rank0_print(f"features of {len(source):,} images are taken from {folder}")
     else:
         samples = data.evaluation_samples(source, config, choose_box)
         write_features(folder, load(), samples, config.width, args, device)
+        rank0_print(f"features of {len(source):,} images are kept in {folder}")
     table = {name: np.load(folder / f"{name}.npy") for name in ("labels", "index")}
     rows = np.load(folder / "features.npy", mmap_mode="r")
     return {**table, "features": rows[:len(table["index"])]}
@@ -797,12 +863,10 @@ def open_features(place, load, source, args, config, choose_box, device):
 
 def features(argv):
     """The task `features`: OUT/features.npz, for other programs."""
-    args, config, file_info = parse_frozen_flags("features", argv)
-    device = vit.start(args)
+    args, config, device, load = start_frozen("features", argv)
     source = data.open_data(*args.data, index_dir=args.index_dir)
-    load = lambda: load_encoder(args, config, file_info, device, args.pool)
-    table = open_features(args.features, load, source, args, config, evaluation_crop(args, config),
-                          device)
+    table = open_features(args.features, lambda: load(args.pool), source, args, config,
+                          evaluation_crop(args, config), device)
     count = len(table["index"])
 
     def write():
@@ -815,27 +879,22 @@ def features(argv):
                       "classes": len(source.classes)})
 
 
-def open_tables(args, config, file_info, device):
+def open_tables(args, config, device, load):
     """The features of --data and --val, of images that have a class: two dicts as of open_features,
     with their "source", its "targets_of", and "labels" that are numbers of the classes of --data;
     and the names of these classes. Classes of --val are matched by name. Raises UserError."""
     sources = [data.open_data(*specs, index_dir=args.index_dir) for specs in (args.data, args.val)]
     classes, tables = sources[0].classes, []
-    check_several(classes, "--data")
-    load = functools.cache(lambda: load_encoder(args, config, file_info, device, args.pool))
     for flag, source in zip(("--data", "--val"), sources):
         outputs = outputs_of([[name] for name in classes], source.classes, flag)
-        table = open_features(args.features, load, source, args, config,
+        table = open_features(args.features, lambda: load(args.pool), source, args, config,
                               evaluation_crop(args, config), device)
         numbers = np.array([outputs[name][0] for name in source.classes] + [-1])
         table["labels"] = numbers[table["labels"]]
         known = table["labels"] >= 0
+        check_labelled(int(known.sum()), len(known), flag)
         if not known.all():
-            rank0_print(f"{flag}: {(~known).sum():,} of {len(known):,} images have no class and "
-                        "are left out")
             table.update({name: values[known] for name, values in table.items()})
-        if not len(table["labels"]):
-            raise UserError(f"no image of {flag} has a class: a folder each, or a label each")
         targets_of = functools.partial(class_targets, source=source, outputs=outputs)
         tables.append({**table, "source": source, "targets_of": targets_of})
     return *tables, classes
@@ -871,12 +930,12 @@ def vote(similarity, labels, K, temperature=0.07):
 
 def knn(argv):
     """The task `knn`: top-1 by the labels of the 1, 5, 10, 20 most similar images of --data."""
-    args, config, file_info = parse_frozen_flags("knn", argv)
-    device = vit.start(args)
-    train, val, classes = open_tables(args, config, file_info, device)
+    args, config, device, load = start_frozen("knn", argv)
+    train, val, classes = open_tables(args, config, device, load)
     labels, ks = torch.tensor(train["labels"], device=device), (1, 5, 10, 20)
     right = torch.zeros(len(ks), dtype=torch.int64)
-    for at in range(1024 * vit.get_rank(), len(val["labels"]), 1024 * vit.get_world_size()):
+    begin, step = 1024 * vit.get_rank(), 1024 * vit.get_world_size()
+    for at in data.progress(range(begin, len(val["labels"]), step), "neighbours"):
         queries = torch.tensor(val["features"][at:at + 1024], device=device)    # [m,D]
         truth = torch.tensor(val["labels"][at:at + 1024], device=device)        # [m]
         similarity, index = nearest(queries, train["features"], max(ks))    # [m,k] [m,k]
@@ -944,23 +1003,23 @@ def linear(argv):
     """The task `linear`: top-1 of a linear classifier of features. Its penalty is chosen on a tenth
     of --data that is held back, never on --val; then it is fitted to all of --data. OUT/model.pt is
     the encoder with this head, for `classify --predict` and `--eval-only`."""
-    args, config, file_info = parse_frozen_flags("linear", argv)
-    device = vit.start(args)
-    train, val, classes = open_tables(args, config, file_info, device)
+    args, config, device, load = start_frozen("linear", argv)
+    train, val, classes = open_tables(args, config, device, load)
     K, count = len(classes), len(train["labels"])
     order = data.uniform(0, train["index"], "held back", 1)[:, 0].argsort(kind="stable")
     rest, held = np.split(order, [count - count // 10])
     if not len(held):
-        raise UserError(f"linear holds back a tenth of --data, but it has {count} images")
+        raise UserError("linear holds back a tenth of --data to choose its penalty, but --data "
+                        f"has {count} images with a class: give at least 10")
     rest, held = (take_rows(train, rows, device) for rows in (rest, held))
     shares = [accuracy(fit_linear(*rest, K, penalty, vit.all_reduce_sum), *held)
-              for penalty in PENALTIES]
+              for penalty in data.progress(PENALTIES, "penalties", "fit")]
     penalty = PENALTIES[shares.index(max(shares))]
     everything = [torch.cat(parts) for parts in zip(rest, held)]
     weight, bias = fit_linear(*everything, K, penalty, vit.all_reduce_sum)
     top1 = accuracy((weight, bias), *take_rows(val, np.arange(len(val["labels"])), device))
 
-    encoder = load_encoder(args, config, file_info, device, args.pool)
+    encoder = load(args.pool)
     weights = {**vit.whole_weights(encoder), "head.weight": weight.cpu(), "head.bias": bias.cpu()}
     content = {"model": weights, "stage": "linear", "classes": classes, "config": {
         **asdict(config), "pool": encoder.pool, "crop": args.crop, "loss": "ce"}}
@@ -976,6 +1035,10 @@ def linear(argv):
 # ======================================================================================
 # Low-shot: a few labelled images of each class
 # ======================================================================================
+
+BATCH = 64                  # images per step (VPT's)
+SMALLEST_CROP = 0.5         # smallest area of a random crop, as a share of the image's (ours)
+
 
 class Prompted(nn.Module):
     """A frozen encoder with prompts before every block, and a linear head: images to logits [B,K].
@@ -1021,7 +1084,7 @@ def tune_prompts(encoder, train, val, K, args, seed, device):
     SGD with momentum 0.9, cosine, a tenth of the steps as warmup (VPT's); one process."""
     model = Prompted(encoder, K, args.prompts, seed).to(device)
     optimizer = torch.optim.SGD([model.prompts, *model.head.parameters()], lr=0, momentum=0.9)
-    batch = min(args.batch, len(train))
+    batch = min(BATCH, len(train))
     steps = max(1, args.epochs * len(train) // batch)
     positions = data.training_positions(0, steps, batch, batch, 0, 1)
     for step, part in enumerate(data.load(train, positions, 0, device)):
@@ -1043,35 +1106,12 @@ def tune_prompts(encoder, train, val, K, args, seed, device):
     return float(sums[0] / sums[1])
 
 
-def add_lowshot_flags(add):
-    add("--shots", type=vit.positive, nargs="+", default=[1, 5, 10], metavar="IMAGES",
-        help="labelled images per class; default 1 5 10 (paper)")
-    add("--splits", type=vit.positive, default=5, metavar="COUNT",
-        help="random choices of these images; default %(default)s (paper)")
-    add("--prompts", type=vit.positive, default=10, metavar="COUNT",
-        help="prompts in each block; default %(default)s (not published: ours)")
-    add("--epochs", type=vit.positive, default=100,
-        help="epochs in which prompts are trained; default %(default)s (VPT's)")
-    add("--batch", type=vit.positive, default=64, metavar="IMAGES",
-        help="images per step of a rank; default %(default)s (VPT's)")
-    add("--lr", type=vit.number(0), default=0.05,
-        help="peak learning rate of prompts; default %(default)s (not published: ours)")
-    add("--smallest-crop", type=vit.number(1e-9, 1), default=0.5, metavar="SHARE",
-        help="smallest area of a random crop, as a share of the image's; default %(default)s "
-        "(ours)")
-
-
 def lowshot(argv):
     """The task `lowshot`: top-1 after 1, 5, 10 images of each class, mean and deviation over
     splits, of prompts (VPT) and of a linear classifier. The splits are shared out among ranks."""
-    args, config, file_info = parse_frozen_flags("lowshot", argv, add_lowshot_flags)
-    if args.parallel in ("fsdp", "hsdp"):
-        raise UserError("lowshot gives each rank splits of its own, which need the whole encoder: "
-                        "leave --parallel out")
-    args.parallel = "ddp"
-    device = vit.start(args)
-    train, val, classes = open_tables(args, config, file_info, device)
-    encoder = load_encoder(args, config, file_info, device, "cls")
+    args, config, device, load = start_frozen("lowshot", argv)
+    train, val, classes = open_tables(args, config, device, load)
+    encoder = load("cls")
     tests = data.evaluation_samples(val["source"], config, evaluation_crop(args, config),
                                     val["index"], val["targets_of"])
     counts = np.bincount(train["labels"], minlength=len(classes))
@@ -1079,11 +1119,12 @@ def lowshot(argv):
         if (few := int((counts < shots).sum())):
             rank0_print(f"{few} of {len(classes)} classes have fewer than {shots} images: all are "
                         "used")
-    crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
+    crop = functools.partial(data.random_resized_crop, scale=(SMALLEST_CROP, 1.0))
     queries = torch.tensor(val["features"], device=device)                  # [m,D]
     truth, results = torch.tensor(val["labels"], device=device), []         # [m]
     jobs = [(shots, split) for shots in args.shots for split in range(args.splits)]
-    for shots, split in jobs[vit.get_rank()::vit.get_world_size()]:
+    mine = jobs[vit.get_rank()::vit.get_world_size()]
+    for shots, split in data.progress(mine, "splits", "split"):
         rows = few_of_each(train["labels"], shots, split)
         head = fit_linear(torch.tensor(train["features"][rows], device=device),
                           torch.tensor(train["labels"][rows], device=device), len(classes), 1e-3)
@@ -1143,13 +1184,13 @@ def normalise(text):
 class Tokenizer:
     """A unigram tokenizer (arXiv 1804.10959), read from Hugging Face's tokenizer.json: XLM-R's.
 
-    encode("text") gives ids without <s> and </s>; `size` is the number of ids. `content` are the
-    bytes of the file if they are known already. Raises UserError for any other kind of file."""
+    encode("text") gives ids without <s> and </s>; `size` is the number of ids, `content` the bytes
+    of the file, which may be given. Raises UserError for any other kind of file."""
 
     def __init__(self, path, content=None):
         try:
-            content = Path(path).read_bytes() if content is None else content
-            model = json.loads(content)["model"]
+            self.content = Path(path).read_bytes() if content is None else content
+            model = json.loads(self.content)["model"]
             if model["type"] != "Unigram" or model["unk_id"] != UNKNOWN:
                 raise ValueError(f"its type is {model['type']}, its unk_id {model['unk_id']}")
             # 32 bits, as in the sentencepiece library: long texts have sums that are almost equal.
@@ -1192,31 +1233,9 @@ def encode_bytes(text):
     return [4 + byte for byte in text.encode("utf-8", "replace")]
 
 
-def open_tokenizer(args, file_info):
-    """The tokenizer of --tokenizer, or the one in --init's file, or bytes: returns (encode, number
-    of ids, the tokenizer.json as uint8 [n] or None). Raises UserError."""
-    content = file_info.get("tokenizer")
-    if args.tokenizer:
-        try:
-            content = torch.frombuffer(bytearray(Path(args.tokenizer).read_bytes()),
-                                       dtype=torch.uint8)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--tokenizer {args.tokenizer} cannot be read: {error}") from error
-    if content is None:
-        return encode_bytes, 4 + 256, None
-    tokenizer = Tokenizer(args.tokenizer or args.init, content.numpy().tobytes())
-    return tokenizer.encode, tokenizer.size, content
-
-
 def framed(ids, longest):
     """The ids between <s> and </s>, cut to `longest` with them."""
     return [START, *ids[:longest - 2], END]
-
-
-def has_captions(source):
-    """Whether any of 100 images, from all over a source, has a caption; as rank 0 finds them."""
-    spread = np.linspace(0, len(source) - 1, min(100, len(source))).astype(int).tolist()
-    return vit.on_rank_0(lambda: any(source[i].get("caption", "").strip() for i in spread))
 
 
 def caption_tokens(sample, encode, longest):
@@ -1225,12 +1244,6 @@ def caption_tokens(sample, encode, longest):
     if not caption.strip():
         raise ValueError("it has no caption")
     return framed(encode(caption), longest)
-
-
-def padded(rows):
-    """Lists of ids as one tensor [n,N], N the longest, filled up with <pad>."""
-    longest = max(map(len, rows))
-    return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
 
 
 # ======================================================================================
@@ -1243,12 +1256,12 @@ TEXT_SIZES = {
     "base":  (768,  12,  12,  514),     # XLM-R base, arXiv 1911.02116
     "large": (1024, 24,  16,  514),     # XLM-R large
 }
-# Text tower and width of the common space, by image tower (paper, released models)
+# The text tower and the width of the common space, by image tower (paper, released models)
 TOWERS = {
-    **dict.fromkeys(("nano", "tiny", "small"), dict(text_model="nano", embedding=128)),     # ours
-    "base": dict(text_model="base", embedding=768),
-    **dict.fromkeys(("large", "huge"), dict(text_model="large", embedding=1024)),
-    **dict.fromkeys(("2b", "6.5b"), dict(text_model="large", embedding=2048)),  # 6.5b: ours
+    **dict.fromkeys(("nano", "tiny", "small"), ("nano", 128)),      # ours
+    "base": ("base", 768),
+    **dict.fromkeys(("large", "huge"), ("large", 1024)),
+    **dict.fromkeys(("2b", "6.5b"), ("large", 2048)),               # 6.5b: ours
 }
 LONGEST = 102       # tokens of a text, with <s> and </s> (released models)
 
@@ -1342,10 +1355,11 @@ class Towers(nn.Module):
         return project(self.text_encoder(tokens), self.text_projection)
 
     def forward(self, images, tokens):
-        """Images [B,C,H,W], or their features [B,D], and their texts [B,N] to vectors [B,E] and
-        [B,E], and the scale [1] of logits."""
+        """The vectors [B,E] of images [B,C,H,W], or of their features [B,D], those of their texts
+        [B,N], and the scale [1] of logits."""
         x = self.vision_encoder(images) if images.dim() == 4 else images    # [B,D]
-        return project(x, self.vision_projection), self.embed_texts(tokens), self.logit_scale.exp()
+        return (project(x, self.vision_projection),
+                project(self.text_encoder(tokens), self.text_projection), self.logit_scale.exp())
 
 
 def project(x, matrix):
@@ -1353,15 +1367,12 @@ def project(x, matrix):
     return F.normalize((x.to(matrix.dtype) @ matrix).to(matrix.dtype), dim=1)
 
 
-METHODS = "trunk", "embed_images", "embed_texts"        # called besides forward
-
-
 # --------------------------------------------------------------------------------------
 # Weights from files: ours, released zero-shot models in both layouts, Hugging Face XLM-R
 # --------------------------------------------------------------------------------------
 
-TEXT_RENAMES = [(re.compile(pattern), new) for pattern, new in (
-    (r"^text_encoder\.(encoder\.transformer\.)?|^(xlm_)?roberta\.", ""),
+TEXT_RENAMES = (
+    (r"^.*text_encoder\.(encoder\.transformer\.)?|^(xlm_)?roberta\.", ""),
     (r"^(encoder\.)?layers?\.(layers\.)?(?=\d)", "blocks."),
     (r"^token_embedding\.|^embeddings\.word_embeddings\.", "token_embed."),
     (r"^positional_embedding\.embedding\.|^embeddings\.position_embeddings\.", "position_embed."),
@@ -1379,43 +1390,33 @@ TEXT_RENAMES = [(re.compile(pattern), new) for pattern, new in (
     (r"\.attention\.output\.LayerNorm\.", ".norm1."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
-    (r"\.output\.LayerNorm\.", ".norm2."))]
+    (r"\.output\.LayerNorm\.", ".norm2."))
 
 
-def text_names(tensors):
-    """Rename a text tower's tensors to those of TextTransformer. Hugging Face's type embedding,
-    which is the same for all tokens, is added to the positions."""
-    renamed = vit.our_names(tensors, TEXT_RENAMES)
-    token_type = renamed.pop("embeddings.token_type_embeddings.weight", None)
+def text_part(tensors):
+    """The text tower's tensors of a zero-shot or XLM-R file, under TextTransformer's names. Hugging
+    Face's type embedding, which is the same for all tokens, is added to the positions."""
+    text = {name: tensor for name, tensor in tensors.items() if "text_encoder." in name} or tensors
+    text = vit.our_names(text, TEXT_RENAMES)
+    token_type = text.pop("embeddings.token_type_embeddings.weight", None)
     if token_type is not None:
-        renamed["position_embed.weight"] = renamed["position_embed.weight"] + token_type[:1]
-    return {name: tensor for name, tensor in renamed.items()
+        text["position_embed.weight"] = text["position_embed.weight"] + token_type[:1]
+    return {name: tensor for name, tensor in text.items()
             if not name.startswith(("lm_head.", "pooler.", "classifier."))
             and not name.endswith("position_ids")}
 
 
 def tower_names(tensors):
-    """Rename the tensors of a zero-shot file to those of Towers."""
-    shared, text, vision = {}, {}, {}
-    for name, tensor in tensors.items():
-        name = re.sub(r"^((module|model|_orig_mod|clip)\.)+", "", name)
-        if name in ("vision_projection", "text_projection", "logit_scale"):
-            shared[name] = tensor.reshape(1) if name == "logit_scale" else tensor
-        elif name.startswith("text_encoder."):
-            text[name] = tensor
-        else:
-            vision[name] = tensor
+    """The tensors of a zero-shot file under the names of Towers."""
+    vision = {name: tensor for name, tensor in tensors.items() if "text_encoder." not in name}
+    vision = vit.our_names(vision)
+    shared = {name: vision.pop(name) for name in (
+        "vision_projection", "text_projection", "logit_scale") if name in vision}
+    if "logit_scale" in shared:
+        shared["logit_scale"] = shared["logit_scale"].reshape(1)
     return {**shared,
-            **{f"vision_encoder.{name}": tensor for name, tensor in vit.our_names(vision).items()},
-            **{f"text_encoder.{name}": tensor for name, tensor in text_names(text).items()}}
-
-
-def text_part(tensors):
-    """The text tower's tensors of a zero-shot or XLM-R file, under TextTransformer's names."""
-    towers = tower_names(tensors)
-    text = {name.removeprefix("text_encoder."): tensor for name, tensor in towers.items()
-            if name.startswith("text_encoder.")}
-    return text or text_names(tensors)
+            **{f"vision_encoder.{name}": tensor for name, tensor in vision.items()},
+            **{f"text_encoder.{name}": tensor for name, tensor in text_part(tensors).items()}}
 
 
 def read_text_config(path):
@@ -1423,21 +1424,16 @@ def read_text_config(path):
     UserError."""
     tensors, file_info = vit.read_weights(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in text_part(tensors).items()}
+    if "text" in file_info.get("config", {}):
+        return TextConfig(**file_info["config"]["text"]), file_info
     depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     try:
         vocabulary, width = shapes["token_embed.weight"]
         positions, _ = shapes["position_embed.weight"]
-        hidden, _ = shapes["blocks.0.mlp.fc1.weight"]
     except (KeyError, ValueError) as error:
         raise UserError(f"{path} holds no text tower that is known here: it lacks {error}; give a "
                         "released zero-shot file or Hugging Face's XLM-R") from error
-    if hidden != 4 * width:
-        raise UserError(f"the text tower of {path} has MLPs of {hidden} for a width of {width}; "
-                        "only four times the width is supported")
-    if "text" in file_info.get("config", {}):
-        heads = file_info["config"]["text"]["heads"]
-    else:
-        heads = vit.find_heads(path, width, depth, TEXT_SIZES)
+    heads = vit.find_heads(path, width, depth, TEXT_SIZES)
     return TextConfig(vocabulary, width, depth, heads, positions), file_info
 
 
@@ -1445,46 +1441,28 @@ def read_text_config(path):
 # Zero-shot: the loss
 # ======================================================================================
 
-def contrastive_loss(images, texts, all_images, all_texts, scale, right):
-    """The loss of each pair [b]: the mean of two cross-entropies, of finding the text of an image
-    among all and the image of a text (CLIP; LiT, section 3). `images`, `texts` [b,E] are the pairs
-    number `right` [b] of `all_images`, `all_texts` [B,E], vectors of length 1; `scale` [1]
-    multiplies cosines."""
-    of_images = F.cross_entropy(scale * images @ all_texts.T, right, reduction="none")     # [b]
-    of_texts = F.cross_entropy(scale * texts @ all_images.T, right, reduction="none")      # [b]
-    return (of_images + of_texts) / 2
-
-
 def global_loss(images, texts, scale):
     """The loss over the batch of all ranks, and its gradients for this rank's `images` and `texts`
-    [b,E] and for `scale` [1].
+    [b,E] and for `scale` [1], which multiplies cosines. Images and texts are vectors of length 1.
 
-    A rank compares its own pairs with everybody's, so that it never holds all B x B logits; the
-    gradients that other ranks' comparisons give its vectors come back as a sum over ranks."""
+    The loss of a pair is the mean of two cross-entropies, of finding the text of an image among all
+    and the image of a text (CLIP; LiT, section 3). A rank compares its own pairs with everybody's,
+    so that it never holds all B x B logits; the gradients that other ranks' comparisons give its
+    vectors come back as a sum over ranks."""
     b, rank, world_size = len(images), vit.get_rank(), vit.get_world_size()
     all_images = vit.all_gather_rows(images.detach()).detach().requires_grad_()     # [B,E]
     all_texts = vit.all_gather_rows(texts.detach()).detach().requires_grad_()       # [B,E]
     scale = scale.detach().requires_grad_()                                         # [1]
     mine = slice(rank * b, rank * b + b)
     right = torch.arange(rank * b, rank * b + b, device=images.device)              # [b]
-    loss = contrastive_loss(all_images[mine], all_texts[mine], all_images, all_texts, scale,
-                            right).mean() / world_size
+    of_images = F.cross_entropy(scale * all_images[mine] @ all_texts.T, right, reduction="none")
+    of_texts = F.cross_entropy(scale * all_texts[mine] @ all_images.T, right, reduction="none")
+    loss = ((of_images + of_texts) / 2).mean() / world_size
     loss.backward()
     image_gradients, text_gradients, scale_gradient = (
         vit.all_reduce_sum(tensor.grad) for tensor in (all_images, all_texts, scale))
     return vit.all_reduce_sum(loss.detach()), image_gradients[mine], text_gradients[mine], \
         scale_gradient
-
-
-def logit_scale(model):
-    """The factor [1] of cosines in logits, whole on every rank; every rank has to call it."""
-    return vit.whole(model.logit_scale.detach().exp())
-
-
-@torch.no_grad()
-def clamp_logit_scale(model):
-    """Keep the factor of cosines at 100 or below (CLIP)."""
-    vit.local(model.logit_scale).clamp_(max=math.log(100))
 
 
 # ======================================================================================
@@ -1505,87 +1483,82 @@ def embed_all(model, texts, encode, args, device):
     cut = sum(len(some) > longest - 2 for some in ids)
     if cut:
         rank0_print(f"{cut:,} of {len(texts):,} texts are cut to their first {longest - 2} tokens")
-    rows = [framed(some, longest) for some in ids]
+    rows = [torch.tensor(framed(some, longest)) for some in ids]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     vectors = torch.zeros(len(texts), model.text_projection.shape[1])       # [n,E]
     size = 4 * args.micro_batch
-    for at in range(0, len(order), size * vit.get_world_size()):
+    for at in data.progress(range(0, len(order), size * vit.get_world_size()), "texts"):
         mine = order[at + vit.get_rank() * size:][:size]
+        tokens = nn.utils.rnn.pad_sequence([rows[i] for i in mine or order[:1]], True, PAD)  # [b,N]
         with vit.autocast(args, device):
-            tokens = padded([rows[i] for i in mine or order[:1]]).to(device)        # [b,N]
-            vectors[mine] = model.embed_texts(tokens)[:len(mine)].cpu()     # [b,E]
+            vectors[mine] = model.embed_texts(tokens.to(device))[:len(mine)].cpu()      # [b,E]
     return vit.all_reduce_sum(vectors)
 
 
-def class_vectors(model, classes, templates, encode, args, device):
-    """The vector [K,E] of each class [[name]]: the mean over its names in all templates, brought to
-    length 1 (CLIP, section 3.1.4; released evaluation)."""
+def class_weights(model, classes, templates, encode, args, device):
+    """What multiplies the vector of an image to the logits of classes [[name]]: [K,E].
+
+    The vector of a class is the mean over its names in all templates, brought to length 1 (CLIP,
+    section 3.1.4; released evaluation)."""
     texts, owners = [], []
     for number, names in enumerate(classes):
         for name in names:
             texts += [template.replace("{}", name) for template in templates]
             owners += [number] * len(templates)
-    vectors = embed_all(model, texts, encode, args, device)
+    vectors = embed_all(model, texts, encode, args, device)                 # [n,E]
     sums = torch.zeros(len(classes), vectors.shape[1])                      # [K,E]
-    return F.normalize(sums.index_add_(0, torch.tensor(owners), vectors), dim=1)
+    sums.index_add_(0, torch.tensor(owners), vectors)
+    return vit.whole(model.logit_scale.detach().exp()) * F.normalize(sums, dim=1).to(device)
 
 
 @torch.no_grad()
 def evaluate_towers(model, val, args, device, names, weights, encode):
     """The metrics of a source, every image once: zero-shot top-1 and top-5 and OUT/classes.txt
-    where there are classes, with their `names` and their logits' `weights` [K,E], else None;
-    retrieval where there are captions."""
-    rows, vectors, positions = [], [], []
+    where there are classes, with their `names` and class_weights [K,E], else None; retrieval where
+    there are captions."""
+    rows, vectors, captions = [], [], []
     for images, batch in data.validate(val, args, device):
         with vit.autocast(args, device):
             x = model.embed_images(images)                                  # [B,E]
             if weights is not None:
                 rows += answers(x @ weights.T, batch, args)
         seen = batch["weight"] > 0
-        vectors.append(x[seen.to(device)].cpu())
-        positions += batch["position"][seen].tolist()
-    count = int(vit.all_reduce_sum(torch.tensor(len(positions))))
+        vectors.append(x.cpu()[seen])
+        captions += [val.sample(i).get("caption", "") for i in batch["position"][seen].tolist()]
+    count = int(vit.all_reduce_sum(torch.tensor(len(captions))))
     metrics = {"count": count, "bad": len(val) - count}
     if weights is not None:
-        parts = vit.gather_objects(rows)
-        metrics = vit.on_rank_0(lambda: summarise(sum(parts, []), len(val), args, names))
-    if has_captions(val.source):
-        captions = [val.sample(i).get("caption") for i in positions]
-        known = [i for i, caption in enumerate(captions) if caption]
-        parts = vit.all_gather_objects(
-            ([captions[i] for i in known], torch.cat(vectors)[known].numpy()))
-        captions = [caption for some, _ in parts for caption in some]
-        images = torch.from_numpy(np.concatenate([part for _, part in parts]))      # [n,E]
-        metrics |= retrieval(model, images, captions, encode, args, device)
+        metrics = summarise(rows, len(val), args, names)
+    known = [i for i, caption in enumerate(captions) if caption]
+    parts = vit.all_gather_objects(
+        ([captions[i] for i in known], torch.cat(vectors)[known].numpy()))
+    captions = [caption for some, _ in parts for caption in some]
+    if captions:
+        images = torch.from_numpy(np.concatenate([part for _, part in parts])).to(device)   # [n,E]
+        texts = sorted({*captions})
+        number = {text: i for i, text in enumerate(texts)}
+        own = torch.tensor([number[caption] for caption in captions], device=device)    # [n]
+        every = torch.arange(len(texts), device=device)                     # [m]
+        vectors = embed_all(model, texts, encode, args, device).to(device)  # [m,E]
+        metrics |= {**recall("image_to_text", images, vectors, own, every, args),
+                    **recall("text_to_image", vectors, images, every, own, args),
+                    "captions": len(texts)}
     return metrics
 
 
-def retrieval(model, images, captions, encode, args, device):
-    """Recall at 1, 5, 10 of an image's caption among all captions, and of an image of a caption
-    among all images, for vectors of images [n,E] and their n captions. Equal captions are one."""
-    texts = sorted({*captions})
-    number = {text: i for i, text in enumerate(texts)}
-    own = torch.tensor([number[caption] for caption in captions], device=device)        # [n]
-    images = images.to(device)                                              # [n,E]
-    texts = embed_all(model, texts, encode, args, device).to(device)        # [m,E]
-    hits, size = torch.zeros(2, 3), 4 * args.micro_batch
-    first, step = size * vit.get_rank(), size * vit.get_world_size()
-    for at in range(first, len(images), step):
-        similar = images[at:at + size] @ texts.T                            # [c,m]
-        right = similar.gather(1, own[at:at + size, None])                  # [c,1]
+def recall(name, queries, keys, query_texts, key_texts, args):
+    """Recall at 1, 5, 10: the share of queries [n,E] that have a key [m,E] of the same text among
+    the k most similar ones. `query_texts` [n] and `key_texts` [m] are the numbers of their texts:
+    equal captions are one."""
+    hits, size = torch.zeros(3), 4 * args.micro_batch
+    for at in range(size * vit.get_rank(), len(queries), size * vit.get_world_size()):
+        similar = queries[at:at + size] @ keys.T                            # [c,m]
+        wrong = query_texts[at:at + size, None] != key_texts                # [c,m]
+        right = similar.masked_fill(wrong, -2).max(1, keepdim=True).values  # [c,1]
         better = (similar > right).sum(1)                                   # [c]
-        hits[0] += torch.stack([(better < k).sum() for k in (1, 5, 10)]).cpu()
-    for at in range(first, len(texts), step):
-        similar = texts[at:at + size] @ images.T                            # [c,n]
-        wrong = own != torch.arange(at, at + len(similar), device=device)[:, None]      # [c,n]
-        right = similar.masked_fill(wrong, -2).max(1, keepdim=True).values
-        better = (similar > right).sum(1)
-        hits[1] += torch.stack([(better < k).sum() for k in (1, 5, 10)]).cpu()
-    hits = vit.all_reduce_sum(hits) / torch.tensor([[len(images)], [len(texts)]])
-    recalls = {f"{way}_recall{k}": share
-               for way, row in zip(("image_to_text", "text_to_image"), hits.tolist())
-               for k, share in zip((1, 5, 10), row)}
-    return {**recalls, "captions": len(texts)}
+        hits += torch.stack([(better < k).sum() for k in (1, 5, 10)]).cpu()
+    shares = (vit.all_reduce_sum(hits) / len(queries)).tolist()
+    return {f"{name}_recall{k}": share for k, share in zip((1, 5, 10), shares)}
 
 
 # ======================================================================================
@@ -1609,9 +1582,8 @@ def parse_zeroshot_flags(argv):
                               {**TOWER_RECIPES, "all": TOWER_COMMON})
     add = parser.add_argument_group("zero-shot").add_argument
     add("--tokenizer", metavar="FILE", help="XLM-R's tokenizer.json from Hugging Face, which the "
-        "released models were trained with; default: the tokenizer of --init, else bytes")
-    add("--text-model", choices=TEXT_SIZES, help="size of the text tower; default by model: nano, "
-        "base for base, large from large on (paper)")
+        "released models were trained with; default: the tokenizer of the text tower's file, else "
+        "bytes")
     add("--text-init", metavar="FILE", help="start the text tower from this file: Hugging Face's "
         "XLM-R (paper: XLM-R), or any zero-shot model; default: that of --init, or random weights")
     add("--unlock", action="store_true", help="train the image tower, too; default off (LiT)")
@@ -1627,8 +1599,8 @@ def parse_zeroshot_flags(argv):
         "any language, instead of --classes")
     args = parser.parse_args(argv)
     config, name, file_info = vit.choose_config(args, "zeroshot")
-    is_zeroshot = "text_projection" in file_info.get("shapes", {})
-    if (args.predict or args.eval_only) and not is_zeroshot:
+    shapes = file_info.setdefault("shapes", {})
+    if (args.predict or args.eval_only) and "text_projection" not in shapes:
         raise UserError(f"{args.init} has no text tower: --predict and --eval-only need a "
                         "zero-shot model, as runs/zeroshot/model.pt")
     if not args.init and not args.unlock and not args.plan:
@@ -1636,39 +1608,45 @@ def parse_zeroshot_flags(argv):
                         "or --unlock to train both from random weights")
     if args.predict and bool(args.texts) == bool(args.classes):
         raise UserError("--predict needs something to choose from: either --texts or --classes")
+    if args.texts and len(args.texts) < 2:
+        raise UserError("--texts needs two or more texts to choose from")
     if args.texts and not args.predict:
         raise UserError("--texts is for --predict; an evaluation takes --classes")
     if args.cache_features and args.unlock:
         raise UserError("--cache-features needs a locked image tower: leave --unlock out")
-    if (args.text_init or is_zeroshot) and args.text_model:
-        raise UserError("the text tower is that of a file: leave --text-model out")
     vit.fill_recipe(args, {**TOWER_RECIPES[name], **TOWER_COMMON})
     data.choose_val(args)
     args.loss, args.crop = "ce", "all"
-    args.pool = "mean" if "fc_norm.weight" in file_info.get("shapes", {}) else "cls"
+    args.pool = "mean" if "fc_norm.weight" in shapes else "cls"
     return args, config, name, file_info
 
 
 def open_text(args, name, file_info):
-    """(TextConfig, width of the common space, encode, the tokenizer.json as uint8 [n] or None).
-    Raises UserError where they do not fit together."""
-    embedding, shapes = TOWERS[name]["embedding"], file_info.get("shapes", {})
-    if "text_projection" in shapes:
-        embedding = shapes["text_projection"][1]
-    if args.text_init or "text_projection" in shapes:
-        text, file_info = read_text_config(args.text_init or args.init)
-    else:
-        text = TextConfig(0, *TEXT_SIZES[args.text_model or TOWERS[name]["text_model"]])
-    encode, size, content = open_tokenizer(args, file_info)
-    if text.vocabulary and (size > text.vocabulary or content is None and size < text.vocabulary):
+    """(TextConfig, width of the common space, encode, the tokenizer.json as bytes, b"" where texts
+    are bytes). Raises UserError where they do not fit together."""
+    size, embedding = TOWERS[name]
+    text, file = TextConfig(0, *TEXT_SIZES[size]), args.text_init
+    if "text_projection" in file_info["shapes"]:
+        embedding, file = file_info["shapes"]["text_projection"][1], file or args.init
+    if file:
+        text, file_info = read_text_config(file)
+    encode, size, content = encode_bytes, 4 + 256, b""
+    if args.tokenizer or "tokenizer" in file_info:
+        content = None if args.tokenizer else file_info["tokenizer"].numpy().tobytes()
+        tokenizer = Tokenizer(args.tokenizer or file, content)
+        encode, size, content = tokenizer.encode, tokenizer.size, tokenizer.content
+    if text.vocabulary not in (0, size):
         raise UserError(f"the text tower knows {text.vocabulary:,} ids, the tokenizer has "
                         f"{size:,}: give the one that it was trained with as --tokenizer (XLM-R's "
                         "tokenizer.json)")
-    text.vocabulary = text.vocabulary or size
-    if size < text.vocabulary:
-        rank0_print(f"NOTE: the text tower knows {text.vocabulary:,} ids, the tokenizer has "
-                    f"{size:,}: was it trained with this one?")
+    text.vocabulary = size
     return text, embedding, encode, content
+
+
+def has_captions(source):
+    """Whether any of 100 images, from all over a source, has a caption; as rank 0 finds them."""
+    spread = np.linspace(0, len(source) - 1, min(100, len(source))).astype(int).tolist()
+    return vit.on_rank_0(lambda: any(source[i].get("caption", "").strip() for i in spread))
 
 
 def open_pairs(args, config, model, encode, device):
@@ -1686,17 +1664,6 @@ def open_pairs(args, config, model, encode, device):
     tokens = functools.partial(caption_tokens, encode=encode, longest=model.text_config.longest)
     return data.Samples(source, config.image, config.channels, crop, args.seed, rows=rows,
                         targets_of=tokens, features=features)
-
-
-def classes_of_val(classes, val):
-    """Classes [[name]] to label `val` by: `classes`, or, if there are as many and none of them is
-    the name of a class of `val`, its own in sorted order (ImageNet's n01440764, …)."""
-    named = {name for names in classes for name in names} & {*val.classes}
-    if named or len(classes) != len(val.classes):
-        return classes
-    rank0_print(f"--classes names --val's {len(classes)} classes in order: {val.classes[0]} is "
-                f"{classes[0][0]}, …, {val.classes[-1]} is {classes[-1][0]}")
-    return [[name] for name in val.classes]
 
 
 def open_classes_and_val(args, config):
@@ -1717,50 +1684,22 @@ def open_classes_and_val(args, config):
     val = data.open_data(*args.val, index_dir=args.index_dir)
     classes = classes or [[name] for name in val.classes]
     if len(classes) < 2:
-        classes = []
         if not has_captions(val):
             raise UserError("--val has neither classes nor captions: there is nothing to evaluate")
-    chosen = labelled(val, classes_of_val(classes, val), "--val") if classes else ()
+        return data.evaluation_samples(val, config, data.WHOLE_WIDTH), [], templates
+    chosen = labelled(val, classes_of_val(classes, val), "--val")
     return data.evaluation_samples(val, config, data.WHOLE_WIDTH, *chosen), classes, templates
 
 
 def load_towers(model, args, file_info):
     """Load --init, a zero-shot model or an image tower, and --text-init into the towers."""
-    if "text_projection" in file_info.get("shapes", {}):
+    if "text_projection" in file_info["shapes"]:
         renew = ("text_encoder.*", "text_projection") if args.text_init else ()
         vit.load_weights(model, args.init, renew=renew, rename=tower_names)
     elif args.init:
         vit.load_weights(model.vision_encoder, args.init)
     if args.text_init:
         vit.load_weights(model.text_encoder, args.text_init, rename=text_part)
-
-
-def image_probabilities(model, weights, pixels, args, device):
-    """The probability of each class for pictures [B,H,W,C]: [B,K]; `weights` [K,E] multiply the
-    vector of an image to logits."""
-    logits_of = lambda images: model.embed_images(images) @ weights.T       # [B,K]
-    return vit.probabilities(logits_of, data.normalise(pixels), args, device)
-
-
-def second_pass(run, inputs, outputs, gradients, args):
-    """Compute the gradients for the weights from those of the loss for all vectors, one micro-batch
-    at a time: `gradients` are of the images' vectors [b,E], of the texts' [b,E], of the scale [1].
-    With several micro-batches the vectors `outputs` are computed again, from `inputs`."""
-    image_gradients, text_gradients, scale_gradient = gradients
-    accumulate, micro_batch = run.schedule.accumulate, run.schedule.micro_batch
-    parts = zip(image_gradients.split(micro_batch), text_gradients.split(micro_batch))
-    for i, (image_gradient, text_gradient) in enumerate(parts):             # [B,E] [B,E]
-        with vit.accumulating(run.wrapped, last=i == accumulate - 1):
-            if accumulate > 1:
-                with vit.autocast(args, run.device):
-                    outputs[i] = run.wrapped(*inputs[i])
-            images, texts, scale = outputs[i]                               # [B,E] [B,E] [1]
-            # The gradients of this product are the loss's (chain rule). They are averaged over
-            # ranks, but have to be summed: hence the number of ranks.
-            product = vit.get_world_size() * ((images * image_gradient).sum()
-                                              + (texts * text_gradient).sum())
-            product = product + (scale * scale_gradient).sum() / accumulate
-            (product * run.state["loss_scale"]).backward()
 
 
 def zeroshot(argv):
@@ -1774,43 +1713,42 @@ def zeroshot(argv):
         vit.training_flops if args.unlock else vit.forward_flops)(image_tower)
     if args.plan:
         return vit.plan(args, make, trained, flops)
-    device = vit.start(args)
+    device = vit.start(args, trained)
 
     # ---- model: a checkpoint in --out, else --init and --text-init, else random weights
     val, classes, templates = open_classes_and_val(args, config)
     names = [some[0] for some in classes]
-    model, wrapped = vit.build(make, args, device, METHODS)
+    model, wrapped = vit.build(make, args, device, ("trunk", "embed_images", "embed_texts"))
     load_towers(model, args, file_info)
 
-    def class_weights():
-        """What multiplies the vector of an image to logits, [K,E], or None without classes."""
-        if not classes:
-            return None
-        vectors = class_vectors(model, classes, templates, encode, args, device)    # [K,E]
-        return logit_scale(model) * vectors.to(device)
+    def probabilities(pixels, weights):
+        """The probabilities [B,K] of the classes for pictures [B,H,W,C]."""
+        logits_of = lambda images: model.embed_images(images) @ weights.T   # [B,K]
+        return vit.probabilities(logits_of, data.normalise(pixels), args, device)
+
+    def weights_now():
+        return class_weights(model, classes, templates, encode, args, device) if classes else None
 
     if args.predict:
-        probabilities = image_probabilities(model, class_weights(),
-                                            data.read_pictures(args, config), args, device)
-        return data.print_predictions(args, probabilities, names)
+        pictures = data.read_pictures(args, config)
+        return data.print_predictions(pictures, probabilities(pictures.pixels, weights_now()),
+                                      names)
     if args.eval_only:
-        return vit.report(args, evaluate_towers(model, val, args, device, names, class_weights(),
+        return vit.report(args, evaluate_towers(model, val, args, device, names, weights_now(),
                                                 encode))
 
     # ---- data
     train = open_pairs(args, config, model, encode, device)
     schedule = vit.make_schedule(args, len(train))
-    tokenizer_crc = data.crc(b"" if tokenizer is None else tokenizer.numpy().tobytes())
     if not vit.open_run(args, "zeroshot", model, train, val,
-                        {"tokenizer": f"CRC {tokenizer_crc:08x}"}):
+                        {"tokenizer": f"CRC {data.crc(tokenizer):08x}"}):
         return
     examples = val and classes and data.examples(val, device)
 
     def draw_and_evaluate():
-        weights = class_weights()
+        weights = weights_now()
         if examples:
-            probabilities = image_probabilities(model, weights, examples["images"], args, device)
-            data.draw_predictions(args, examples, probabilities, names)
+            data.draw_predictions(args, examples, probabilities(examples["images"], weights), names)
         return evaluate_towers(model, val, args, device, names, weights, encode) if val else {}
 
     # ---- loop: the loss compares all vectors of the batch, whose graphs do not fit into memory.
@@ -1818,11 +1756,13 @@ def zeroshot(argv):
     # these, one micro-batch at a time, the gradients for the weights.
     optimizer = torch.optim.AdamW(vit.decay_groups(model, args.weight_decay), betas=BETAS,
                                   fused=True)
-    model_info = {"config": {**asdict(config), "text": asdict(text)}, "stage": "zeroshot",
-                  **({} if tokenizer is None else {"tokenizer": tokenizer})}
+    model_info = {"config": {**asdict(config), "text": asdict(text)}, "stage": "zeroshot"}
+    if tokenizer:
+        model_info["tokenizer"] = torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
     run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info, flops,
                   state={"long_texts": 0})
     batches = data.training_batches(train, args, run.state["step"], schedule, device)
+    accumulate, micro_batch = schedule.accumulate, schedule.micro_batch
     for _ in run.steps(draw_and_evaluate):
         # First pass: all vectors. A single micro-batch keeps its graph and is not computed again.
         inputs, outputs, long_texts = [], [], torch.zeros((), device=device)
@@ -1834,15 +1774,204 @@ def zeroshot(argv):
                 if not args.cache_features:
                     images = data.normalise(images)                         # [B,C,H,W]
                     images = images if args.unlock else model.trunk(images)     # locked: [B,D]
-                with torch.set_grad_enabled(schedule.accumulate == 1):
+                with torch.set_grad_enabled(accumulate == 1):
                     outputs.append(wrapped(images, tokens))                 # [B,E] [B,E] [1]
             inputs.append((images, tokens))
         all_images, all_texts = (torch.cat([output[i].detach() for output in outputs])
                                  for i in (0, 1))                           # [b,E] [b,E]
-        run.loss, *gradients = global_loss(all_images, all_texts, outputs[0][2])
-        second_pass(run, inputs, outputs, gradients, args)
+        run.loss, *gradients, of_scale = global_loss(all_images, all_texts, outputs[0][2])
+
+        # Second pass. Ranks' gradients are averaged, but those of vectors have to be summed: hence
+        # the number of ranks.
+        factor = run.state["loss_scale"] * vit.get_world_size()
+        of_scale = of_scale * (run.state["loss_scale"] / accumulate)        # [1]
+        parts = zip(*((factor * gradient).split(micro_batch) for gradient in gradients))
+        for i, (of_images, of_texts) in enumerate(parts):                   # [B,E] [B,E]
+            with vit.accumulating(wrapped, last=i == accumulate - 1):
+                if accumulate > 1:
+                    with vit.autocast(args, device):
+                        outputs[i] = wrapped(*inputs[i])
+                torch.autograd.backward(outputs[i], (of_images, of_texts, of_scale))
         run.update({"long_texts": long_texts})
-        clamp_logit_scale(model)
+        vit.local(model.logit_scale).data.clamp_(max=math.log(100))         # CLIP
+
+
+# ======================================================================================
+# Video: the model
+#
+# An image encoder becomes a video encoder, which is finetuned as in classify. Values: "SF" is
+# PySlowFast's finetuning of plain ViTs on Kinetics-400 (its configs/masked_ssl).
+# ======================================================================================
+
+TUBELET = 2         # frames (SF)
+
+
+def cut_tubelets(clips, patch):
+    """Cut clips [B,T,C,H,W] into tubelets [B,T/2*N,2*P]: the same patch of two frames."""
+    patches = vit.patchify(clips.flatten(0, 1), patch)                      # [B*T,N,P]
+    pairs = patches.unflatten(0, (len(clips), -1, TUBELET))                 # [B,T/2,2,N,P]
+    return pairs.transpose(2, 3).flatten(3).flatten(1, 2)                   # [B,T/2*N,2*P]
+
+
+class Video(nn.Module):
+    """A Vision Transformer over all tubelets of clips [B,T,C,H,W] of T = `frames`: logits [B,K].
+
+    The image model's position embeddings are joined by a table for the time, which starts at zero
+    as relative positions do. There is no class token, whose share of attention would fall with the
+    number of frames: the mean of all tokens goes to `fc_norm` and the head, N(0, 0.001) (SF). The
+    class token's row of pos_embed is not used; so image files load and resize as they are."""
+
+    def __init__(self, config, frames, classes, relative_positions=False):
+        super().__init__()
+        self.config, self.recompute = config, False
+        D, p, times = config.width, config.patch, frames // TUBELET
+        self.patch_embed = vit.PatchEmbed(config)
+        self.patch_embed.proj = nn.Conv3d(config.channels, D, (TUBELET, p, p), (TUBELET, p, p))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, D))
+        self.pos_embed_temporal = nn.Parameter(torch.empty(1, times, D))
+        grid = (times, *config.grid) if relative_positions else ()
+        self.blocks = nn.ModuleList(vit.Block(D, config.heads, grid) for _ in range(config.depth))
+        self.fc_norm = vit.LayerNorm(D)
+        self.head = nn.Linear(D, classes)
+        self.init_weights()
+
+    def init_weights(self, seed=0):
+        vit.init_weights(self, seed, {"head.weight": 1e-3, "pos_embed_temporal": 0.0})
+
+    def forward(self, clips, scales=None, dropped=None):
+        """`scales` as of vit.run_blocks; `dropped` [B,D] multiply what the head gets (dropout)."""
+        x = self.patch_embed(cut_tubelets(clips, self.config.patch))        # [B,T/2*N,D]
+        times = self.pos_embed_temporal[:, :, None]                         # [1,T/2,1,D]
+        x = x + (times + self.pos_embed[:, None, 1:]).flatten(1, 2)
+        x = vit.run_blocks(self.blocks, x, self.recompute, scales)
+        x = self.fc_norm(x.mean(1))                                         # [B,D]
+        return self.head(x if dropped is None else x * dropped)             # [B,K]
+
+
+def mean_of_views(model, clips, micro_batch):
+    """The logarithm of the probabilities of clips [B,V,T,C,H,W], averaged over V views: [B,K]."""
+    parts = clips.flatten(0, 1).split(micro_batch)
+    probabilities = torch.cat([model(part) for part in parts]).float().softmax(1)   # [B*V,K]
+    return probabilities.unflatten(0, clips.shape[:2]).mean(1).clamp(min=1e-30).log()
+
+
+# ======================================================================================
+# Video: flags and main
+# ======================================================================================
+
+SLOWFAST = dict(        # SF; but its learning rates are for nodes of 16 clips, batch is ours
+    batch=256, weight_decay=0.05, clip_grad=5.0, final_lr=1e-5, smallest_crop=0.08,
+    randaugment=7.0, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, ema=0.0, frames=16,
+    relative_positions=False)
+VIDEO_RECIPES = {
+    "k400": dict(**SLOWFAST, stride=4, segments=False, flip=True, views="5x3"),
+    "ssv2": dict(**SLOWFAST, stride=1, segments=True, flip=False, views="1x3"),
+    "ours": dict(       # for a classroom: nano, tiny, small
+        batch=16, weight_decay=0.05, clip_grad=1.0, final_lr=0.0, smallest_crop=0.8,
+        randaugment=0.0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.1, ema=0.0, frames=4,
+        relative_positions=False, stride=8, segments=False, flip=False, views="1x1",
+        epochs=1, base_lr=1.6e-2, layer_decay=1.0, drop_path=0.0, dropout=0.0, warmup=0.1),
+}
+SLOWFAST_BY_MODEL = {   # warmup: 5 epochs; 2b and 6.5b are not published
+    "base": dict(epochs=75, base_lr=9.6e-3, layer_decay=0.65, drop_path=0.1, dropout=0.3,
+                 warmup=0.0667),
+    "large": dict(epochs=50, base_lr=4.8e-3, layer_decay=0.75, drop_path=0.2, dropout=0.3,
+                  warmup=0.1),
+    **dict.fromkeys(("huge", "2b", "6.5b"), dict(
+        epochs=75, base_lr=4.8e-3, layer_decay=0.8, drop_path=0.2, dropout=0.5, warmup=0.0667)),
+}
+CLIP_FLAGS = "frames", "stride", "segments", "relative_positions"      # kept in model.pt
+NEW_IN_VIDEO = "pos_embed_temporal", "blocks.*.attn.rel_pos.*"
+
+
+def read_views(text):
+    """The type of --views."""
+    if not re.fullmatch("[1-9][0-9]?x[1-9]", text):
+        raise argparse.ArgumentTypeError(f"{text} is not temporal x spatial views, as 5x3")
+    return text
+
+
+def add_video_flags(add):
+    add("--recipe", choices=VIDEO_RECIPES, help="k400: Kinetics-400, ssv2: Something-Something v2 "
+        "(PySlowFast's); ours: for a classroom; default ours up to small, else k400")
+    add("--frames", type=vit.positive, help="frames of a clip that the model sees; default that of "
+        "--init, else by recipe")
+    add("--stride", type=vit.positive, metavar="FRAMES", help="distance of these frames, from a "
+        "random start on; default that of --init, else by recipe")
+    yes_or_no = argparse.BooleanOptionalAction
+    add("--segments", action=yes_or_no, help="instead: a frame of each of --frames equal parts of "
+        "the clip; default by recipe")
+    add("--relative-positions", action=yes_or_no, help="attention also depends on the difference "
+        "in time, row and column (paper: +0.6 on Kinetics-400); default that of --init, else off")
+    add("--flip", action=yes_or_no, help="mirror half of the clips; default by recipe")
+    add("--views", type=read_views, metavar="TxS", help="views of an evaluation: T parts of the "
+        "clip times S crops; default by recipe")
+    add("--dropout", type=vit.number(0, 0.999), metavar="SHARE", help="share of the head's inputs "
+        "that are set to 0; 0 off; default by recipe")
+    add_training_flags(add)
+
+
+def parse_video_flags(argv):
+    """All flags, with the recipe filled in: (args, Config, file_info of --init, data.Views)."""
+    parser = vit.stage_parser("finetune.py video", __doc__, {
+        **{f"recipe {name}:": recipe for name, recipe in VIDEO_RECIPES.items()},
+        **{f"k400 and ssv2, {name}:": recipe for name, recipe in SLOWFAST_BY_MODEL.items()}})
+    parser.set_defaults(data=["world-clips"], micro_batch=16, optimizer="adamw", loss="ce",
+                        pool="mean", crop="centre")
+    add_video_flags(parser.add_argument_group("video").add_argument)
+    args = parser.parse_args(argv)
+    config, name, file_info = vit.choose_config(args, "video")
+    args.recipe = args.recipe or ("k400" if name in SLOWFAST_BY_MODEL else "ours")
+    recipe = {**VIDEO_RECIPES[args.recipe]}
+    if args.recipe != "ours":
+        recipe |= SLOWFAST_BY_MODEL.get(name, SLOWFAST_BY_MODEL["base"])
+    in_file = file_info.get("config", {})
+    if (args.predict or args.eval_only) and "frames" not in in_file:
+        raise UserError(f"{args.init} is no video model: train it by finetune.py video --init")
+    vit.fill_recipe(args, recipe | {flag: in_file[flag] for flag in CLIP_FLAGS if flag in in_file})
+    if args.frames % TUBELET:
+        raise UserError(f"--frames {args.frames}: tokens are of {TUBELET} frames each; the nearest "
+                        f"numbers are {args.frames - 1} and {args.frames + 1}")
+    if args.val is None and all(map(data.is_world, args.data)):
+        args.val = ["world-clips-val"]
+    data.choose_val(args)
+    views = data.Views(args.frames, args.stride, args.segments, *map(int, args.views.split("x")))
+    return args, config, file_info, views
+
+
+def predict_clips(args, config, views, logits_of, names, device):
+    """Print what --predict's folders of frames and animated files most probably are."""
+    clips = data.read_pictures(args, config, views=views)                   # [B,V,T,H,W,C]
+    rows = [vit.probabilities(logits_of, data.normalise(clip[None]), args, device)
+            for clip in clips.pixels]                                       # [1,K] each
+    data.print_predictions(clips, torch.cat(rows), names)
+
+
+def video(argv):
+    args, config, file_info, views = parse_video_flags(argv)
+    make = lambda classes: Video(config, args.frames, classes, args.relative_positions)
+    towers = [(config.depth, config.width, args.frames // TUBELET * config.num_patches)]
+    flops = vit.training_flops(towers)
+    if args.plan:
+        return vit.plan(args, lambda: make(len(file_info.get("classes", range(400)))), towers)
+    device = vit.start(args, towers)
+
+    # ---- data and classes
+    train, val, names = open_classes(args, config, file_info, views)
+
+    # ---- model: a checkpoint in --out, else --init, else random weights
+    model, wrapped = vit.build(lambda: make(len(names)), args, device)
+    if args.init:
+        load_classifier(model, args, names, file_info, NEW_IN_VIDEO)
+    logits_of = functools.partial(mean_of_views, model, micro_batch=args.micro_batch)
+    if args.predict:
+        return predict_clips(args, config, views, logits_of, names, device)
+    if args.eval_only:
+        return vit.report(args, evaluate(logits_of, val, args, device, names))
+    model_info = {"config": {**asdict(config), "pool": args.pool, "loss": args.loss,
+                             **{flag: getattr(args, flag) for flag in CLIP_FLAGS}},
+                  "stage": "video", "classes": names}
+    train_classifier(args, model, wrapped, logits_of, device, train, val, model_info, flops)
 
 
 # ======================================================================================
@@ -1901,8 +2030,8 @@ def parse_detect_flags(argv):
     add = parser.add_argument_group("detection").add_argument
     add("--images", metavar="DIR", help="folder of --data's images; default: that of its .json")
     add("--val-images", metavar="DIR", help="folder of --val's images; default: --images")
-    add("--heads", choices=STAGES, help="cascade: three box heads, each for the boxes of the one "
-        "before; default cascade, or as --init")
+    add("--box-heads", choices=STAGES, help="cascade: three, each for the boxes of the one before; "
+        "default cascade, or as --init")
     add("--no-masks", dest="masks", action="store_false", help="boxes only, for data without "
         "masks; default: boxes and masks, or as --init")
     add("--window", type=vit.positive, metavar="PATCHES", help="side of the windows that most "
@@ -1925,9 +2054,9 @@ def parse_detect_flags(argv):
     recipe = "vitdet" if name in DETECT_BY_MODEL else "ours"
     size = size or (config.image if in_use or recipe == "ours" else [1024])
     config = replace(config, image=size, patch=16 if config.patch == 14 else config.patch)
-    kept = {flag: trained[flag] for flag in ("heads", "window")} if in_use else {}
+    kept = {flag: trained[flag] for flag in ("box_heads", "window")} if in_use else {}
     args.masks = trained["masks"] if in_use else args.masks
-    vit.fill_recipe(args, {"heads": "cascade", "window": 14, **DETECT_RECIPES[recipe],
+    vit.fill_recipe(args, {"box_heads": "cascade", "window": 14, **DETECT_RECIPES[recipe],
                            **DETECT_BY_MODEL.get(name, {}), **kept})
     if args.val is None and all(spec.startswith("world-boxes") for spec in args.data):
         args.val = ["world-boxes-val"]
@@ -2142,6 +2271,25 @@ def simple_pyramid(D, C):
         nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), *to_C(D))))
 
 
+def to_windows(x, grid, side):
+    """Cut tokens [B,N,D] of a grid (rows, columns) into windows of side x side tokens, filled up
+    with zeros at the bottom and on the right: [B * windows, side * side, D]."""
+    B, _, D = x.shape
+    rows, columns = (math.ceil(n / side) for n in grid)                     # of windows
+    x = x.unflatten(1, grid)                                                # [B,rows,columns,D]
+    x = F.pad(x, (0, 0, 0, columns * side - grid[1], 0, rows * side - grid[0]))
+    x = x.reshape(B, rows, side, columns, side, D).transpose(2, 3)
+    return x.reshape(-1, side * side, D)
+
+
+def from_windows(windows, grid, side):
+    """The inverse of to_windows: tokens [B,N,D]."""
+    rows, columns = (math.ceil(n / side) for n in grid)
+    x = windows.reshape(-1, rows, columns, side, side, windows.shape[-1]).transpose(2, 3)
+    x = x.flatten(3, 4).flatten(1, 2)                               # [B,rows*side,columns*side,D]
+    return x[:, :grid[0], :grid[1]].flatten(1, 2)
+
+
 class Detector(nn.Module):
     """ViTDet for K classes; the encoder's parameters have the names of ViT's. `stages` are the IoUs
     of the box heads. `images_of` [K], the number of images with each class, is given for LVIS: each
@@ -2156,9 +2304,10 @@ class Detector(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, D))
         # The last block of each quarter attends everywhere; so do all where one window is enough.
         everywhere = {depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)}
+        self.windowed = [i not in everywhere and window < max(config.grid) for i in range(depth)]
         self.blocks = nn.ModuleList(
-            vit.Block(D, config.heads, config.grid, 0 if i in everywhere
-                      or window >= max(config.grid) else window) for i in range(depth))
+            vit.Block(D, config.heads, (window, window) if windowed else config.grid)
+            for windowed in self.windowed)
         self.pyramid = simple_pyramid(D, C)
         # Of each of the three anchors at a place: a logit that it is an object, and four offsets
         self.proposals = nn.Sequential(
@@ -2190,11 +2339,16 @@ class Detector(nn.Module):
         row, column = (torch.arange(0, n * p, p, device=x.device) for n in grid)
         real = (row < seen[:, :1])[:, :, None] & (column < seen[:, 1:])[:, None]
         real = real.flatten(1)                                              # [B,N]
-        inside = vit.to_windows(real[..., None].float(), grid, self.window)[..., 0] > 0
+        inside = to_windows(real[..., None].float(), grid, self.window)[..., 0] > 0
         inside |= ~inside.any(1, keepdim=True)      # no softmax over nothing in an empty window
         for i, block in enumerate(self.blocks):
-            x = vit.run_block(block, x, self.recompute, None if scales is None else scales[:, i],
-                              (inside if block.attn.window else real)[:, None, None])
+            scale, mask = None if scales is None else scales[:, i], real            # [B,2] [B,N]
+            if self.windowed[i]:        # all but attention treats each token by itself
+                x, mask = to_windows(x, grid, self.window), inside
+                if scale is not None:
+                    scale = scale.repeat_interleave(len(inside) // len(real), 0)
+            x = vit.run_block(block, x, self.recompute, scale, mask[:, None, None])
+            x = from_windows(x, grid, self.window) if self.windowed[i] else x
         x = x.transpose(1, 2).unflatten(2, grid)                            # [B,D,rows,columns]
         maps = [level(x) for level in self.pyramid]
         maps.append(maps[-1][..., ::2, ::2])
@@ -2799,7 +2953,7 @@ def detect(argv):
         val = object_samples(val, "--val", classes, args, config)
 
     # ---- model: a checkpoint in --out, else --init, else random weights
-    make = lambda: Detector(config, heads, len(classes), args.window, STAGES[args.heads],
+    make = lambda: Detector(config, heads, len(classes), args.window, STAGES[args.box_heads],
                             args.masks, args.seed, images_of)
     with torch.device("meta"):
         flops = 3 * detector_flops(make())
@@ -2832,7 +2986,7 @@ def detect(argv):
     groups = vit.decay_groups(model, args.weight_decay, NO_DECAY, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
     model_info = {"config": asdict(config), "stage": "detect", "classes": classes, "detector": {
-        "heads": args.heads, "window": args.window, "masks": args.masks,
+        "box_heads": args.box_heads, "window": args.window, "masks": args.masks,
         "federated": bool(images_of)}}
     run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info, flops)
     batches = data.training_batches(train, args, run.state["step"], schedule, device)
@@ -2855,7 +3009,7 @@ def detect(argv):
 # ======================================================================================
 
 TASKS = {"classify": classify, "features": features, "knn": knn, "linear": linear,
-         "lowshot": lowshot, "zeroshot": zeroshot, "detect": detect}
+         "lowshot": lowshot, "zeroshot": zeroshot, "video": video, "detect": detect}
 
 
 def main(argv):

@@ -224,13 +224,13 @@ def evaluate(model, val, args, device):
 
 
 @torch.no_grad()
-def draw_reconstruction(model, pixels, positions, args, device, path):
-    """Draw pictures [B,H,W,C] into a PNG, a row each: the visible patches; with norm_pix, the true
-    mean of each masked patch; the prediction; the original.
+def draw_reconstruction(model, pixels, positions, args, device, names=()):
+    """Draw pictures [B,H,W,C] into OUT/reconstruction.png, a row each: the visible patches; with
+    norm_pix, the true mean of each masked patch; the prediction; the original.
 
     With norm_pix the model does not predict a patch's mean and deviation, so the true ones are
-    used. The row of means already shows outlines: only what the prediction adds to it is the
-    model's. Every rank has to call this; rank 0 writes."""
+    used. The means already show outlines: only what the prediction adds to them is the model's.
+    `names` are written beside the rows. Every rank has to call this; rank 0 writes."""
     config = model.config
     images = data.normalise(pixels.to(device))                              # [B,C,H,W]
     noise = data.uniform(args.seed, positions.to(device), "val", config.num_patches)    # [B,N]
@@ -243,33 +243,39 @@ def draw_reconstruction(model, pixels, positions, args, device, path):
     mean, deviation = patch_statistics(true)                                # [B,N,1]
     keep, _ = random_masking(noise, model.mask_ratio)                       # [B,V]
     visible = torch.zeros_like(noise).scatter(1, keep, 1.0)[..., None] > 0  # [B,N,1]
-    rows = {"visible patches": torch.where(visible, true, 0)}
+    columns = {"visible patches": torch.where(visible, true, 0)}
     if model.norm_pix:
-        rows["no prediction: the true mean of each masked patch"] = torch.where(visible, true, mean)
-        rows["prediction, with true mean and deviation"] = torch.where(
+        columns["no prediction:\ntrue means"] = torch.where(visible, true, mean)
+        columns["prediction, with\ntrue mean, deviation"] = torch.where(
             visible, true, predicted * deviation + mean)
     else:
-        rows["prediction"] = torch.where(visible, true, predicted)
-    rows["original"] = true
+        columns["prediction"] = torch.where(visible, true, predicted)
+    columns["original"] = true
     height, width = (side * max(1, 128 // max(config.image)) for side in config.image)
-    sheet = Image.new("RGB", (max(260, len(pixels) * (width + 4)), len(rows) * (height + 20)),
-                      "white")
-    for y, (name, patches) in enumerate(rows.items()):
-        ImageDraw.Draw(sheet).text((4, y * (height + 20) + 4), name, "black")
-        row = unpatchify(patches, config.patch, config.grid, config.channels)       # [B,C,H,W]
-        for x, image in enumerate(data.denormalise(row).cpu().numpy()):
+    sheet = Image.new("RGB", (len(columns) * (width + 4) + 120 * bool(names),
+                              len(pixels) * (height + 4) + 32), "white")
+    pen = ImageDraw.Draw(sheet)
+    for x, (title, patches) in enumerate(columns.items()):
+        pen.text((x * (width + 4), 2), title, "black")
+        column = unpatchify(patches, config.patch, config.grid, config.channels)    # [B,C,H,W]
+        for y, image in enumerate(data.denormalise(column).cpu().numpy()):
             picture = Image.fromarray(image[..., :3].squeeze()).resize((width, height), 0)
-            sheet.paste(picture, (x * (width + 4), y * (height + 20) + 20))
-    vit.write_aside(Path(path), lambda aside: sheet.save(aside, "PNG"))
+            sheet.paste(picture, (x * (width + 4), y * (height + 4) + 32))
+    for y, name in enumerate(names):
+        pen.text((len(columns) * (width + 4), y * (height + 4) + 32), Path(name).name, "black")
+    path = Path(args.out) / "reconstruction.png"
+    vit.write_aside(path, lambda aside: sheet.save(aside, "PNG"))
 
 
 def predict(model, args, device):
     """--predict: reconstruct the user's pictures in OUT/reconstruction.png."""
-    pixels = data.read_pictures(args, model.config)                         # [B,H,W,C]
-    path = Path(args.out) / "reconstruction.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw_reconstruction(model, pixels, torch.arange(len(pixels)), args, device, path)
-    rank0_print(f"wrote {path}: {len(pixels)} pictures, {100 * args.mask_ratio:.0f}% masked")
+    names, pixels, problem = data.read_pictures(args, model.config)         # [B,H,W,C]
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    draw_reconstruction(model, pixels, torch.arange(len(pixels)), args, device, names)
+    rank0_print(f"wrote {args.out}/reconstruction.png: {len(pixels)} pictures, "
+                f"{100 * args.mask_ratio:.0f}% masked")
+    if problem:
+        raise UserError(problem)
 
 
 # ======================================================================================
@@ -285,7 +291,7 @@ def main(argv):
               (args.decoder_depth, args.decoder_width, 1 + config.num_patches)]
     if args.plan:
         return vit.plan(args, make, towers)
-    device = vit.start(args)
+    device = vit.start(args, towers)
 
     # ---- model: a checkpoint in --out, else --init, else random weights
     model, wrapped = vit.build(make, args, device, methods=("predict",))
@@ -313,8 +319,7 @@ def main(argv):
     examples = data.examples(val or train, device)
 
     def draw_and_evaluate():
-        draw_reconstruction(model, examples["images"], examples["position"], args, device,
-                            Path(args.out) / "reconstruction.png")
+        draw_reconstruction(model, examples["images"], examples["position"], args, device)
         return evaluate(model, val, args, device) if val else {}
 
     # ---- loop

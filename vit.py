@@ -18,6 +18,7 @@ code, "ours" means that nobody published the value and we chose it.
 
 import argparse
 import contextlib
+import difflib
 import errno
 import fcntl
 import hashlib
@@ -34,7 +35,6 @@ import traceback
 import warnings
 import zipfile
 import zlib
-from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from fnmatch import fnmatch
@@ -53,7 +53,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -195,7 +195,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.channels, config.width, config.patch, config.patch)
 
     def forward(self, patches):
-        kernel = self.proj.weight.permute(0, 2, 3, 1).flatten(1)            # [D,C,p,p] to [D,P]
+        kernel = self.proj.weight.movedim(1, -1).flatten(1)                 # [D,C,p,p] to [D,P]
         return F.linear(patches, kernel, self.proj.bias)                    # [B,V,D]
 
 
@@ -227,75 +227,27 @@ def attention(q, k, v, mask=None, scale=None):
     return weights @ v                                                      # [B,h,N,D/h]
 
 
-def relative_positions(q, k, tables, places):
-    """Queries and keys, [B,h,N,D/h] at first, whose unscaled product is attention's scaled one plus
-    decomposed relative positions (ViTDet, arXiv 2203.16527; also MViTv2's, arXiv 2112.01526):
-
-        q_i k_j / sqrt(D/h) + sum over the axes of q_i table[place_i - place_j + n - 1]
-
-    `tables` holds a table [2n-1,D/h] for every axis of n places (time, row, column), `places` the
-    place [N] of every token on it. A query is extended by what a key at place 0 … n-1 would add, a
-    key by a one at its own place: exact, and no N x N mask for each head, with which the kernels of
-    attention would need as much memory as the scores."""
-    queries, keys = [q * q.shape[-1] ** -0.5], [k]
-    for table, place in zip(tables, places):
-        n = (len(table) + 1) // 2
-        difference = place[:, None] - torch.arange(n, device=place.device) + n - 1      # [N,n]
-        by_difference = q @ table.t().to(q.dtype)                           # [B,h,N,2n-1]
-        queries.append(by_difference.gather(-1, difference.expand(*q.shape[:2], -1, -1)))
-        keys.append(F.one_hot(place, n).to(k.dtype).expand(*k.shape[:2], -1, -1))   # [B,h,N,n]
-    return torch.cat(queries, -1), torch.cat(keys, -1)                  # 2 x [B,h,N,D/h + sum of n]
-
-
-def to_windows(x, grid, side):
-    """Cut tokens [B,N,D] of a grid (rows, columns) into windows of side x side tokens, filled up
-    with zeros at the bottom and on the right: [B * windows, side * side, D]."""
-    B, _, D = x.shape
-    rows, columns = (math.ceil(n / side) for n in grid)                     # of windows
-    x = x.unflatten(1, grid)                                                # [B,rows,columns,D]
-    x = F.pad(x, (0, 0, 0, columns * side - grid[1], 0, rows * side - grid[0]))
-    x = x.reshape(B, rows, side, columns, side, D).transpose(2, 3)
-    return x.reshape(-1, side * side, D)
-
-
-def from_windows(windows, grid, side):
-    """The inverse of to_windows: tokens [B,N,D]."""
-    rows, columns = (math.ceil(n / side) for n in grid)
-    x = windows.reshape(-1, rows, columns, side, side, windows.shape[-1]).transpose(2, 3)
-    x = x.flatten(3, 4).flatten(1, 2)                               # [B,rows*side,columns*side,D]
-    return x[:, :grid[0], :grid[1]].flatten(1, 2)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention over tokens [B,N,D]; `mask` as of `attention`.
 
     With a `grid`, as (rows, columns) or (T, rows, columns), the tokens lie on it in raster order
-    and the attention has relative positions, a table `rel_pos` [2n-1,D/h] for each axis. With a
-    `window`, tokens attend within windows of window x window tokens of the grid (ViTDet); `mask` is
-    that of the windows, [B * windows,1,1,window * window]."""
+    and the attention has relative positions, a table `rel_pos` [2n-1,D/h] for each axis."""
 
-    def __init__(self, width, heads, grid=(), window=0):
+    def __init__(self, width, heads, grid=()):
         super().__init__()
-        self.heads, self.grid, self.window = heads, grid, window
-        self.places = (window, window) if window else grid
+        self.heads, self.grid = heads, grid
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.rel_pos = nn.ParameterList(
-            nn.Parameter(torch.zeros(2 * n - 1, width // heads)) for n in self.places)
+            nn.Parameter(torch.zeros(2 * n - 1, width // heads)) for n in grid)
 
     def forward(self, x, mask=None):
-        if not self.window:
-            return self.attend(x, mask)
-        windows = self.attend(to_windows(x, self.grid, self.window), mask)
-        return from_windows(windows, self.grid, self.window)
-
-    def attend(self, x, mask):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)     # [B,N,3,h,D/h]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # 3 x [B,h,N,D/h]
         scale = None
         if self.grid:
-            axes = torch.meshgrid(*(torch.arange(n, device=x.device) for n in self.places),
+            axes = torch.meshgrid(*(torch.arange(n, device=x.device) for n in self.grid),
                                   indexing="ij")
             q, k = relative_positions(q, k, self.rel_pos, [axis.flatten() for axis in axes])
             # The fast kernels want values as wide as queries and keys.
@@ -321,13 +273,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-LayerNorm transformer block over tokens [B,N,D]; `grid` and `window` as of
-    Attention."""
+    """A pre-LayerNorm transformer block over tokens [B,N,D]; `grid` as of Attention."""
 
-    def __init__(self, width, heads, grid=(), window=0):
+    def __init__(self, width, heads, grid=()):
         super().__init__()
         self.norm1 = LayerNorm(width)
-        self.attn = Attention(width, heads, grid, window)
+        self.attn = Attention(width, heads, grid)
         self.norm2 = LayerNorm(width)
         self.mlp = MLP(width)
 
@@ -493,6 +444,30 @@ def decay_groups(model, weight_decay, no_decay=(), layer_decay=1.0):
     return list(groups.values())
 
 
+# --------------------------------------------------------------------------------------
+# Relative positions, for video and detection
+# --------------------------------------------------------------------------------------
+
+def relative_positions(q, k, tables, places):
+    """Queries and keys, [B,h,N,D/h] at first, whose unscaled product is attention's scaled one plus
+    decomposed relative positions (ViTDet, arXiv 2203.16527; also MViTv2's, arXiv 2112.01526):
+
+        q_i k_j / sqrt(D/h) + sum over the axes of q_i table[place_i - place_j + n - 1]
+
+    `tables` holds a table [2n-1,D/h] for every axis of n places (time, row, column), `places` the
+    place [N] of every token on it. A query is extended by what a key at place 0 … n-1 would add, a
+    key by a one at its own place: exact, and no N x N mask for each head, with which the kernels of
+    attention would need as much memory as the scores."""
+    queries, keys = [q * q.shape[-1] ** -0.5], [k]
+    for table, place in zip(tables, places):
+        n = (len(table) + 1) // 2
+        difference = place[:, None] - torch.arange(n, device=place.device) + n - 1      # [N,n]
+        by_difference = q @ table.t().to(q.dtype)                           # [B,h,N,2n-1]
+        queries.append(by_difference.gather(-1, difference.expand(*q.shape[:2], -1, -1)))
+        keys.append(F.one_hot(place, n).to(k.dtype).expand(*k.shape[:2], -1, -1))   # [B,h,N,n]
+    return torch.cat(queries, -1), torch.cat(keys, -1)                  # 2 x [B,h,N,D/h + sum of n]
+
+
 # ======================================================================================
 # Part 2: on one device or a thousand
 #
@@ -503,7 +478,8 @@ def decay_groups(model, weight_decay, no_decay=(), layer_decay=1.0):
 # Flags that change how or where a run is computed, not what it computes (up to rounding): a run
 # may be resumed with other values of these.
 FREE_FLAGS = {"out", "allow_changed", "index_dir", "micro_batch", "parallel", "device", "workers",
-              "activation_checkpoint", "compile", "save_every", "keep", "log_every", "eval_every"}
+              "activation_checkpoint", "compile", "save_every", "keep", "log_every", "eval_every",
+              "max_bad"}
 
 # bf16 / fp16 operations per second without sparsity, from the vendors' data sheets, for `mfu`
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12,
@@ -528,15 +504,23 @@ class Environment(NamedTuple):
 
 
 def environment():
-    """The Environment of this process; that of a single process without torchrun."""
-    return Environment(*(int(os.environ.get(key, default)) for key, default in (
-        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))))
+    """The Environment of this process; that of a single process without torchrun. Raises UserError
+    where another launcher has set a part of it."""
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
+    missing = [name for name in names if name not in os.environ]
+    if len(missing) == len(names):
+        return Environment(0, 0, 1, 1)
+    if missing:
+        raise RankError(f"the environment has {', '.join({*names} - {*missing})} but not "
+                        f"{', '.join(missing)}: start with torchrun, or unset them for one process")
+    return Environment(*(int(os.environ[name]) for name in names))
 
 
 def rank0_print(text):
-    """Print a line on rank 0."""
+    """Print a line on rank 0, above the progress bar if there is one."""
     if environment().rank == 0:
-        print(text, flush=True)
+        with tqdm.external_write_mode():
+            print(text, flush=True)
 
 
 # --------------------------------------------------------------------------------------
@@ -547,7 +531,17 @@ class Parser(argparse.ArgumentParser):
     """A parser that reports a mistake in one line, as everything else here does."""
 
     def error(self, message):
-        raise UserError(message)
+        flag = message.removeprefix("unrecognized arguments: ").split("=")[0].split()[0]
+        near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+        raise UserError(message + (f"; did you mean {near[0]}?" if near else ""))
+
+
+class Join(argparse.Action):
+    """What to do with a flag that may be given several times: its values are joined."""
+
+    def __call__(self, parser, args, values, flag=None):
+        before = getattr(args, self.dest)
+        setattr(args, self.dest, values if before is self.default else before + values)
 
 
 def number(low, high=math.inf, kind=float):
@@ -591,14 +585,16 @@ def add_model_flags(add):
     add("--model", choices=SIZES, help="size; default nano, or that of --init")
     add("--image-size", type=positive, nargs="+", metavar="PIXELS",
         help="side, or height and width; default by model, or that of --init")
+    add("--heads", type=positive, help="attention heads; default by model, or those of --init; "
+        "files of other projects often do not say it")
     add("--patch-size", type=positive, metavar="PIXELS", help="side of a patch; default by model")
     add("--channels", type=int, choices=(1, 3, 4),
         help="1 grey, 3 colour, 4 colour and alpha; default 3")
-    add("--data", nargs="+", default=["world"], metavar="SPEC",
+    add("--data", nargs="+", action=Join, default=["world"], metavar="SPEC",
         help="images to train on: world, world:COUNT, a folder, .tar shards ('x-{000..127}.tar', "
         "'dir/*.tar'), a .jsonl or .csv; several are joined; default: the built-in world (stage 2: "
         "100,000 images of it; stage 3: its labelled part)")
-    add("--val", nargs="+", metavar="SPEC",
+    add("--val", nargs="+", action=Join, metavar="SPEC",
         help="images to evaluate on; default world-val where --data is the world, else none")
     add("--index-dir", metavar="DIR", help="folder for the indexes of shards; default: beside them")
     add("--init", metavar="FILE", help="start from these weights; default: random weights")
@@ -647,21 +643,23 @@ def add_run_flags(add):
 
 
 def add_machine_flags(add):
-    add("--micro-batch", type=positive, default=64, metavar="IMAGES",
+    add("--micro-batch", type=positive, metavar="IMAGES",
         help="most images in one forward pass of a rank; gradients of several are accumulated; "
-        "default %(default)s (ours)")
+        "default 64; in training on CUDA what fills half of the memory, at most 256 (ours)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="of matrix products; weights and losses are always fp32. auto (default): bf16 on CUDA "
         "of capability 8 or more, fp16 on older CUDA, fp32 on cpu and mps")
     add("--parallel", choices=("auto", "ddp", "fsdp", "hsdp"), default="auto",
-        help="auto (default): ddp below 1B parameters, fsdp above; hsdp shards inside a node and "
-        "replicates across nodes; no effect in a single process")
-    add("--compile", action="store_true", help="compile each block with torch.compile; default off")
+        help="auto (default): ddp where it fits into half of the GPU's memory, else fsdp, or "
+        "across nodes hsdp, which shards inside a node and replicates across nodes; no effect in a "
+        "single process")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="compile each block with torch.compile; default on CUDA")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
         help="auto (default): the first of them that is available")
     add("--workers", type=number(0, kind=int), metavar="PROCESSES",
         help="processes per rank that decode images; 0: none; default: on CUDA the CPU cores per "
-        "rank, at most 8; else 1")
+        "rank but two, at most 16; else 1")
 
 
 def fill_recipe(args, recipe):
@@ -690,28 +688,33 @@ def choose_config(args, stage):
     file_info, name = {}, args.model or "nano"
     config = Config.named(name)
     if args.init:
-        config, file_info = config_from(args.init)
-        shape = (config.width, config.depth, config.heads)
-        name = next((row for row in SIZES if SIZES[row][:3] == shape), None)
+        config, file_info = config_from(args.init, args.heads)
+        if config.channels not in (1, 3, 4):
+            raise UserError(f"{args.init} is for images of {config.channels} channels; 1, 3 and 4 "
+                            "can be read here")
+        shape = (config.width, config.depth)
+        name = next((row for row in SIZES if SIZES[row][:2] == shape), None)
         for flag, given, found in (("--model", args.model, name),
+                                   ("--heads", args.heads, config.heads),
                                    ("--patch-size", args.patch_size, config.patch),
                                    ("--channels", args.channels, config.channels)):
             if given and given != found:
                 raise UserError(f"{flag} {given}, but --init {args.init} has {found} (width "
                                 f"{config.width}, depth {config.depth}); leave {flag} out")
     size = tuple(args.image_size) if args.image_size else config.image
-    config = Config(config.width, config.depth, config.heads, args.patch_size or config.patch,
-                    size, args.channels or config.channels)
+    config = Config(config.width, config.depth, args.heads or config.heads,
+                    args.patch_size or config.patch, size, args.channels or config.channels)
     return config, name or "nano", file_info
 
 
 class Schedule(NamedTuple):
     """The numbers of a training loop: a step of a rank is `accumulate` micro-batches of
-    `micro_batch` images; `lr` is the peak learning rate."""
+    `micro_batch` images; `lr` is the peak learning rate; an epoch has `images`."""
     steps: int
     micro_batch: int
     accumulate: int
     lr: float
+    images: int
 
 
 def make_schedule(args, images, together=1):
@@ -737,12 +740,15 @@ def make_schedule(args, images, together=1):
     samples = args.samples or (args.epochs * images if args.epochs else args.steps * args.batch)
     steps = max(1, int(samples // args.batch))
     lr = args.lr if args.lr is not None else args.base_lr * args.batch / 256
+    if steps < 20 or args.batch > images:
+        rank0_print(f"NOTE: {steps} steps of --batch {args.batch} on {images:,} images teach a "
+                    "model little: give a smaller --batch or more --epochs")
     rank0_print(f"batch {args.batch} = {world_size} ranks x {micro_batch} x "
                 f"{per_rank // micro_batch}; lr {lr:.3g}"
                 + (f" = {args.base_lr:.3g} x {args.batch}/256" if args.lr is None else "")
                 + f"; {steps:,} steps = {steps * args.batch / images:.3g} epochs of {images:,} "
                 "images")
-    return Schedule(steps, micro_batch, per_rank // micro_batch, lr)
+    return Schedule(steps, micro_batch, per_rank // micro_batch, lr, images)
 
 
 # --------------------------------------------------------------------------------------
@@ -753,8 +759,10 @@ stop_signals = []       # signals received since listen_for_signals
 gloo_group = None       # the process group for Python objects and CPU tensors; made by start
 
 
-def start(args):
-    """Join torchrun's process group, if there is one, and return the device of this process.
+def start(args, towers=()):
+    """Join torchrun's process group, if there is one, and return the device of this process. Flags
+    whose default depends on the machine get their values; `towers` (as of forward_flops) are what
+    will be trained.
 
     Raises UserError where the device is missing or the ranks were started differently."""
     env = environment()
@@ -764,7 +772,12 @@ def start(args):
     kind = kinds[0] if args.device == "auto" else args.device
     if kind not in kinds:
         raise UserError(f"--device {kind} is not available here; found: {', '.join(kinds)}")
+    if kind == "cpu" and args.device == "auto" and os.path.exists("/dev/nvidia0"):
+        raise UserError("there is a GPU but torch cannot use it: this torch is built for CUDA "
+                        f"{torch.version.cuda}, nvidia-smi says what the driver supports; install "
+                        "a torch for it, or give --device cpu")
     device = torch.device(kind, env.local_rank) if kind == "cuda" else torch.device(kind)
+    cores = max(1, cpu_cores() // env.local_world_size)
     if kind == "cuda":
         gpus = torch.cuda.device_count()
         if env.local_world_size > gpus:
@@ -773,12 +786,20 @@ def start(args):
         if env.local_world_size < gpus:
             rank0_print(f"{gpus} GPUs visible, {env.local_world_size} used: add --nproc-per-node "
                         "gpu")
+        if cores < 4:
+            rank0_print(f"NOTE: {cores} CPU cores per GPU will not decode images fast enough; on "
+                        "SLURM give --exclusive or --cpus-per-task")
         torch.cuda.set_device(device)
-    cores = max(1, cpu_cores() // env.local_world_size)
-    if kind != "cuda":
+        torch.set_float32_matmul_precision("high")      # TF32 where --precision is fp32
+    else:
         torch.set_num_threads(cores)
-    if args.workers is None:
-        args.workers = min(8, cores) if kind == "cuda" else 1
+    if args.compile is None:
+        args.compile = kind == "cuda"
+    if args.micro_batch is None:
+        args.micro_batch = (choose_micro_batch(args, towers, device_memory(device))
+                            if towers and kind == "cuda" else 64)
+    if args.workers is None:            # two cores are left for the process that feeds the GPU
+        args.workers = min(16, max(1, cores - 2)) if kind == "cuda" else 1
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # If torchrun dies, its ranks get SIGTERM: before the loop it ends them, inside the loop
         # they save and stop (Linux only). If it is dead already, its store does not answer, and
@@ -791,14 +812,18 @@ def start(args):
             raise RankError("torchrun does not answer: it was ended, or MASTER_ADDR "
                             f"{os.environ['MASTER_ADDR']} cannot be reached") from error
     global gloo_group
+    gloo_group = None
     if env.world_size > 1:
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+            # With device_id NCCL connects here and not in the first step. Not run on a GPU.
+            dist.init_process_group(**(
+                {"backend": "nccl", "device_id": device, "timeout": timedelta(minutes=10)}
+                if kind == "cuda" else {"backend": "gloo"}))
         # Patient, since some ranks wait here while others index data or write a checkpoint.
-        gloo_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        gloo_group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
     flags = {f"--{flag.replace('_', '-')}": value for flag, value in vars(args).items()}
     mine = {**flags, "device": kind, "precision": str(autocast_dtype(args, device))}
-    if args.parallel == "hsdp":
+    if args.parallel in ("auto", "hsdp"):
         mine["ranks on a node"] = env.local_world_size
     for rank, theirs in enumerate(all_gather_objects(mine)):
         for name in mine:
@@ -852,6 +877,20 @@ def gather_objects(value):
     return values
 
 
+def objects_in_turn(value):
+    """Yield the values of all ranks one after another, on rank 0, which holds one of them at a time
+    besides its own; nothing on the others. Every rank has to exhaust it."""
+    if get_rank() == 0:
+        yield value
+    for rank in range(1, get_world_size()):
+        if get_rank() == rank:
+            dist.send_object_list([value], 0, group=gloo_group)
+        elif get_rank() == 0:
+            received = [None]
+            dist.recv_object_list(received, rank, group=gloo_group)
+            yield received.pop()
+
+
 def all_reduce_sum(tensor):
     """The sum of a tensor over all ranks, in place, on every rank."""
     if dist.is_initialized():
@@ -885,25 +924,36 @@ def on_rank_0(action):
     return result
 
 
+def tell_torchrun(error):
+    """Leave a message where torchrun looks for it: it ends its report of the failure with it."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        content = {"message": str(error), "extraInfo": {"timestamp": int(time.time())}}
+        Path(path).write_text(json.dumps({"message": content}))
+
+
 def run(main):
     """Call a stage's main and leave the process: the last line of every stage.
 
     A user's mistake is one line on stderr and exit code 2. The process leaves by os._exit, since
     gloo's threads sometimes abort a process that has finished its work."""
-    code, program, env = 0, Path(sys.argv[0]).name, environment()
+    code, program = 0, Path(sys.argv[0]).name
+    sys.stdout = sys.stdout or open(os.devnull, "w")        # None: it was closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout.reconfigure(errors="backslashreplace")       # names of files may be in any encoding
     try:
         main(sys.argv[1:])
     except UserError as error:          # every rank has it: print it once per node
         code = 2
-        if env.local_rank == 0 or isinstance(error, RankError):
+        tell_torchrun(error)
+        if isinstance(error, RankError) or environment().local_rank == 0:
             print(f"{program}: {error}", file=sys.stderr)
     except BrokenPipeError:             # as by `| head`
         os._exit(141)
     except OSError as error:
         code = 2
         if error.filename is not None or error.errno == errno.ENOSPC:       # the user can mend it
-            print(f"{program}: rank {env.rank}: {error}", file=sys.stderr)
+            tell_torchrun(error)
+            print(f"{program}: rank {environment().rank}: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
     except SystemExit as leave:
@@ -937,11 +987,15 @@ def build(make, args, device, methods=(), frozen=False):
         module.recompute = args.activation_checkpoint
     blocks = blocks_of(model)
     if args.compile:
-        for block in blocks:
-            block.compile()             # in place: torch.compile(model) would rename parameters
-    mode = args.parallel if args.parallel != "auto" else "ddp" if count < 1e9 else "fsdp"
-    if env.world_size == 1:
-        mode = "one process"
+        try:
+            torch.compile(torch.neg)(torch.ones(1, device=device))
+        except Exception as error:      # whatever compilers raise
+            raise UserError("--compile: torch has no working compiler here "
+                            f"({str(error).strip().splitlines()[0]}); install one (gcc) or leave "
+                            "--compile out") from error
+        for block in blocks:            # in place: torch.compile(model) would rename parameters
+            block.compile(dynamic=False)
+    mode = choose_parallel(args, count, device_memory(device), env)
     if mode in ("fsdp", "hsdp"):
         shape, names = (env.world_size,), ("shard",)
         if mode == "hsdp":
@@ -956,9 +1010,11 @@ def build(make, args, device, methods=(), frozen=False):
         # stream stays fp32.
         policy = MixedPrecisionPolicy(param_dtype=autocast_dtype(args, device),
                                       reduce_dtype=torch.float32, cast_forward_inputs=False)
+        # Gathered weights are kept for the backward pass: a half of the gathers, for the memory of
+        # the weights in half precision.
         for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: shard_columns(p, shape[-1]))
         for name in methods:
             register_fsdp_forward_method(model, name)
     model.to_empty(device=device)
@@ -972,6 +1028,31 @@ def build(make, args, device, methods=(), frozen=False):
         return model, DistributedDataParallel(model, forward_sync_buffers=False,
                                               gradient_as_bucket_view=True)
     return model, model
+
+
+def device_memory(device):
+    """The bytes of a GPU; for other devices 36e9, with which auto shards from 1B parameters on."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 36e9
+
+
+def choose_parallel(args, count, memory, env):
+    """How ranks share a model of `count` parameters, by --parallel; auto is ddp where weights,
+    gradients and Adam's moments in fp32 and weights in bf16 (18 bytes a parameter) fit into half of
+    the memory, else hsdp across nodes and fsdp on one."""
+    if env.world_size == 1:
+        return "one process"
+    if args.parallel != "auto":
+        return args.parallel
+    if 18 * count < memory / 2:
+        return "ddp"
+    return "hsdp" if env.local_world_size < env.world_size else "fsdp"
+
+
+def shard_columns(parameter, ranks):
+    """Where to cut a parameter of one row among ranks: along its last dimension (None: along the
+    first, as FSDP does). Along the first, each rank would hold padding of the table's size."""
+    if parameter.shape[0] == 1 and parameter.shape[-1] % ranks == 0:
+        return Shard(parameter.dim() - 1)
 
 
 def blocks_of(model):
@@ -1019,6 +1100,7 @@ def accumulating(wrapped, last):
     exchanges gradients between ranks."""
     if isinstance(wrapped, FSDPModule):
         wrapped.set_requires_gradient_sync(last)
+        wrapped.set_reshard_after_backward(last)
     elif isinstance(wrapped, DistributedDataParallel) and not last:
         return wrapped.no_sync()
     return contextlib.nullcontext()
@@ -1108,9 +1190,16 @@ def write_aside(path, write):
             os.fsync(file.fileno())         # or a crash may keep the new name without the content
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:        # torch.save raises RuntimeError
-        raise RankError(f"{path} could not be written: {error}".split("\n")[0]) from error
+        raise RankError(f"{path} could not be written, {free_space(path.parent)}: "
+                        f"{error}".split("\n")[0]) from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def free_space(folder):
+    """How much space the disk of a folder has left, in words."""
+    free = shutil.disk_usage(folder).free / 1e9
+    return f"{free:.3g} GB are free" if free > 0.1 else "the disk is full"
 
 
 def read_json(path):
@@ -1141,7 +1230,8 @@ def lock(out):
         fcntl.lockf(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):     # others: no locks on this file system
-            raise UserError(f"another run is writing to {out}; choose another --out") from error
+            raise UserError(f"another run is writing to {out}; choose another --out (or remove "
+                            f"{out}/lock, if its node has died)") from error
 
 
 def open_run(args, stage, model, train, val, fixed=None):
@@ -1162,8 +1252,12 @@ def open_run(args, stage, model, train, val, fixed=None):
     settings = json.loads(json.dumps(settings))         # as config.json will have it
 
     def prepare():
-        out.mkdir(parents=True, exist_ok=True)
-        lock(out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock(out)
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written: {error.strerror}; choose another "
+                            "folder") from error
         for torn in (*out.glob("*.tmp"), *out.glob("checkpoints/*.tmp")):
             shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
         finished, begun = (out / "finished").exists(), bool(checkpoints(out))
@@ -1192,7 +1286,11 @@ def open_run(args, stage, model, train, val, fixed=None):
         return True
 
     work = on_rank_0(prepare)
-    if len({*all_gather_objects(read_json(out / "config.json").get("started"))}) > 1:
+    for _ in range(30):             # on NFS a node may see the old file for some seconds
+        if len({*all_gather_objects(read_json(out / "config.json").get("started"))}) == 1:
+            break
+        time.sleep(1)
+    else:
         raise UserError(f"--out {out} is not the same folder on every node; use a shared one")
     listen_for_signals()
     return work
@@ -1241,14 +1339,15 @@ def save(args, model, optimizer, state, ema):
             values["step"].zero_()
     try:
         dcp.save({"model": weights, "optimizer": moments, **({"ema": ema} if ema else {})},
-                 checkpoint_id=aside)
+                 checkpoint_id=aside, process_group=gloo_group)
     except CheckpointException as error:        # torch raises one rank's failure on every rank
         on_rank_0(lambda: shutil.rmtree(aside, ignore_errors=True))
-        reason = str(next(iter(error.failures.values()))[0]).split("\n")[0]
-        free = shutil.disk_usage(args.out).free / 1e9
-        raise UserError(f"{folder} could not be written, {free:.3g} GB are free: {reason}; the "
-                        "previous checkpoint is whole, and the same command resumes from it"
-                        ) from error
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise UserError(f"{folder} could not be written, {free_space(args.out)}: "
+                        f"{str(cause).splitlines()[0]}; the same command resumes from the previous "
+                        "checkpoint, if there is one") from error
     rank = get_rank()
     mine = [*aside.glob(f"__{rank}_*"), *(aside.glob(".metadata") if rank == 0 else ())]
     crcs = all_gather_objects([(path.name, file_crc(path)) for path in mine])
@@ -1277,7 +1376,7 @@ def restore(args, model, optimizer, state, ema):
               for group in optimizer.param_groups]
     weights, moments = get_state_dict(model, optimizer)
     content = {"model": weights, "optimizer": moments, **({"ema": ema} if ema else {})}
-    dcp.load(content, checkpoint_id=folder)
+    dcp.load(content, checkpoint_id=folder, process_group=gloo_group)
     set_state_dict(model, optimizer, model_state_dict=content["model"],
                    optim_state_dict=content["optimizer"])
     for group, values in zip(optimizer.param_groups, groups):
@@ -1314,6 +1413,9 @@ def list_bad(args, bad, name, mode):
 # Run: what surrounds every training step
 # --------------------------------------------------------------------------------------
 
+NEXT_STAGE = {"mae": "torchrun wsp.py", "wsp": "torchrun finetune.py classify"}
+
+
 class Run:
     """What surrounds the training steps of every stage:
 
@@ -1340,6 +1442,7 @@ class Run:
                       "fp16": fp16, "loss_scale": 65536.0 if fp16 else 1.0,
                       "steps_without_overflow": 0, **(state or {})}
         restore(args, model, optimizer, self.state, self.ema)
+        self.bad, self.bad_listed = [], self.state["bad_samples"]
         self.eval_every = max(1, schedule.steps // 10) if args.eval_every is None \
             else args.eval_every
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -1355,7 +1458,7 @@ class Run:
                 "".join(json.dumps(record) + "\n" for record in kept)))
         self.bar = tqdm(total=schedule.steps, initial=self.state["step"], unit="step",
                         dynamic_ncols=True, disable=self.rank > 0 or not sys.stderr.isatty())
-        self.saved_at, self.stop = time.monotonic(), False
+        self.saved_at, self.stop, self.best_speed = time.monotonic(), False, 0.0
         self.restart_clock()
 
     # ---- the loop
@@ -1377,9 +1480,10 @@ class Run:
             yield
             done = state["step"] == schedule.steps
             model_due = done or self.stop or self.evaluation_due()
-            if model_due:
-                self.write_model()
-            if model_due or self.save_due:
+            # While steps are skipped the weights may be what makes gradients infinite.
+            if (model_due or self.save_due) and not state["skipped_in_a_row"]:
+                if model_due:
+                    self.write_model()
                 save(args, self.model, self.optimizer, state, self.ema)
                 self.saved_at = time.monotonic()
                 self.restart_clock()
@@ -1388,19 +1492,27 @@ class Run:
                                    "same command resumes the run")
         metrics = evaluate()
         self.log_evaluation(metrics)
+        if state["bad_samples"]:
+            rank0_print(f"{state['bad_samples']} images could not be read, and were replaced: see "
+                        f"{args.out}/bad_samples.txt")
+        self.bar.close()
+        following = NEXT_STAGE.get(self.model_info["stage"])
+        rank0_print(f"model.pt, log.jsonl and pictures are in {args.out}"
+                    + (f"; next: {following} --init {args.out}/model.pt" if following else ""))
         report(args, {**metrics, "samples": state["step"] * args.batch})
         if self.rank == 0:
             (Path(args.out) / "finished").touch()
 
     def micro_batches(self, batches):
         """Yield the micro-batches of a step, with tensors on the device."""
-        self.loss, self.bad = torch.zeros((), device=self.device), []
+        self.loss, self.bad_positions = torch.zeros((), device=self.device), 0
         for i in range(self.schedule.accumulate):
             begun = time.perf_counter()
             self.first_wait = self.first_wait or begun
             batch = next(batches)
             self.waited += time.perf_counter() - begun
             self.bad += batch["bad"]
+            self.bad_positions += len({position for position, _, _ in batch["bad"]})
             with accumulating(self.wrapped, last=i == self.schedule.accumulate - 1):
                 yield {name: value.to(self.device, non_blocking=True)
                        for name, value in batch.items() if torch.is_tensor(value)}
@@ -1424,7 +1536,7 @@ class Run:
         sums = all_reduce_floats(
             (self.loss / world_size, norm / world_size, *counts.values()),
             (bool(stop_signals), self.rank == 0 and minutes >= self.args.save_every,
-             len(self.bad)))
+             self.bad_positions))
         finite, fused = sums[1].isfinite(), self.optimizer.defaults["fused"]
         if fused:
             self.optimizer.found_inf = 1 - finite.float()
@@ -1438,13 +1550,17 @@ class Run:
             update_ema(self.ema, self.model, self.args.ema, state["step"])
         state["step"] += 1
         self.note_finite(finite)
-        if bad:
-            self.note_bad()
+        state["bad_samples"] += int(bad)
+        self.note_bad()
         for name, value in zip(counts, counted):
             state[name] += int(value)
         self.log_step({"loss": loss, **self.constants, "lr": self.lr, "grad_norm": norm,
                        "bad_samples": state["bad_samples"],
                        **{name: state[name] for name in counts}})
+
+    def record_due(self):
+        step = self.state["step"]
+        return step % self.args.log_every == 0 or step == self.schedule.steps
 
     def evaluation_due(self):
         return self.eval_every > 0 and self.state["step"] % self.eval_every == 0
@@ -1483,24 +1599,27 @@ class Run:
         rank0_print(f"step {state['step']} skipped: its gradient is not finite; positions "
                     f"{last - self.args.batch} to {last - 1}")
         if state["skipped_in_a_row"] == 10:
-            raise UserError("ten steps in a row had gradients that are not finite; checkpoints "
-                            "are from before: try a lower --lr, --clip-grad 1 or --precision fp32")
+            raise UserError("ten steps in a row had gradients that are not finite; the checkpoints "
+                            "are from before the first: try a lower --lr, --clip-grad 1 or "
+                            "--precision fp32")
 
     def note_bad(self):
-        """Count the images of a step that could not be read and list them in bad_samples.txt.
+        """List the images that could not be read in bad_samples.txt, where a record is due or the
+        run may stop: between ranks, such a list takes longer than a small model's step.
 
-        Raises UserError when more than --max-bad of the images seen are bad (of at least 1,000, so
-        that a small data set is not ended by one), or when one could not be replaced."""
-        args, state = self.args, self.state
-        bad = list_bad(args, self.bad, "bad_samples.txt", "a")
-        state["bad_samples"] += len(bad)
-        seen, (_, where, why) = state["step"] * args.batch, bad[-1]
-        last = f"see {args.out}/bad_samples.txt; the last: {where}: {why}"
-        if state["bad_samples"] > args.max_bad * max(seen, 1000):
-            raise UserError(f"{state['bad_samples']} bad images among {seen} are more than "
-                            f"--max-bad {args.max_bad}; {last}")
-        if max(Counter(position for position, _, _ in bad).values()) > 10:
-            raise UserError(f"eleven images in a row cannot be read; {last}")
+        Raises UserError when more than --max-bad of the images seen were bad (of 1,000 or an epoch,
+        where fewer have been seen)."""
+        args, state, step = self.args, self.state, self.state["step"]
+        count, seen = state["bad_samples"], step * args.batch
+        many = count > args.max_bad * max(seen, min(1000, self.schedule.images))
+        if count == self.bad_listed or not (many or self.stop or self.save_due or self.record_due()
+                                            or self.evaluation_due()):
+            return
+        bad, self.bad, self.bad_listed = list_bad(args, self.bad, "bad_samples.txt", "a"), [], count
+        if many:
+            raise UserError(f"{count} of {seen} images cannot be read, more than --max-bad "
+                            f"{args.max_bad}; see {args.out}/bad_samples.txt; the last: "
+                            f"{bad[-1][1]}: {bad[-1][2]}")
 
     # ---- log
 
@@ -1530,13 +1649,19 @@ class Run:
         """Every --log-every steps and at the last: write a record and show progress."""
         step, steps = self.state["step"], self.schedule.steps
         self.bar.update(1)
-        if self.rank or step % self.args.log_every and step != steps:
+        if self.rank or not self.record_due():
             return
         seconds = time.perf_counter() - self.first_wait
         speed = (step - self.timed_from) * self.args.batch / seconds
         self.write_record({**values, "images_per_second": round(speed, 1),
                            "data_wait": round(self.waited / seconds, 4),
                            "mfu": self.peak_speed and round(speed / self.peak_speed, 4)})
+        self.best_speed = max(self.best_speed, speed)
+        if self.device.type == "cpu" and speed < self.best_speed / 4:
+            rank0_print(f"NOTE: {speed:.0f} images/s, after {self.best_speed:.0f}: do other programs "
+                        "use the CPU? Threads that wait for each other then cost most of the time; "
+                        "with GOMP_SPINCOUNT=1000 in the environment, less")
+            self.best_speed = speed
         text = (f"loss {values['loss']:.4f}, {speed:.0f} images/s, "
                 f"{100 * self.waited / seconds:.0f}% waiting for data")
         self.bar.set_postfix_str(text)
@@ -1550,7 +1675,6 @@ class Run:
         if metrics:
             values = {f"val_{name}": value for name, value in metrics.items()}
             self.write_record(values)
-            self.bar.clear()
             rank0_print(f"step {self.state['step']}: " + ", ".join(
                 f"{name} {value:.4g}" for name, value in values.items()))
         if self.rank == 0:
@@ -1559,33 +1683,48 @@ class Run:
 
 
 def draw_curves(records, path):
-    """Draw the log over the number of images seen: a panel per quantity, training in blue,
-    validation in red, the loss of a constant prediction in grey."""
-    width, height, left, top = 480, 300, 60, 30
-    fields = ["loss", "lr", "grad_norm", "images_per_second"]
-    fields += dict.fromkeys(name[4:] for record in records for name in record if name[:4] == "val_"
-                            and name not in ("val_loss", "val_best", "val_count", "val_bad",
-                                             "val_entropy", "val_captions"))
+    """Draw the log over the number of images seen, a panel per quantity: training in blue,
+    validation in red, and in grey and orange the losses of a constant prediction for the two."""
+    width, height, left, top = 480, 300, 70, 40
+    names = dict.fromkeys(name for record in records for name in record)
+    fields = ["loss", *(name[4:] for name in names if name[:4] == "val_" and name[4:] not in (
+        "loss", "best", "count", "bad", "entropy", "captions")), "lr", "grad_norm",
+        "images_per_second"]
     sheet = Image.new("RGB", (2 * width, (len(fields) + 1) // 2 * height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, field in enumerate(fields):
-        lines = [[(record["samples"], record[name]) for record in records
-                  if isinstance(record.get(name), (int, float)) and math.isfinite(record[name])]
-                 for name in (field, f"val_{field}", *(["entropy"] if field == "loss" else []))]
+        series = {"training": (field, "#1f5fb4"), "validation": (f"val_{field}", "#c03028")}
+        if field == "loss":
+            series |= {"constant, training": ("entropy", "#909090"),
+                       "constant, validation": ("val_entropy", "#e09020")}
+        lines = {label: ([(record["samples"], record[name]) for record in records if isinstance(
+            record.get(name), (int, float)) and math.isfinite(record[name])], colour)
+            for label, (name, colour) in series.items()}
+        lines = {label: line for label, line in lines.items() if line[0]}
         x0, y0 = i % 2 * width + left, i // 2 * height + top
-        x1, y1 = x0 + width - left - 20, y0 + height - top - 30
+        x1, y1 = x0 + width - left - 20, y0 + height - top - 40
         draw.rectangle((x0, y0, x1, y1), outline="#999999")
-        draw.text((x0, y0 - 18), field, "black")
-        if not any(lines):
+        draw.text((x0, y0 - 32), field.replace("_", " "), "black", font_size=14)
+        if not lines:
             continue
-        xs, ys = zip(*itertools.chain(*lines))
-        low, high = min(ys), max(ys) if max(ys) > min(ys) else min(ys) + 1e-9
-        for line, colour in zip(lines, ("#1f5fb4", "#c03028", "#909090")):
-            draw.line([(x0 + (x1 - x0) * x / max(xs), y1 - (y1 - y0) * (y - low) / (high - low))
-                       for x, y in line], colour, 2)
-        for y, value in ((y1, low), (y0, high)):
-            draw.text((x0 - 6, y), f"{value:.3g}", "black", anchor="rm")
-        draw.text((x1, y1 + 12), f"{max(xs):,} images", "black", anchor="rm")
+        xs, ys = zip(*itertools.chain(*(points for points, _ in lines.values())))
+        # The first values, before anything is learned, would hide the rest: they may be cut off.
+        low, high = min(ys), max(ys) if len(ys) < 20 else sorted(ys)[int(0.98 * len(ys))]
+        high = high if high > low else low + (abs(low) or 1)
+        for n, (label, (points, colour)) in enumerate(lines.items()):
+            draw.text((x0 + 110 * n, y0 - 14), label, colour)
+            places = [(x0 + (x1 - x0) * x / max(xs),
+                       y1 - (y1 - y0) * min(1, (y - low) / (high - low))) for x, y in points]
+            draw.line(places, colour, 2)
+            for x, y in places if len(places) < 30 else ():
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+        for k in range(5):
+            y, x = y1 + (y0 - y1) * k / 4, x0 + (x1 - x0) * k / 4
+            draw.line((x0 - 4, y, x0, y), "#999999")
+            draw.line((x, y1, x, y1 + 4), "#999999")
+            draw.text((x0 - 6, y), f"{low + (high - low) * k / 4:.3g}", "black", anchor="rm")
+            draw.text((x, y1 + 12), f"{max(xs) * k / 4:,.0f}", "black", anchor="mm")
+        draw.text(((x0 + x1) / 2, y1 + 26), "images seen", "black", anchor="mm")
     write_aside(path, lambda aside: sheet.save(aside, "PNG"))
 
 
@@ -1620,6 +1759,13 @@ def activation_bytes(towers, number_bytes, recompute):
     return sum(L * size for (L, _, _), size in zip(towers, per_block))
 
 
+def choose_micro_batch(args, towers, memory):
+    """The number of images whose activations fill half of the memory, at most 256 (ours)."""
+    number_bytes = 4 if args.precision == "fp32" else 2
+    image = activation_bytes(towers, number_bytes, args.activation_checkpoint)
+    return max(1, min(256, int(memory / 2 / image)))
+
+
 # Of an H100; the share of its peak that a run reaches is a guess (ours).
 GPU_MEMORY, MFU = 80e9, 0.4
 
@@ -1631,8 +1777,8 @@ def plan(args, make, towers, flops=None):
     Weights and Adam's two moments take 12 bytes per parameter and gradients 4, divided among the
     ranks that shard. Gradients that are accumulated are whole on every rank and exist beside all
     activations; otherwise they appear as activations are freed. "copies" are weights in half
-    precision: all with ddp, those of three blocks where they are sharded. `flops` per image are
-    given where they are not three forwards."""
+    precision, where they are sharded also the whole gradient of a block in transfer. `flops` per
+    image are given where they are not three forwards."""
     with torch.device("meta"):
         model = make()
     count = sum(p.numel() for p in model.parameters())
@@ -1640,14 +1786,13 @@ def plan(args, make, towers, flops=None):
     largest_block = max(sum(p.numel() for p in block.parameters()) for block in blocks_of(model))
     number_bytes = 4 if args.precision == "fp32" else 2
     per_rank = max(1, args.batch // args.plan)
-    micro = min(args.micro_batch, per_rank)
+    micro = min(args.micro_batch or choose_micro_batch(args, towers, GPU_MEMORY), per_rank)
     rows = []
     for mode, shards in (("ddp", 1), ("hsdp", min(8, args.plan)), ("fsdp", args.plan)):
         states = (4 * count + 8 * trained) / shards
         gradients = 4 * trained / (shards if micro == per_rank else 1)
-        # ddp: weights once more in half precision; sharded: three blocks gathered or in transfer
         copies = (2 * count * (number_bytes == 2) if mode == "ddp"
-                  else (3 * number_bytes + 4) * largest_block)
+                  else number_bytes * count + 2 * 4 * largest_block)
         for recompute in (False, True):
             image = activation_bytes(towers, number_bytes, recompute)
             together = max if micro == per_rank else sum
@@ -1666,10 +1811,12 @@ def plan(args, make, towers, flops=None):
                 f"H100 at {100 * MFU:g}% of the peak: {seconds:.3g} s per step of {args.batch} "
                 f"images, {million:.3g} h per million images"
                 + (f", {million * samples / 1e6:.3g} h for the run" if samples else ""))
-    rank0_print(f"GB per GPU with micro-batches of {micro}, and the largest micro-batch in "
-                f"{GPU_MEMORY / 1e9:g} GB:")
+    rank0_print(f"GB per GPU with micro-batches of {micro}; total is what exists at one time, "
+                f"largest the largest micro-batch in {GPU_MEMORY / 1e9:g} GB:")
     for row in (rows[0].keys(), *(row.values() for row in rows)):
         rank0_print("".join(f"{str(value):>12}" for value in row))
+    if not any(row["largest"] for row in rows):
+        rank0_print(f"this model does not fit on {args.plan} such GPUs: give --plan more of them")
     rank0_print(json.dumps({"parameters": count, "flops_per_image": flops, "micro_batch": micro,
                             "seconds_per_step": seconds, "hours_per_million_images": million,
                             "memory_gb": rows}))
@@ -1700,6 +1847,11 @@ def read_safetensors(path):
             for name, entry in header.items() if name != "__metadata__"}
 
 
+# Where files keep their weights. Averaged ones and the teacher of self-distillation come first.
+WEIGHTS_IN = ("state_dict_ema", "model_ema", "teacher", "model", "state_dict", "model_state",
+              "module", "student")
+
+
 def read_weights(path):
     """Read a weights file without running code from it: ({name in the file: tensor}, file_info).
 
@@ -1718,13 +1870,18 @@ def read_weights(path):
                                      mmap=zipfile.is_zipfile(path))
     except Exception as error:          # the errors of torch.load have no common class
         reason = str(error).strip().split("\n")[0][:200]
+        if forbidden := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            reason = f"it holds a {forbidden[1]}, which could run code; save its weights alone"
+        elif "Weights only load failed" in reason:
+            reason = "it is no file of torch.save"
         raise UserError(f"{path} cannot be read as weights ({reason}); "
                         "is it complete, and a .pt .pth .bin or .safetensors?") from error
-    while isinstance(content, dict) and (inner := next(
-            (key for key in ("model", "state_dict", "model_state", "module")
-             if isinstance(content.get(key), dict)), None)):
-        file_info |= {key: value for key, value in content.items() if key != inner}
-        content = content[inner]
+    while isinstance(content, dict) and (inside := [
+            key for key in WEIGHTS_IN if isinstance(content.get(key), dict)]):
+        file_info |= {key: value for key, value in content.items() if key not in inside}
+        if len(inside) > 1:
+            file_info["chosen"] = f" ({inside[0]}; it also has {', '.join(inside[1:])})"
+        content = content[inside[0]]
     tensors = {name: value for name, value in content.items() if torch.is_tensor(value)} \
         if isinstance(content, dict) else {}
     if not tensors:
@@ -1790,20 +1947,23 @@ def grid_in_file(pos_embed, file_info):
 
 def find_heads(path, width, depth, sizes):
     """The number of heads of a weights file of another project, which does not say it itself: from
-    a config.json beside it, as Hugging Face has, or from the row of `sizes` {name: (width, depth,
-    heads, …)}. Raises UserError where neither is there."""
+    a config.json beside it, as Hugging Face has, or, with a NOTE, from the row of `sizes` {name:
+    (width, depth, heads, …)}. Raises UserError where neither is there."""
     beside = read_json(Path(path).with_name("config.json"))
     if beside.get("hidden_size") == width and "num_attention_heads" in beside:
         return beside["num_attention_heads"]
-    for row in sizes.values():
+    for name, row in sizes.items():
         if row[:2] == (width, depth):
+            rank0_print(f"NOTE: {path} does not say its number of heads; {row[2]} is taken, as "
+                        f"{name} has; with a wrong number results are wrong: see --heads")
             return row[2]
     raise UserError(f"{path} has width {width} and depth {depth}, which none of {', '.join(sizes)} "
-                    "has, so its number of heads is unknown")
+                    "has, so its number of heads is unknown: give it as --heads")
 
 
-def config_from(path):
-    """The Config of a weights file, and its file_info with "shapes" {name: shape} added.
+def config_from(path, heads=None):
+    """The Config of a weights file, and its file_info with "shapes" {name: shape} added. `heads` is
+    for files that do not say it.
 
     Raises UserError where it is not a Vision Transformer as SIZES has."""
     tensors, file_info = read_weights(path)
@@ -1820,13 +1980,14 @@ def config_from(path):
                         f"{', '.join(list(tensors)[:3])}, …") from error
     rows, columns = grid_in_file(pos_embed, file_info)
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    heads = find_heads(path, width, depth, SIZES)
+    heads = heads or find_heads(path, width, depth, SIZES)
     return Config(width, depth, heads, patch, (rows * patch, columns * patch), channels), file_info
 
 
 # Tensors that a file may contain and a model need not use: heads, decoders and text towers
-OPTIONAL = ("decoder_*", "mask_token", "embeddings.mask_token", "head.*", "norm.*", "fc_norm.*",
-            "pooler.*", "text_encoder.*", "text_projection", "vision_projection", "logit_scale")
+OPTIONAL = ("cls_token", "decoder_*", "mask_token", "embeddings.mask_token", "head.*", "norm.*",
+            "fc_norm.*", "pooler.*", "text_encoder.*", "text_projection", "vision_projection",
+            "logit_scale")
 
 
 def matches(name, patterns):
@@ -1845,7 +2006,9 @@ def load_weights(model, path, new=(), renew=(), log=rank0_print, rename=our_name
 
     `new` are patterns of tensors that the file may lack ("decoder_*"); they keep their values. So
     do those of `renew`, even if the file has them. `rename` gives the file's tensors the model's
-    names. Position embeddings are resized to the model's grid.
+    names. Position embeddings are resized to the model's grid. Where the model's patches are of
+    several frames, an image kernel is inflated: each frame gets an equal share of it, so that a
+    still clip has the tokens of its image.
     Returns {"loaded", "new", "unused"}: lists of names.
     Raises UserError, before anything is changed, where a tensor outside of `new` is missing or has
     another shape, or where the file has more layers than the model: weights that match nothing, or
@@ -1859,9 +2022,20 @@ def load_weights(model, path, new=(), renew=(), log=rank0_print, rename=our_name
         if name.endswith("pos_embed") and value.shape[2:] == targets[name].shape[2:]:
             values[name] = resize_pos_embed(value, grid_in_file(value, file_info),
                                             model.config.grid)
+    inflated = ""
+    for name, value in values.items():
+        if value.dim() == 4 and targets[name].dim() == 5:
+            frames = targets[name].shape[2]
+            values[name] = (value / frames)[:, :, None].expand(-1, -1, frames, -1, -1)
+            inflated = f"; inflated over {frames} frames: {name}"
     fresh = [name for name in targets if name not in values]
     unused = [name for name in tensors if name not in values]
     missing = [name for name in fresh if not matches(name, (*new, *renew))]
+    if "norm.weight" in missing and "fc_norm.weight" in tensors:
+        raise UserError(f"{path} was finetuned on the mean of its patches (it has fc_norm, not "
+                        "norm), so its class token cannot be used: classify, features, knn and "
+                        "linear take it with --pool mean; else give the file that it was finetuned "
+                        "from")
     wrong = [f"{name} {list(value.shape)} instead of {list(targets[name].shape)}"
              for name, value in values.items() if value.shape != targets[name].shape]
     unknown = [name for name in unused if name not in targets and not matches(name, OPTIONAL)]
@@ -1876,5 +2050,6 @@ def load_weights(model, path, new=(), renew=(), log=rank0_print, rename=our_name
     filled = sum(targets[name].numel() for name in values)
     total = sum(target.numel() for target in targets.values())
     log(f"loaded {len(values)} of {len(targets)} tensors ({100 * filled / total:.1f}% of "
-        f"parameters) from {path}; new: {summary(fresh)}; unused: {summary(unused)}")
+        f"parameters) from {path}{file_info.get('chosen', '')}; new: {summary(fresh)}; "
+        f"unused: {summary(unused)}{inflated}")
     return {"loaded": list(values), "new": fresh, "unused": unused}

@@ -1,10 +1,9 @@
 """Stage 2: weakly supervised pretraining (WSP) on hashtags.
 
-People have written billions of hashtags under pictures. They are noisy, and many say nothing about
-the picture, but they cost nothing. A Vision Transformer learns to predict them: hashtags are mapped
-to a vocabulary, images with rare ones are repeated, and the loss is a softmax over the vocabulary
-("The effectiveness of MAE pre-pretraining for billion-scale pretraining", arXiv 2303.13496, section
-3; after SWAG, arXiv 2201.08371).
+People have written billions of hashtags under pictures. They are noisy, but cost nothing. A Vision
+Transformer learns to predict them: hashtags are mapped to a vocabulary, images with rare ones are
+repeated, and the loss is a softmax over the vocabulary ("The effectiveness of MAE pre-pretraining
+for billion-scale pretraining", arXiv 2303.13496, section 3; after SWAG, arXiv 2201.08371).
 
 The one idea of the paper is where this training starts: from the encoder of stage 1, whose decoder
 is thrown away, instead of from random weights. Nothing else changes, and the result is better than
@@ -49,6 +48,7 @@ ALL_MODELS = dict(loss="softmax", weight_decay=0.1, clip_grad=1.0, warmup=0.05)
 BETAS = 0.9, 0.999                      # not published; AdamW's own
 NO_DECAY = "pos_embed", "cls_token"     # no weight decay, as in MAE's finetuning
 EPOCH_REPEAT = 5 / 3                    # 3 billion images make an epoch of 5 billion (paper)
+MAX_REPEAT = 10                         # most repeats of an image in an epoch (ours)
 
 
 def parse_flags(argv):
@@ -67,12 +67,8 @@ def parse_flags(argv):
         "images of rare tags, by the inverse square root of their rarest tag's frequency, so that "
         "an epoch has 5/3 as many samples as images (its length: paper; the rule: ours); none: "
         "show each image once")
-    add("--max-repeat", type=vit.positive, default=10, metavar="TIMES",
-        help="most repeats of an image in an epoch; default %(default)s (ours)")
     add("--loss", choices=("softmax", "bce"), help="softmax (default; SWAG's authors): "
         "cross-entropy with 1/k on each of k tags; bce: binary cross-entropy for every tag")
-    add("--drop-path", type=vit.number(0, 0.999), default=0.0, metavar="SHARE", help="share of "
-        "images that skip a branch of the last block; default 0, off (ours)")
     add("--smallest-crop", type=vit.number(1e-9, 1), metavar="SHARE",
         help="smallest area of a random crop, as a share of the image's; default by model")
     args = parser.parse_args(argv)
@@ -128,16 +124,16 @@ def read_synonyms(path):
     return ends
 
 
-def tag_number(tag, vocabulary, synonyms):
-    """The number of a tag in a vocabulary {tag: number}, or -1; it may be spelled in any way."""
+def tag_number(tag, numbers, synonyms):
+    """The number of a tag, spelled in any way, in a vocabulary {tag: number}, or -1."""
     tag = canonical(tag)
-    return vocabulary.get(synonyms.get(tag, tag), -1)
+    return numbers.get(synonyms.get(tag, tag), -1)
 
 
 def number_in(vocabulary, synonyms):
     """The function from a tag to its number in a vocabulary [tag]; workers can pickle it."""
     numbers = {tag: i for i, tag in enumerate(vocabulary)}
-    return functools.partial(tag_number, vocabulary=numbers, synonyms=synonyms)
+    return functools.partial(tag_number, numbers=numbers, synonyms=synonyms)
 
 
 def tag_targets(sample, number_of):
@@ -146,7 +142,7 @@ def tag_targets(sample, number_of):
 
 
 def count_tags(source, synonyms):
-    """On how many images each canonical tag is: a Counter, on rank 0; None on the others."""
+    """On how many images each canonical tag is: a Counter, empty on all ranks but 0."""
     numbers, counts, total = {}, Counter(), Counter()
 
     def number_of(tag):
@@ -156,11 +152,10 @@ def count_tags(source, synonyms):
     for c in data.my_part(len(source.chunks), "counting tags"):
         found, images = np.unique(data.pairs(source, c, number_of)[1], return_counts=True)
         counts.update(dict(zip(found.tolist(), images.tolist())))
-    # Rare tags may be many millions: no rank but the first needs them.
-    parts = vit.gather_objects({tag: counts[number] for tag, number in numbers.items()})
-    for part in parts or ():
+    # Rare tags may be many millions: rank 0 alone needs them, and takes one rank's at a time.
+    for part in vit.objects_in_turn({tag: counts[number] for tag, number in numbers.items()}):
         total.update(part)
-    return parts and total
+    return total
 
 
 def choose_vocabulary(counts, min_count, size):
@@ -179,26 +174,26 @@ def choose_vocabulary(counts, min_count, size):
 # Resampling: images of rare tags are shown more often
 # ======================================================================================
 
-def repeats(frequency, t, max_repeat):
-    """r(tag) = clip(sqrt(t / f), 1, max_repeat): float64 [K].
+def repeats(frequency, t):
+    """r(tag) = clip(sqrt(t / f), 1, MAX_REPEAT): float64 [K]. `frequency` [K] is f, the number of
+    images that have the tag.
 
-    An epoch shows an image r(its rarest tag) times, on average. `frequency` [K] is f, the number of
-    images that have the tag. The inverse square root is that of the paper's predecessors (SWAG);
-    its own rule is not published."""
-    return np.clip(np.sqrt(t / frequency), 1, max_repeat)
+    An epoch shows an image r(its rarest tag) times, on average. The inverse square root is that of
+    the paper's predecessors (SWAG); its own rule is not published."""
+    return np.clip(np.sqrt(t / frequency), 1, MAX_REPEAT)
 
 
-def solve_t(frequency, by_rarest, max_repeat):
+def solve_t(frequency, by_rarest):
     """The t for which an epoch has 5/3 as many samples as there are images with a known tag (paper:
-    5B of 3B), or the largest useful t if max_repeat does not allow so many.
+    5B of 3B), or the largest useful t if MAX_REPEAT does not allow so many.
 
     `by_rarest` [K] is the number of images whose rarest tag is each tag, so an epoch shows the sum
     of by_rarest x r(tag). This sum grows with t: bisection, from a t that repeats no image to one
-    that repeats all of them max_repeat times."""
-    low, high = frequency.min(), frequency.max() * max_repeat ** 2
+    that repeats all of them MAX_REPEAT times."""
+    low, high = frequency.min(), frequency.max() * MAX_REPEAT ** 2
     for _ in range(100):
         t = math.sqrt(low * high)
-        if (by_rarest * repeats(frequency, t, max_repeat)).sum() < EPOCH_REPEAT * by_rarest.sum():
+        if (by_rarest * repeats(frequency, t)).sum() < EPOCH_REPEAT * by_rarest.sum():
             low = t
         else:
             high = t
@@ -212,29 +207,24 @@ def rarest_tags(rows, tags):
     return rows[last], tags[last]
 
 
-def times_of(rows, tags, c, source, r):
-    """How often an epoch shows each image of chunk c: int64 [n]; 0 without a known tag.
+def times_shown(c, source, number_of, r, pairs=None):
+    """How often an epoch shows each image of chunk c: int64 [n]; 0 without a known tag. `pairs` are
+    the chunk's data.pairs if they are read already.
 
     It is r [K] of the image's rarest tag, rounded up or down at random. The random number is a hash
     of the image's number, so that it is the same in every epoch and nothing has to be stored."""
-    rows, rarest = rarest_tags(rows, tags)                                  # [m] [m]
+    rows, rarest = rarest_tags(*(pairs or data.pairs(source, c, number_of)))    # [m] [m]
     first = int(source.chunks[:c].sum())
     times = np.zeros(int(source.chunks[c]), np.int64)
     times[rows] = r[rarest] + data.uniform(0, first + rows, "repeat", 1)[:, 0]
     return times
 
 
-def times_shown(c, source, number_of, r):
-    """`times_of` for the tags of a chunk as data.pairs finds them."""
-    return times_of(*data.pairs(source, c, number_of), c, source, r)
-
-
 def constant_loss(mass, images, count):
     """The loss, in nats, of the best constant prediction for `count` images: {"softmax", "bce"}.
 
-    `mass` [K] is the sum of 1/k over the images with a tag: softmax's best is the entropy of its
-    shares. `images` [K] is the number of these images: bce's best is the mean entropy of having a
-    tag or not."""
+    softmax: the entropy of the shares of `mass` [K], the sum of 1/k over the images with a tag.
+    bce: the mean entropy of having a tag or not; `images` [K] have it."""
     share = images / count
     return {"softmax": float(torch.special.entr(mass / mass.sum()).sum()),
             "bce": float((torch.special.entr(share) + torch.special.entr(1 - share)).mean())}
@@ -248,7 +238,7 @@ def resample(args, source, synonyms):
     counted = count_tags(source, synonyms)
     kept = vit.on_rank_0(lambda: choose_vocabulary(counted, args.min_count, args.vocabulary_size))
     vocabulary, K = [tag for tag, _ in kept], len(kept)
-    frequency = np.array([images for _, images in kept], np.float64)        # [K]
+    frequency = np.array([images for _, images in kept])                    # [K]
     number_of = number_in(vocabulary, synonyms)
 
     by_rarest = torch.zeros(K, dtype=torch.int64)
@@ -256,20 +246,20 @@ def resample(args, source, synonyms):
         _, rarest = rarest_tags(*data.pairs(source, c, number_of))
         by_rarest += torch.from_numpy(np.bincount(rarest, minlength=K))
     by_rarest = vit.all_reduce_sum(by_rarest).numpy()                       # [K]
-    t = solve_t(frequency, by_rarest, args.max_repeat) if args.resample == "sqrt" else 0.0
-    r = repeats(frequency, t, args.max_repeat)                              # [K]; 1 for t = 0
+    t = solve_t(frequency, by_rarest) if args.resample == "sqrt" else 0.0
+    r = repeats(frequency, t)                                               # [K]; 1 for t = 0
 
     shown = torch.zeros(len(source.chunks), dtype=torch.int64)
     mass, images = torch.zeros(2, K, dtype=torch.float64)
     for c in data.my_part(len(source.chunks), "resampling"):
         rows, tags = data.pairs(source, c, number_of)                       # [m] [m]
-        times = times_of(rows, tags, c, source, r)                          # [n]
+        times = times_shown(c, source, number_of, r, (rows, tags))          # [n]
         shown[c] = int(times.sum())
         k = np.bincount(rows, minlength=len(times))     # known tags of each image, [n]
         mass += torch.from_numpy(np.bincount(tags, (times / k.clip(1))[rows], K))
         images += torch.from_numpy(np.bincount(tags, times[rows], K))
     shown, mass, images = (vit.all_reduce_sum(part) for part in (shown, mass, images))
-    return {"vocabulary": np.array(vocabulary), "frequency": frequency, "t": np.array(t), "r": r,
+    return {"vocabulary": np.array(vocabulary), "counts": frequency, "t": np.array(t), "r": r,
             "shown": shown.numpy(), "tagged": by_rarest.sum(),
             **constant_loss(mass, images, int(shown.sum()))}
 
@@ -282,18 +272,17 @@ def open_tags(args, source):
     if not args.synonyms and all(map(data.is_world, args.data)):
         synonyms = {canonical(alias): tag for alias, tag in data.SYNONYMS.items()}
     key = data.crc(repr([source.fingerprint(), sorted(synonyms.items()), args.min_count,
-                         args.resample, args.vocabulary_size, args.max_repeat]))
+                         args.resample, args.vocabulary_size]))
     path = Path(args.index_dir or args.out) / f"tags-{key:08x}.npz"
     found = data.kept_arrays(path, lambda: resample(args, source, synonyms))
-    tags = {"vocabulary": found["vocabulary"].tolist(), "synonyms": sorted(synonyms.items()),
-            "counts": found["frequency"].astype(int).tolist(),
-            **{loss: float(found[loss]) for loss in ("softmax", "bce")}}
+    tags = {name: np.asarray(value).tolist() for name, value in found.items()}
+    tags["synonyms"] = sorted(synonyms.items())
     number_of = number_in(tags["vocabulary"], synonyms)
     times = functools.partial(times_shown, source=source, number_of=number_of, r=found["r"])
     rows = data.Rows(source.chunks, times, found["shown"])
-    rank0_print(f"{len(tags['vocabulary']):,} tags on {found['tagged']:,} of {len(source):,} "
+    rank0_print(f"{len(tags['vocabulary']):,} tags on {tags['tagged']:,} of {len(source):,} "
                 f"images, the others are left out; an epoch shows {len(rows):,}"
-                + (f" (t is {found['t']:.4g} images)" if found["t"] else "")
+                + (f" (t is {tags['t']:.4g} images)" if tags["t"] else "")
                 + f"; entropy of the tags {tags[args.loss]:.4f}")
     return rows, functools.partial(tag_targets, number_of=number_of), tags
 
@@ -302,7 +291,8 @@ def show_vocabulary(tags):
     """--vocabulary-only: the most frequent and the rarest tags."""
     pairs = [f"{tag} ({count:,})" for tag, count in zip(tags["vocabulary"], tags["counts"])]
     rank0_print("most frequent: " + " ".join(pairs[:40]))
-    rank0_print("rarest: " + " ".join(pairs[40:][-40:]))
+    if pairs[40:]:
+        rank0_print("rarest: " + " ".join(pairs[40:][-40:]))
 
 
 # ======================================================================================
@@ -329,11 +319,11 @@ def tag_losses(logits, targets, kind="softmax"):
 
 @torch.no_grad()
 def evaluate(model, val, args, device, tags):
-    """Loss and recall over a source, every image with a known tag once at any number of ranks.
+    """Loss and recall over a source, every image with a known tag once at any number of ranks;
+    "entropy" is the loss of the best constant prediction.
 
     Recall at n is the share of an image's tags that are among the n most probable, averaged over
-    images. "entropy" is the loss of the best constant prediction. OUT/tags.txt gets each tag's
-    recall at 5."""
+    images. OUT/tags.txt gets each tag's recall at 5."""
     K, tops = len(tags["vocabulary"]), (1, 5, 10)
     sums = torch.zeros(5, dtype=torch.float64)          # images, their losses, their 3 recalls
     by_tag = torch.zeros(3, K, dtype=torch.float64)     # images with it, found in top 5, sum of 1/k
@@ -395,14 +385,13 @@ def open_all(args, config, file_info):
     if args.val and not args.predict and not args.vocabulary_only:
         source = data.open_data(*args.val, index_dir=args.index_dir)
         number_of = number_in(tags["vocabulary"], dict(tags["synonyms"]))
-        once = functools.partial(times_shown, source=source, number_of=number_of,
-                                 r=np.ones(len(tags["vocabulary"])))
-        rows = data.Rows(source.chunks, once)
+        rows = data.Rows(source.chunks, functools.partial(      # each image with a known tag once
+            times_shown, source=source, number_of=number_of, r=np.ones(len(tags["vocabulary"]))))
         if not len(rows):
             raise UserError("no image of --val has a tag of the vocabulary, "
                             f"{' '.join(tags['vocabulary'][:8])} …")
-        val = data.evaluation_samples(source, config, rows=rows, targets_of=functools.partial(
-            tag_targets, number_of=number_of))
+        targets_of = functools.partial(tag_targets, number_of=number_of)
+        val = data.evaluation_samples(source, config, rows=rows, targets_of=targets_of)
     return train, val, tags
 
 
@@ -412,7 +401,7 @@ def main(argv):
     if args.plan:
         rank0_print(f"planned for {args.vocabulary_size:,} tags: see --vocabulary-size")
         return vit.plan(args, lambda: ViT(config, args.vocabulary_size), towers)
-    device = vit.start(args)
+    device = vit.start(args, towers)
 
     # ---- data, and the vocabulary, which decides how many outputs the model has
     train, val, tags = open_all(args, config, file_info)
@@ -431,9 +420,10 @@ def main(argv):
             rank0_print(f"NOTE: a new head for {len(tags['vocabulary'])} tags: --init has another "
                         f"vocabulary, of {len(file_info['vocabulary'])}")
     if args.predict:
-        pixels = data.normalise(data.read_pictures(args, config))           # [B,C,H,W]
-        probabilities = vit.probabilities(model, pixels, args, device)            # [B,K]
-        return data.print_predictions(args, probabilities, tags["vocabulary"])
+        pictures = data.read_pictures(args, config)
+        images = data.normalise(pictures.pixels)                            # [B,C,H,W]
+        probabilities = vit.probabilities(model, images, args, device)      # [B,K]
+        return data.print_predictions(pictures, probabilities, tags["vocabulary"])
     if args.eval_only:
         return vit.report(args, evaluate(model, val, args, device, tags))
     schedule = vit.make_schedule(args, len(train))
@@ -461,12 +451,9 @@ def main(argv):
         for batch in run.micro_batches(batches):
             position, images = batch["position"], batch["images"]           # [B] [B,H,W,C]
             images = data.flip(images, data.uniform(args.seed, position, "flip", 1))
-            images, scales = data.normalise(images), None                   # [B,C,H,W]
-            if args.drop_path:
-                uniforms = data.uniform(args.seed, position, "drop path", 2 * config.depth)
-                scales = vit.drop_path_scales(uniforms, args.drop_path)     # [B,L,2]
+            images = data.normalise(images)                                 # [B,C,H,W]
             with vit.autocast(args, device):
-                logits = wrapped(images, scales)                            # [B,K]
+                logits = wrapped(images)                                    # [B,K]
             run.backward(tag_losses(logits, batch["targets"], args.loss).mean())
         run.update()
 
