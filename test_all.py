@@ -3411,6 +3411,12 @@ def test_augmentation_takes_a_clip_as_a_whole():
     pixels, numbers = torch.randint(0, 256, (6, 5, 8, 8, 3)), torch.rand(6, 1)
     assert torch.equal(data.flip(pixels, numbers)[:, 2], data.flip(pixels[:, 2], numbers))
     assert torch.equal(data.normalise(pixels)[:, 2], data.normalise(pixels[:, 2]))
+    write_clip((root := folder()) / "cat" / "still", frames_of(1, 1) * 6)
+    samples = data.Samples(data.open_data(root, clips=True), (16, 16), 3, data.random_resized_crop,
+                           augment=functools.partial(finetune.rand_augment, magnitude=9),
+                           views=data.Views(4, 1, False, 1, 1))
+    images = samples.__getitems__(range(8))["images"]               # [B,T,H,W,C]
+    assert (images == images[:, :1]).all() and not (images[1:] == images[:1]).all()
 
 
 def test_which_frames_of_a_clip_are_seen():
@@ -3521,7 +3527,6 @@ def test_video_trains_the_same_however_it_is_run():
         assert close(saved["head.weight"], weights["head.weight"], 2e-3), (world, more)
     again, saved, _, _ = resumed(out, flags, at=6, stage="video")
     assert again == losses and equal(saved, weights)
-    # Shards and segments
     other = train(folder() / "run", *flags, "--segments", "--no-flip", stage="video")[0]
     assert other[0] != losses[0] and all(map(math.isfinite, other))
 
