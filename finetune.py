@@ -2826,9 +2826,9 @@ def predict_objects(model, categories, args, config, device):
                        rows=np.arange(len(samples)), layout=objects_layout())
     rows = find_objects(model, val, categories, args, device)
     for _, sample, found in rows or ():
-        rank0_print(f"{sample['id']}: " + ", ".join(
-            f"{names[one['category_id']]} {one['score']:.2f} at {[*map(round, one['bbox'])]}"
-            for one in found if one["score"] >= 0.5))
+        objects = [f"{names[one['category_id']]} {one['score']:.2f} at {[*map(round, one['bbox'])]}"
+                   for one in found if one["score"] >= 0.5]
+        rank0_print(f"{sample['id']}: " + (", ".join(objects) or "nothing"))
     vit.on_rank_0(lambda: draw_detections(args, rows, categories))
 
 
