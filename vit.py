@@ -1658,9 +1658,9 @@ class Run:
                            "mfu": self.peak_speed and round(speed / self.peak_speed, 4)})
         self.best_speed = max(self.best_speed, speed)
         if self.device.type == "cpu" and speed < self.best_speed / 4:
-            rank0_print(f"NOTE: {speed:.0f} images/s, after {self.best_speed:.0f}: do other programs "
-                        "use the CPU? Threads that wait for each other then cost most of the time; "
-                        "with GOMP_SPINCOUNT=1000 in the environment, less")
+            rank0_print(f"NOTE: {speed:.0f} images/s, after {self.best_speed:.0f}: do others use "
+                        "the CPU? Threads that wait for each other then cost most of the time; with "
+                        "GOMP_SPINCOUNT=1000 in the environment, less")
             self.best_speed = speed
         text = (f"loss {values['loss']:.4f}, {speed:.0f} images/s, "
                 f"{100 * self.waited / seconds:.0f}% waiting for data")
