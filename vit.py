@@ -1659,8 +1659,8 @@ class Run:
         self.best_speed = max(self.best_speed, speed)
         if self.device.type == "cpu" and speed < self.best_speed / 4:
             rank0_print(f"NOTE: {speed:.0f} images/s, after {self.best_speed:.0f}: do others use "
-                        "the CPU? Threads that wait for each other then cost most of the time; with "
-                        "GOMP_SPINCOUNT=1000 in the environment, less")
+                        "the CPU? Threads that wait for each other cost most of the time then; "
+                        "with GOMP_SPINCOUNT=1000 in the environment, less")
             self.best_speed = speed
         text = (f"loss {values['loss']:.4f}, {speed:.0f} images/s, "
                 f"{100 * self.waited / seconds:.0f}% waiting for data")
