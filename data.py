@@ -2165,7 +2165,7 @@ def main(argv):
     for command, shared in ((info, [source]), (verify, [source, workers]),
                             (pack, [source, workers]), (bench, [source, workers, size]),
                             (world, [size])):
-        sub = commands.add_parser(command.__name__, help=command.__doc__.split("\n")[0],
+        sub = commands.add_parser(command.__name__, help=(command.__doc__ or "").split("\n")[0],
                                   description=command.__doc__, parents=shared, allow_abbrev=False)
         sub.set_defaults(command=command)
         flags[command] = sub.add_argument

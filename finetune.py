@@ -3014,7 +3014,7 @@ TASKS = {"classify": classify, "features": features, "knn": knn, "linear": linea
 
 def main(argv):
     if argv[:1] in ([], ["-h"], ["--help"]):
-        return rank0_print(__doc__)
+        return rank0_print(__doc__ or f"the tasks: {' '.join(TASKS)}")   # with python -OO, none
     if argv[0] not in TASKS:
         raise UserError(f"the first word is the task, one of: {' '.join(TASKS)}; found {argv[0]!r}")
     TASKS[argv[0]](argv[1:])

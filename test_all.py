@@ -2133,6 +2133,8 @@ def test_a_mistake_ends_a_real_process_with_one_line_and_code_2():
                              capture_output=True, text=True, env=os.environ | variables)
         assert run.returncode == 2 and line in run.stderr and "Traceback" not in run.stderr
     assert "not divisible by patch" in json.loads(told.read_text())["message"]["message"]
+    subprocess.run([sys.executable, "-OO", HERE / "data.py", "info", "world:5"], check=True,
+                   capture_output=True)                     # without docstrings
 
 
 def test_every_flag_is_explained():
