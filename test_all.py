@@ -1990,6 +1990,7 @@ def test_full_disk_is_told_in_one_line_and_leaves_nothing_half():
     whole = new_file("whole", "whole")
     refused("whole could not be written", vit.write_aside, whole, half)
     assert whole.read_text() == "whole" and not list(whole.parent.glob("*.tmp"))
+    refused("could not be written, its folder is missing", vit.write_aside, out / "no" / "y", half)
 
 
 # ======================================================================================

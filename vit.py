@@ -759,6 +759,18 @@ stop_signals = []       # signals received since listen_for_signals
 gloo_group = None       # the process group for Python objects and CPU tensors; made by start
 
 
+def fill_machine_flags(args, device, cores, towers):
+    """Set the flags whose default depends on the machine: a device and `cores` CPU cores a rank."""
+    cuda = device.type == "cuda"
+    if args.compile is None:
+        args.compile = cuda
+    if args.micro_batch is None:
+        args.micro_batch = (choose_micro_batch(args, towers, device_memory(device))
+                            if towers and cuda else 64)
+    if args.workers is None:            # two cores are left for the process that feeds the GPU
+        args.workers = min(16, max(1, cores - 2)) if cuda else 1
+
+
 def start(args, towers=()):
     """Join torchrun's process group, if there is one, and return the device of this process. Flags
     whose default depends on the machine get their values; `towers` (as of forward_flops) are what
@@ -793,13 +805,7 @@ def start(args, towers=()):
         torch.set_float32_matmul_precision("high")      # TF32 where --precision is fp32
     else:
         torch.set_num_threads(cores)
-    if args.compile is None:
-        args.compile = kind == "cuda"
-    if args.micro_batch is None:
-        args.micro_batch = (choose_micro_batch(args, towers, device_memory(device))
-                            if towers and kind == "cuda" else 64)
-    if args.workers is None:            # two cores are left for the process that feeds the GPU
-        args.workers = min(16, max(1, cores - 2)) if kind == "cuda" else 1
+    fill_machine_flags(args, device, cores, towers)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # If torchrun dies, its ranks get SIGTERM: before the loop it ends them, inside the loop
         # they save and stop (Linux only). If it is dead already, its store does not answer, and
@@ -1190,7 +1196,7 @@ def write_aside(path, write):
             os.fsync(file.fileno())         # or a crash may keep the new name without the content
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:        # torch.save raises RuntimeError
-        raise RankError(f"{path} could not be written, {free_space(path.parent)}: "
+        raise RankError(f"{path} could not be written, {free_space(aside.parent)}: "
                         f"{error}".split("\n")[0]) from error
     finally:
         aside.unlink(missing_ok=True)
@@ -1198,6 +1204,8 @@ def write_aside(path, write):
 
 def free_space(folder):
     """How much space the disk of a folder has left, in words."""
+    if not os.path.isdir(folder):
+        return "its folder is missing"
     free = shutil.disk_usage(folder).free / 1e9
     return f"{free:.3g} GB are free" if free > 0.1 else "the disk is full"
 
