@@ -2,7 +2,8 @@
 
     python test_all.py                 # everything quick, a few minutes on two CPU cores
     python test_all.py -k resume       # the tests with "resume" in their name
-    python test_all.py --claims        # also the measured claims of the README (slow, noisy)
+    python test_all.py --slow          # also what takes long or measures speed
+    python test_all.py --claims        # instead: the paper's claims on the built-in world, an hour
 
 Plain functions with asserts; pytest collects them too. What needs several ranks runs in one pool
 of four processes that join a gloo group for each task.
@@ -20,9 +21,11 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -35,7 +38,7 @@ import time
 import traceback
 import zlib
 from collections import Counter, namedtuple
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from pathlib import Path
 from unittest import mock
 
@@ -800,7 +803,7 @@ def tar_of(*members, path=None, **options):
 
 def described(i):
     """Photo i as a record of a manifest."""
-    image = Path(data.open_data(photos())[i]["image"])
+    image = sorted(photos().rglob("*.jpg"))[i]
     name = image.parent.name
     return {"image": str(image), "label": name, "tags": [f"#{name}", "#pet"],
             "caption": f"picture {i}"}
@@ -2839,7 +2842,7 @@ def test_low_shot_is_the_same_on_any_ranks():
 
 
 # ======================================================================================
-# Claims, measured (--claims)
+# What takes long (--slow)
 # ======================================================================================
 
 def obvious_pipeline(path, uniforms, size):
@@ -2853,7 +2856,7 @@ def obvious_pipeline(path, uniforms, size):
     return (values - mean) / std
 
 
-def claim_decoding_is_faster_than_the_obvious_pipeline():
+def slow_decoding_is_faster_than_the_obvious_pipeline():
     """By less for small photographs and for finely detailed ones: see the README's range."""
     torch.set_num_threads(1)
     for size, least in (((500, 333), 1.0), ((1024, 683), 1.4), ((3000, 2000), 3.0)):
@@ -2877,7 +2880,7 @@ def claim_decoding_is_faster_than_the_obvious_pipeline():
         assert np.median(ratios) > least, (size, np.median(ratios))
 
 
-def claim_fifty_kills_change_no_bit():
+def slow_fifty_kills_change_no_bit():
     """One run of 1 rank and one of 2, each killed 25 times at random moments, or a rank of it."""
     chance, steps = random.Random(0), 700
     for launcher, world in (((sys.executable,), 1), (TORCHRUN, 2)):
@@ -2902,7 +2905,7 @@ def claim_fifty_kills_change_no_bit():
         assert not list(out.rglob("*.tmp"))
 
 
-def claim_torchrun_restarts_a_killed_rank():
+def slow_torchrun_restarts_a_killed_rank():
     out = folder() / "run"
     flags = [*QUICK, "--data", photos(), "--save-every", 0.01, "--steps", 400, "--log-every", 100]
     expected = train(folder() / "run", *flags, world=2)
@@ -2918,7 +2921,7 @@ def claim_torchrun_restarts_a_killed_rank():
     assert equal(torch.load(out / "model.pt")["model"], expected[1])
 
 
-def claim_world_is_drawn_fast():
+def slow_world_is_drawn_fast():
     for side, least in ((32, 1500), (64, 1000), (128, 600), (224, 300)):
         times = []
         for i in range(400):
@@ -3625,7 +3628,7 @@ def test_plan_of_video_agrees_with_what_torch_counts():
     assert abs(plan["flops_per_image"] / (3 * counter.get_total_flops()) - 1) < 0.02
 
 
-def claim_one_frame_of_world_clips_says_nothing():
+def slow_one_frame_of_world_clips_says_nothing():
     """A classifier of single frames stays at chance, 12.5%; of the same clips video learns much."""
     out = folder() / "run"
     finetune.main(["classify", "--data", "world-clips", "--val", "world-clips-val", "--epochs", "2",
@@ -4054,12 +4057,318 @@ def test_mistakes_of_detection_get_one_line():
             "detect", "--device", "cpu", "--steps", "2", "--out", str(out), *map(str, flags)])
 
 
+# ======================================================================================
+# The README's commands
+# ======================================================================================
+
+def readme_commands():
+    """The commands of README.md: [[program.py, flag, …]]."""
+    text = (HERE / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    variables, commands = {}, []
+    for line in re.findall(r"^    (\S.*)$", text, re.M):
+        if match := re.fullmatch(r'([A-Z])="(.*)"', line):
+            variables[f"${match[1]}"] = match[2]
+        for part in renamed(line, variables.items()).split("&&"):
+            words = shlex.split(part, comments=True)
+            if words and words[0] in ("python", "torchrun"):
+                program = next(i for i, word in enumerate(words) if word.endswith(".py"))
+                commands.append(words[program:])
+    return commands
+
+
+def readers_files():
+    """A folder with small files of all names that the README's commands use."""
+    place, sound = folder(), json.loads(annotated().read_text())
+    sound["images"] = sound["images"][:4]
+    sound["annotations"] = [one for one in sound["annotations"]
+                            if one["id"] < 900 and one["image_id"] < 14]
+    for name in ("photos/train", "photos/val", "photos/test", "more-photos", "flowers/train",
+                 "flowers/val", "imagenet/val"):
+        shutil.copytree(photos(), place / name)
+    for name in ("cat.jpg", "dog.jpg", "street.jpg"):
+        shutil.copy(photo(), place / name)
+    for name in ("hashtags/0.tar", "hashtags-val/0.tar", "pairs/0.tar", "train/0.tar", "test.tar"):
+        (place / name).parent.mkdir(exist_ok=True)
+        shutil.copy(sharded()["one"], place / name)
+    (place / "words.tsv").write_text("dogs\tdog\n")
+    for name in ("clips/train", "clips/val", "k400/train", "k400/val"):
+        shutil.copytree(clips(count=4), place / name)
+    write_clip(place / "cat.gif", frames_of(0))
+    write_clip(place / "frames-of-a-dog", frames_of(1))
+    for name in ("bccd/train.json", "bccd/val.json", "train2017.json", "val2017.json"):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text(json.dumps(sound))
+    for name in ("bccd/images", "train2017", "val2017"):
+        shutil.copytree(annotated().parent, place / name)
+    (place / "results.json").write_text(json.dumps(
+        [{"image_id": 10, "category_id": 5, "bbox": [1, 2, 30, 30], "score": 0.5}]))
+    shutil.copy(tokenizer_file(), place / "tokenizer.json")
+    (place / "imagenet.txt").write_text("cat, kitten\ndog\n")
+    (place / "templates.txt").write_text("a photo of a {}\n")
+    return place
+
+
+WORLD = {"mae.py": "world", "wsp.py": "world", "zeroshot": "world", "video": "world-clips",
+         "detect": "world-boxes"}
+
+
+def shortened(words):
+    """A command of the README that does the same to a few images, on the CPU."""
+    program, *flags = words
+    stage = flags[0] if program == "finetune.py" else program
+    for flag in ("--epochs", "--samples", "--eval-every", "--model", "--steps"):
+        if flag in flags and "--plan" not in flags:
+            del flags[flags.index(flag):flags.index(flag) + 2]
+    if program == "data.py" or "--plan" in flags or "--evaluate" in flags:
+        return [program, *flags]
+    flags += "--device", "cpu", "--workers", "0"
+    if stage not in ("features", "knn", "linear", "lowshot") and not {
+            "--predict", "--eval-only", "--vocabulary-only"} & {*flags}:
+        flags += "--steps", "2", "--batch", "4", "--eval-every", "0"
+        flags += ("--tokenizer", "tokenizer.json") if stage == "zeroshot" else ()
+    if stage == "lowshot":
+        flags += "--shots", "1", "--splits", "1", "--epochs", "1"
+    if "--data" not in flags and not {"--predict", "--eval-only"} & {*flags}:
+        flags += "--data", WORLD.get(stage, "world-labelled") + ":80"
+    flags = [re.sub(r"^(world[a-z-]*):\d+$", r"\1:80", flag) for flag in flags]
+    if "--val" not in flags and any(flag.startswith("world") for flag in flags):
+        flags += "--val", renamed(WORLD.get(stage, "world"), [("-labelled", "")]) + "-val:40"
+    return [program, *flags]
+
+
+def in_place(place, program, flags):
+    """Run a program's main in a folder."""
+    os.chdir(place)
+    main = {"mae.py": mae.main, "wsp.py": wsp.main, "finetune.py": finetune.main,
+            "data.py": data.main}[program]
+    try:
+        main(flags)
+    except SystemExit as leave:             # data.py says so whether all images can be read
+        assert not leave.code, flags
+    finally:
+        os.chdir(HERE)
+
+
+def test_readmes_commands_do_what_they_say():
+    """All of them, in order, on a few images and for two steps; what they name exists, or is made
+    by the commands before. The files of other projects are stand-ins, tests of weights have real
+    ones."""
+    place = readers_files()
+    given = {"maws.pt": "runs/wsp/model.pt", "maws_clip.pt": "runs/zeroshot/model.pt",
+             "mae_finetuned_vit_base.pth": "runs/classify/model.pt",
+             "vit_b16_ft_in1k.pt": "runs/classify/model.pt"}
+    for words in readme_commands():
+        if words[0] == "test_all.py":
+            continue
+        for name in {*given} & {*words}:
+            shutil.copy(place / given[name], place / name)
+        program, *flags = shortened(words)
+        for run in place.glob("runs/*"):        # as a reader would move them away; weights stay
+            for name in ("checkpoints", "config.json", "finished"):
+                if (run / name).exists():
+                    (run / name).rename(folder() / name)
+        said = on_ranks(1, in_place, place, program, flags)[0][1]
+        out = Path(flags[flags.index("--out") + 1]) if "--out" in flags else None
+        if out and "features" not in flags:
+            assert (place / out / "finished").exists(), (words, said)
+
+
+# ======================================================================================
+# The paper's claims at classroom scale (--claims)
+# ======================================================================================
+
+MAE_IMAGES, WSP_IMAGES, DATA_SIZES, SEEDS = 36_000, 48_000, (32, 128, 500, 36_000), (0, 1, 2)
+CLASSIFY = "finetune.py classify --image-size 48 --batch 32 --epochs 3"
+TASKS = {
+    "classify": CLASSIFY, "linear": "finetune.py linear", "knn": "finetune.py knn",
+    "lowshot": "finetune.py lowshot --shots 5 --splits 2 --epochs 30",
+    "zeroshot": "finetune.py zeroshot --image-size 48 --samples 20000",
+    "video": "finetune.py video --image-size 48 --data world-clips:4000",
+    "detect": "finetune.py detect --image-size 64 --steps 125 --val world-boxes-val:200"}
+NAMES = {
+    "classify": "full finetuning", "linear": "linear probe", "knn": "nearest neighbours",
+    "lowshot": "5 images per class", "zeroshot": "zero-shot", "video": "video",
+    "detect": "detection"}
+METRICS = {"classify": "top1", "linear": "top1", "knn": "knn20", "lowshot": "vpt5",
+           "zeroshot": "top1", "video": "top1", "detect": "bbox.AP50"}
+
+
+def claim_runs():
+    """The runs of a seed: {name: (the run whose model.pt it starts from, or None, its command)}.
+    The run "a/b" is b from a; it comes after a."""
+    masking = "mae.py --image-size 48 --samples"
+    hashtags = "wsp.py --image-size 48 --batch 32 --samples"
+    # Operations of an image: of MAE's encoder, which sees a quarter, and decoder; of WSP's encoder
+    cost = vit.training_flops([(6, 128, 10), (2, 96, 37)]) / vit.training_flops([(6, 128, 37)])
+    runs = {"mae": (None, f"{masking} {MAE_IMAGES} --data world:{DATA_SIZES[-1]}"),
+            "mae/wsp": ("mae", f"{hashtags} {WSP_IMAGES}"),
+            "wsp": (None, f"{hashtags} {WSP_IMAGES}"),
+            "mae/short wsp": ("mae", f"{hashtags} {WSP_IMAGES // 4}"),
+            "short wsp": (None, f"{hashtags} {WSP_IMAGES // 4}"),
+            "long wsp": (None, f"{hashtags} {int(WSP_IMAGES + cost * MAE_IMAGES)}"),
+            "tenth of mae": (None, f"{masking} {MAE_IMAGES // 10}"),
+            "tenth of mae/wsp": ("tenth of mae", f"{hashtags} {WSP_IMAGES}"),
+            "tiny mae": (None, f"{masking} {MAE_IMAGES} --model tiny --patch-size 8 --batch 32 "
+                         "--base-lr 0.012 --decoder-width 96 "
+                         "--decoder-depth 2 --decoder-heads 4")}
+    for count in DATA_SIZES[:-1]:
+        runs[f"mae of {count}"] = None, f"{masking} {MAE_IMAGES} --data world:{count}"
+    for start in ("mae/wsp", "wsp"):
+        runs |= {f"{start}/{task}": (start, command) for task, command in TASKS.items()}
+    for task in ("classify", "linear", "lowshot", "detect"):
+        runs[f"mae/{task}"] = "mae", TASKS[task]
+    for start in ("long wsp", "tenth of mae/wsp"):
+        runs[f"{start}/linear"] = start, TASKS["linear"]
+    for start in ("tiny mae", *(f"mae of {count}" for count in DATA_SIZES[:-1])):
+        runs[f"{start}/classify"] = start, TASKS["classify"]
+    return runs
+
+
+def claim_rows():
+    """The claims: [(what the paper says, metric, runs)]. The metric should rise from each run to
+    the next; a pair of runs stands for the gain of the second over the first."""
+    helps = [(f"MAE before WSP helps: {NAMES[task]}", METRICS[task],
+              (f"wsp/{task}", f"mae/wsp/{task}")) for task in TASKS]
+    return [
+        *helps,
+        ("MAE before WSP beats longer WSP of equal FLOPs: linear probe", "top1",
+         ("long wsp/linear", "mae/wsp/linear")),
+        ("a tenth of MAE before WSP helps: linear probe", "top1",
+         ("wsp/linear", "tenth of mae/wsp/linear")),
+        ("MAE before WSP of a quarter of the length helps: recall at 5", "recall5",
+         ("short wsp", "mae/short wsp")),
+        ("... and of the whole length: recall at 5", "recall5", ("wsp", "mae/wsp")),
+        ("the gain is larger for the short WSP", "recall5",
+         (("wsp", "mae/wsp"), ("short wsp", "mae/short wsp"))),
+        ("MAE gains from more images, at equal steps: full finetuning", "top1",
+         (*(f"mae of {count}/classify" for count in DATA_SIZES[:-1]), "mae/classify")),
+        ("MAE gains from a larger model: full finetuning", "top1",
+         ("mae/classify", "tiny mae/classify")),
+        ("MAE alone is weaker than WSP: linear probe", "top1", ("mae/linear", "wsp/linear")),
+        ("MAE alone is weaker than WSP: 5 images per class", "vpt5",
+         ("mae/lowshot", "wsp/lowshot")),
+        ("MAE alone is stronger than WSP: detection", "bbox.AP50", ("wsp/detect", "mae/detect"))]
+
+
+def claim_result(root, seed, run, metric):
+    """The metric, 0 to 1, of a finished run, or the gain of a pair of runs."""
+    if isinstance(run, tuple):
+        before, after = (claim_result(root, seed, part, metric) for part in run)
+        return after - before
+    value = vit.read_json(root / f"seed-{seed}" / run.replace(" ", "-") / "metrics.json")
+    for key in metric.split("."):
+        value = value[key]
+    return value
+
+
+def do_claim_run(root, seed, name, start, command, cores):
+    """Do a run on one CPU core, unless its results exist. A run that was stopped is resumed."""
+    place = root / f"seed-{seed}"
+    out = place / name.replace(" ", "-")
+    if (out / "metrics.json").exists():
+        return
+    script, *flags = command.split()
+    if flags[0] in ("linear", "knn", "lowshot"):        # they differ by their encoders' seeds
+        flags += "--features", root / "features"
+    else:
+        flags += "--seed", seed, "--eval-every", 0
+    if start:
+        flags += "--init", place / start.replace(" ", "-") / "model.pt"
+    core, begun = cores.get(), time.perf_counter()
+    pin = lambda: hasattr(os, "sched_setaffinity") and os.sched_setaffinity(0, {core})
+    done = subprocess.run(
+        [sys.executable, HERE / script, *map(str, flags), "--out", out, "--workers", "0",
+         "--device", "cpu", "--index-dir", root], preexec_fn=pin, capture_output=True, text=True)
+    cores.put(core)
+    if done.returncode:
+        raise UserError(f"{name}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
+    print(f"seed {seed}, {name}: {time.perf_counter() - begun:.0f} s", flush=True)
+
+
+def claims(root):
+    """--claims: do all runs below `root`, one on each CPU core at a time, those that exist already
+    excepted; print the table of claims and draw claims.png."""
+    (root / "features").mkdir(parents=True, exist_ok=True)
+    cores, jobs = queue.Queue(), {}
+    for core in range(vit.cpu_cores()):
+        cores.put(core)
+
+    def job(seed, name, start, command):
+        if start:
+            jobs[seed, start].result()
+        do_claim_run(root, seed, name, start, command, cores)
+
+    runs = claim_runs()
+    for seed in SEEDS:
+        with ThreadPoolExecutor(len(runs)) as threads:
+            for name, (start, command) in runs.items():
+                jobs[seed, name] = threads.submit(job, seed, name, start, command)
+        for done in jobs.values():
+            done.result()
+    rows = []
+    for claim, metric, names in claim_rows():
+        values = np.array([[claim_result(root, seed, run, metric) for seed in SEEDS]
+                           for run in names])                               # [runs,seeds]
+        rows.append((claim, metric, names, values, bool((np.diff(values.mean(1)) > 0).all())))
+    print("| the paper's claim | measured, in % | holds |\n|---|---|---|")
+    for claim, metric, names, values, holds in rows:
+        cells = [f"{label_of_run(run)} {100 * value.mean():.1f} ± {100 * value.std(ddof=1):.1f}"
+                 for run, value in zip(names, values)]
+        print(f"| {claim} | {', '.join(cells)} | {'yes' if holds else '**no**'} |")
+    print(f"{sum(row[-1] for row in rows)} of {len(rows)} comparisons come out as in the paper")
+    draw_claims(rows, root / "claims.png")
+
+
+def label_of_run(run):
+    """The name of a run, or of a gain, in tables and pictures."""
+    if isinstance(run, tuple):
+        return f"gain, {label_of_run(run[0])}"
+    start = run.rsplit("/", 1)[0] if run.rsplit("/", 1)[-1] in TASKS else run
+    return start.replace("mae", "MAE").replace("wsp", "WSP").replace("/", " → ")
+
+
+def draw_claims(rows, path):
+    """A panel for each claim: a bar for the mean of each run, a line for its deviation over seeds,
+    a dot for each seed; green where the claim holds."""
+    width, height, columns = 430, 250, 3
+    sheet = Image.new("RGB", (columns * width, -(-len(rows) // columns) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (claim, metric, names, values, holds) in enumerate(rows):
+        x0, y0 = i % columns * width + 16, i // columns * height + 12
+        title, _, what = claim.partition(": ")
+        pen.text((x0, y0), title, "black", font_size=14)
+        pen.text((x0, y0 + 18), what, "#555555", font_size=13)
+        low, high = min(0, values.min()), values.max() or 1
+        y_of = lambda value: y0 + 200 - (value - low) / (high - low) * 135
+        step = (width - 40) // len(names)
+        for j, (run, value) in enumerate(zip(names, values)):
+            left, mean, deviation = x0 + j * step, value.mean(), value.std(ddof=1)
+            colour = "#b8b8b8" if j < len(names) - 1 else "#3a9d5d" if holds else "#c8553d"
+            box = sorted((y_of(mean), y_of(0)))
+            pen.rectangle((left, box[0], left + step - 14, box[1]), colour)
+            middle = left + (step - 14) / 2
+            pen.line((middle, y_of(mean - deviation), middle, y_of(mean + deviation)), "black", 2)
+            for k, dot in enumerate(value):
+                x = middle + 10 * (k - (len(value) - 1) / 2)
+                pen.ellipse((x - 2, y_of(dot) - 2, x + 2, y_of(dot) + 2), "black")
+            pen.text((middle, y0 + 58), f"{100 * mean:.1f}", "black", anchor="mb", font_size=13)
+            pen.text((middle, y0 + 206), label_of_run(run), "black", anchor="mt", font_size=12)
+        pen.line((x0, y_of(0), x0 + width - 40, y_of(0)), "black")
+    sheet.save(path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("-k", default="", metavar="NAME", help="only tests with this in their name")
-    parser.add_argument("--claims", action="store_true", help="also measure the README's claims")
+    parser.add_argument("--slow", action="store_true",
+                        help="also what takes long or measures speed")
+    parser.add_argument("--claims", nargs="?", const="runs/claims", metavar="DIR",
+                        help="instead: train what shows the paper's claims, below DIR (runs/claims "
+                        "if not given), and print and draw them; goes on where it was stopped")
     args = parser.parse_args()
-    kinds = ("test_", "claim_") if args.claims else ("test_",)
+    if args.claims:
+        return claims(Path(args.claims))
+    kinds = ("test_", "slow_") if args.slow else ("test_",)
     tests = [(name, test) for name, test in globals().items()
              if name.startswith(kinds) and args.k in name and callable(test)]
     failed = 0
