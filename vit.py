@@ -1365,7 +1365,7 @@ def restore(args, model, optimizer, state, ema):
     saved = complete["state"]
     if saved["fp16"] != state["fp16"]:          # another --precision: begin with its loss scale
         saved |= {name: state[name] for name in ("fp16", "loss_scale", "steps_without_overflow")}
-    state |= {**saved, "skipped_in_a_row": 0}
+    state |= saved
     rank0_print(f"resuming from {folder}")
 
 
@@ -1949,12 +1949,10 @@ def config_from(path, heads=None):
         return config_in(file_info), file_info
     try:
         width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
-        pos_embed = tensors["pos_embed"]
-        _, _, _ = pos_embed.shape
+        rows, columns = grid_in_file(tensors["pos_embed"], file_info)
     except (KeyError, ValueError) as error:
         raise UserError(f"{path} is no Vision Transformer that is known here ({error}); it has "
                         f"{', '.join(list(tensors)[:3])}, …") from error
-    rows, columns = grid_in_file(pos_embed, file_info)
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     heads = heads or find_heads(path, width, depth, SIZES)
     return Config(width, depth, heads, patch, (rows * patch, columns * patch), channels), file_info
