@@ -99,7 +99,7 @@ class Config:
     def __post_init__(self):
         sides = [self.image] if isinstance(self.image, int) else list(self.image)
         if len(sides) not in (1, 2) or min(sides) < 1 or self.patch < 1:
-            raise UserError(f"an image size is one or two positive numbers; found {self.image}")
+            raise UserError(f"an image size is one or two positive numbers; found {sides}")
         for side in sides:
             if side % self.patch:
                 below = side // self.patch * self.patch
@@ -199,14 +199,12 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, kernel, self.proj.bias)                    # [B,V,D]
 
 
-class LayerNorm(nn.Module):
-    """Layer normalisation of [...,D] in the type of its input; nn.LayerNorm would refuse fp32
-    tokens when its weights are in half precision."""
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation of [...,D] in the type of its input; torch's own refuses fp32 tokens when
+    its weights are in half precision."""
 
     def __init__(self, width, eps=1e-6):
-        super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
+        super().__init__(width, eps)
 
     def forward(self, x):
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
@@ -247,9 +245,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # 3 x [B,h,N,D/h]
         scale = None
         if self.grid:
-            axes = torch.meshgrid(*(torch.arange(n, device=x.device) for n in self.grid),
-                                  indexing="ij")
-            q, k = relative_positions(q, k, self.rel_pos, [axis.flatten() for axis in axes])
+            q, k = relative_positions(q, k, self.rel_pos, self.grid)
             # The fast kernels want values as wide as queries and keys.
             v, scale = F.pad(v, (0, q.shape[-1] - v.shape[-1])), 1.0
         if q.is_cuda or q.dtype == torch.float32 or N > 1024:       # the same, where it is faster
@@ -448,20 +444,21 @@ def decay_groups(model, weight_decay, no_decay=(), layer_decay=1.0):
 # Relative positions, for video and detection
 # --------------------------------------------------------------------------------------
 
-def relative_positions(q, k, tables, places):
+def relative_positions(q, k, tables, grid):
     """Queries and keys, [B,h,N,D/h] at first, whose unscaled product is attention's scaled one plus
     decomposed relative positions (ViTDet, arXiv 2203.16527; also MViTv2's, arXiv 2112.01526):
 
         q_i k_j / sqrt(D/h) + sum over the axes of q_i table[place_i - place_j + n - 1]
 
-    `tables` holds a table [2n-1,D/h] for every axis of n places (time, row, column), `places` the
-    place [N] of every token on it. A query is extended by what a key at place 0 … n-1 would add, a
-    key by a one at its own place: exact, and no N x N mask for each head, with which the kernels of
-    attention would need as much memory as the scores."""
+    The tokens lie in raster order on `grid`, whose axes (time, row, column) have n places each;
+    `tables` holds a table [2n-1,D/h] for each axis. A query is extended by what a key at place
+    0 … n-1 would add, a key by a one at its own place: exact, and no N x N mask for each head, with
+    which the kernels of attention would need as much memory as the scores."""
     queries, keys = [q * q.shape[-1] ** -0.5], [k]
-    for table, place in zip(tables, places):
-        n = (len(table) + 1) // 2
-        difference = place[:, None] - torch.arange(n, device=place.device) + n - 1      # [N,n]
+    token = torch.arange(q.shape[2], device=q.device)                       # [N]
+    for axis, (table, n) in enumerate(zip(tables, grid)):
+        place = token // math.prod(grid[axis + 1:]) % n                     # [N]: on this axis
+        difference = place[:, None] - torch.arange(n, device=q.device) + n - 1      # [N,n]
         by_difference = q @ table.t().to(q.dtype)                           # [B,h,N,2n-1]
         queries.append(by_difference.gather(-1, difference.expand(*q.shape[:2], -1, -1)))
         keys.append(F.one_hot(place, n).to(k.dtype).expand(*k.shape[:2], -1, -1))   # [B,h,N,n]
@@ -567,21 +564,8 @@ def stage_parser(program, doc, recipes=None):
     them (tasks on frozen encoders), the flags of the recipe and of the run are left out."""
     parser = Parser(prog=program, allow_abbrev=False, description=doc,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_flags(parser.add_argument_group("model and data").add_argument)
-    if recipes:
-        lines = [f"  {name:6} " + " ".join(f"--{flag.replace('_', '-')} {value}"
-                                           for flag, value in recipe.items())
-                 for name, recipe in recipes.items()]
-        parser.epilog = "\n".join(["defaults (the code has their sources):", *lines])
-        add_recipe_flags(parser.add_argument_group("recipe (defaults by model: see the end)"))
-        add_run_flags(parser.add_argument_group("run").add_argument)
-    else:
-        parser.set_defaults(predict=None, eval_only=False, activation_checkpoint=False, seed=0)
-    add_machine_flags(parser.add_argument_group("machine").add_argument)
-    return parser
 
-
-def add_model_flags(add):
+    add = parser.add_argument_group("model and data").add_argument
     add("--model", choices=SIZES, help="size; default nano, or that of --init")
     add("--image-size", type=positive, nargs="+", metavar="PIXELS",
         help="side, or height and width; default by model, or that of --init")
@@ -600,8 +584,34 @@ def add_model_flags(add):
     add("--init", metavar="FILE", help="start from these weights; default: random weights")
     add("--out", metavar="DIR", help="folder for all results; default runs/ and the stage's name")
 
+    add = parser.add_argument_group("machine").add_argument
+    add("--micro-batch", type=positive, metavar="IMAGES",
+        help="most images in one forward pass of a rank; gradients of several are accumulated; "
+        "default 64; in training on CUDA what fills half of the memory, at most 256 (ours)")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="of matrix products; weights and losses are always fp32. auto (default): bf16 on CUDA "
+        "of capability 8 or more, fp16 on older CUDA, fp32 on cpu and mps")
+    add("--parallel", choices=("auto", "ddp", "fsdp", "hsdp"), default="auto",
+        help="auto (default): ddp where it fits into half of the GPU's memory, else fsdp, or "
+        "across nodes hsdp, which shards inside a node and replicates across nodes; no effect in a "
+        "single process")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="compile each block with torch.compile; default on CUDA")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
+        help="auto (default): the first of them that is available")
+    add("--workers", type=number(0, kind=int), metavar="PROCESSES",
+        help="processes per rank that decode images; 0: none; default: on CUDA the CPU cores per "
+        "rank but two, at most 16; else 1")
 
-def add_recipe_flags(group):
+    if not recipes:
+        parser.set_defaults(predict=None, eval_only=False, activation_checkpoint=False, seed=0)
+        return parser
+    lines = [f"  {name:6} " + " ".join(f"--{flag.replace('_', '-')} {value}"
+                                       for flag, value in recipe.items())
+             for name, recipe in recipes.items()]
+    parser.epilog = "\n".join(["defaults (the code has their sources):", *lines])
+
+    group = parser.add_argument_group("recipe (defaults by model: see the end)")
     add = group.add_argument
     add("--batch", type=positive, metavar="IMAGES", help="images per step, summed over all ranks")
     length = group.add_mutually_exclusive_group().add_argument
@@ -619,8 +629,7 @@ def add_recipe_flags(group):
     add("--clip-grad", type=number(0), metavar="NORM", help="largest gradient norm; 0 is off")
     add("--seed", type=int, default=0, help="seed of weights, order and augmentation; default 0")
 
-
-def add_run_flags(add):
+    add = parser.add_argument_group("run").add_argument
     add("--allow-changed", action="store_true",
         help="resume although flags or data have changed; default off")
     add("--max-bad", type=share, default=0.01, metavar="SHARE",
@@ -640,32 +649,13 @@ def add_run_flags(add):
         help="print memory and time of the run on this number of H100s (8 if not given) and stop")
     add("--activation-checkpoint", action="store_true",
         help="save memory: compute activations again in the backward pass; default off")
-
-
-def add_machine_flags(add):
-    add("--micro-batch", type=positive, metavar="IMAGES",
-        help="most images in one forward pass of a rank; gradients of several are accumulated; "
-        "default 64; in training on CUDA what fills half of the memory, at most 256 (ours)")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-        help="of matrix products; weights and losses are always fp32. auto (default): bf16 on CUDA "
-        "of capability 8 or more, fp16 on older CUDA, fp32 on cpu and mps")
-    add("--parallel", choices=("auto", "ddp", "fsdp", "hsdp"), default="auto",
-        help="auto (default): ddp where it fits into half of the GPU's memory, else fsdp, or "
-        "across nodes hsdp, which shards inside a node and replicates across nodes; no effect in a "
-        "single process")
-    add("--compile", action=argparse.BooleanOptionalAction,
-        help="compile each block with torch.compile; default on CUDA")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
-        help="auto (default): the first of them that is available")
-    add("--workers", type=number(0, kind=int), metavar="PROCESSES",
-        help="processes per rank that decode images; 0: none; default: on CUDA the CPU cores per "
-        "rank but two, at most 16; else 1")
+    return parser
 
 
 def fill_recipe(args, recipe):
     """Set every flag that the user left open to its value in the recipe {flag: value}."""
     for alternatives in (("epochs", "samples", "steps"), ("lr", "base_lr")):
-        if any(getattr(args, flag) is not None for flag in alternatives):
+        if any(getattr(args, flag, None) is not None for flag in alternatives):
             recipe = {flag: value for flag, value in recipe.items() if flag not in alternatives}
     for flag, value in recipe.items():
         if getattr(args, flag) is None:
@@ -683,8 +673,6 @@ def choose_config(args, stage):
     # --predict and --eval-only must not overwrite the results of the training run.
     suffix = "-predict" if args.predict else "-eval" if args.eval_only else ""
     args.out = args.out or f"runs/{stage}{suffix}"
-    if args.image_size and len(args.image_size) > 2:
-        raise UserError(f"--image-size takes one or two numbers; found {args.image_size}")
     file_info, name = {}, args.model or "nano"
     config = Config.named(name)
     if args.init:
@@ -701,9 +689,9 @@ def choose_config(args, stage):
             if given and given != found:
                 raise UserError(f"{flag} {given}, but --init {args.init} has {found} (width "
                                 f"{config.width}, depth {config.depth}); leave {flag} out")
-    size = tuple(args.image_size) if args.image_size else config.image
     config = Config(config.width, config.depth, args.heads or config.heads,
-                    args.patch_size or config.patch, size, args.channels or config.channels)
+                    args.patch_size or config.patch, args.image_size or config.image,
+                    args.channels or config.channels)
     return config, name or "nano", file_info
 
 
@@ -759,25 +747,8 @@ stop_signals = []       # signals received since listen_for_signals
 gloo_group = None       # the process group for Python objects and CPU tensors; made by start
 
 
-def fill_machine_flags(args, device, cores, towers):
-    """Set the flags whose default depends on the machine: a device and `cores` CPU cores a rank."""
-    cuda = device.type == "cuda"
-    if args.compile is None:
-        args.compile = cuda
-    if args.micro_batch is None:
-        args.micro_batch = (choose_micro_batch(args, towers, device_memory(device))
-                            if towers and cuda else 64)
-    if args.workers is None:            # two cores are left for the process that feeds the GPU
-        args.workers = min(16, max(1, cores - 2)) if cuda else 1
-
-
-def start(args, towers=()):
-    """Join torchrun's process group, if there is one, and return the device of this process. Flags
-    whose default depends on the machine get their values; `towers` (as of forward_flops) are what
-    will be trained.
-
-    Raises UserError where the device is missing or the ranks were started differently."""
-    env = environment()
+def choose_device(args, env):
+    """The device of this process, by --device. Raises UserError where it is missing."""
     available = {"cuda": torch.cuda.is_available(),
                  "mps": torch.backends.mps.is_available() and env.world_size == 1, "cpu": True}
     kinds = [kind for kind in available if available[kind]]
@@ -788,24 +759,22 @@ def start(args, towers=()):
         raise UserError("there is a GPU but torch cannot use it: this torch is built for CUDA "
                         f"{torch.version.cuda}, nvidia-smi says what the driver supports; install "
                         "a torch for it, or give --device cpu")
-    device = torch.device(kind, env.local_rank) if kind == "cuda" else torch.device(kind)
-    cores = max(1, cpu_cores() // env.local_world_size)
-    if kind == "cuda":
-        gpus = torch.cuda.device_count()
-        if env.local_world_size > gpus:
-            raise UserError(f"{env.local_world_size} processes on this node but {gpus} GPUs; start "
-                            "torchrun with --nproc-per-node gpu")
-        if env.local_world_size < gpus:
-            rank0_print(f"{gpus} GPUs visible, {env.local_world_size} used: add --nproc-per-node "
-                        "gpu")
-        if cores < 4:
-            rank0_print(f"NOTE: {cores} CPU cores per GPU will not decode images fast enough; on "
-                        "SLURM give --exclusive or --cpus-per-task")
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")      # TF32 where --precision is fp32
-    else:
-        torch.set_num_threads(cores)
-    fill_machine_flags(args, device, cores, towers)
+    if kind != "cuda":
+        return torch.device(kind)
+    gpus = torch.cuda.device_count()
+    if env.local_world_size > gpus:
+        raise UserError(f"{env.local_world_size} processes on this node but {gpus} GPUs; start "
+                        "torchrun with --nproc-per-node gpu")
+    if env.local_world_size < gpus:
+        rank0_print(f"{gpus} GPUs visible, {env.local_world_size} used: add --nproc-per-node gpu")
+    return torch.device(kind, env.local_rank)
+
+
+def join_process_group(env, device):
+    """Join torchrun's process group, if there are several ranks. Raises UserError where torchrun is
+    dead."""
+    global gloo_group
+    gloo_group = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # If torchrun dies, its ranks get SIGTERM: before the loop it ends them, inside the loop
         # they save and stop (Linux only). If it is dead already, its store does not answer, and
@@ -817,18 +786,43 @@ def start(args, towers=()):
         except dist.DistError as error:
             raise RankError("torchrun does not answer: it was ended, or MASTER_ADDR "
                             f"{os.environ['MASTER_ADDR']} cannot be reached") from error
-    global gloo_group
-    gloo_group = None
-    if env.world_size > 1:
-        if not dist.is_initialized():
-            # With device_id NCCL connects here and not in the first step. Not run on a GPU.
-            dist.init_process_group(**(
-                {"backend": "nccl", "device_id": device, "timeout": timedelta(minutes=10)}
-                if kind == "cuda" else {"backend": "gloo"}))
-        # Patient, since some ranks wait here while others index data or write a checkpoint.
-        gloo_group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+    if env.world_size == 1:
+        return
+    if not dist.is_initialized():
+        # With device_id NCCL connects here and not in the first step. Not run on a GPU.
+        dist.init_process_group(**(
+            {"backend": "nccl", "device_id": device, "timeout": timedelta(minutes=10)}
+            if device.type == "cuda" else {"backend": "gloo"}))
+    # Patient, since some ranks wait here while others index data or write a checkpoint.
+    gloo_group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+
+
+def start(args, towers=()):
+    """Join torchrun's process group, if there is one, and return the device of this process. Flags
+    whose default depends on the machine get their values; `towers` (as of forward_flops) are what
+    will be trained.
+
+    Raises UserError where the device is missing or the ranks were started differently."""
+    env = environment()
+    device = choose_device(args, env)
+    cores = max(1, cpu_cores() // env.local_world_size)
+    micro_batch, workers = 64, 1
+    if device.type == "cuda":
+        if towers:
+            micro_batch = choose_micro_batch(args, towers, device_memory(device))
+        workers = min(16, max(1, cores - 2))    # two are left for the process that feeds the GPU
+        if cores < 4:
+            rank0_print(f"NOTE: {cores} CPU cores per GPU will not decode images fast enough; on "
+                        "SLURM give --exclusive or --cpus-per-task")
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")      # TF32 where --precision is fp32
+    else:
+        torch.set_num_threads(cores)
+    fill_recipe(args, {"compile": device.type == "cuda", "micro_batch": micro_batch,
+                       "workers": workers})
+    join_process_group(env, device)
     flags = {f"--{flag.replace('_', '-')}": value for flag, value in vars(args).items()}
-    mine = {**flags, "device": kind, "precision": str(autocast_dtype(args, device))}
+    mine = {**flags, "device": device.type, "precision": str(autocast_dtype(args, device))}
     if args.parallel in ("auto", "hsdp"):
         mine["ranks on a node"] = env.local_world_size
     for rank, theirs in enumerate(all_gather_objects(mine)):
@@ -874,27 +868,22 @@ def all_gather_objects(value):
     return values
 
 
-def gather_objects(value):
-    """The values of all ranks as a list, on rank 0; None on the others."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * get_world_size() if get_rank() == 0 else None
-    dist.gather_object(value, values, group=gloo_group)
-    return values
-
-
 def objects_in_turn(value):
     """Yield the values of all ranks one after another, on rank 0, which holds one of them at a time
     besides its own; nothing on the others. Every rank has to exhaust it."""
-    if get_rank() == 0:
-        yield value
+    if get_rank() > 0:
+        dist.send_object_list([value], 0, group=gloo_group)
+        return
+    yield value
     for rank in range(1, get_world_size()):
-        if get_rank() == rank:
-            dist.send_object_list([value], 0, group=gloo_group)
-        elif get_rank() == 0:
-            received = [None]
-            dist.recv_object_list(received, rank, group=gloo_group)
-            yield received.pop()
+        received = [None]
+        dist.recv_object_list(received, rank, group=gloo_group)
+        yield received.pop()
+
+
+def gather_objects(value):
+    """The values of all ranks as a list, on rank 0; [] on the others."""
+    return list(objects_in_turn(value))
 
 
 def all_reduce_sum(tensor):
@@ -963,7 +952,7 @@ def run(main):
         else:
             traceback.print_exc()
     except SystemExit as leave:
-        code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+        code = leave.code or 0
     except KeyboardInterrupt:
         code = 130
     except BaseException:
@@ -991,36 +980,18 @@ def build(make, args, device, methods=(), frozen=False):
     count = sum(parameter.numel() for parameter in model.parameters())
     for module in model.modules():
         module.recompute = args.activation_checkpoint
-    blocks = blocks_of(model)
     if args.compile:
         try:
             torch.compile(torch.neg)(torch.ones(1, device=device))
         except Exception as error:      # whatever compilers raise
             raise UserError("--compile: torch has no working compiler here "
-                            f"({str(error).strip().splitlines()[0]}); install one (gcc) or leave "
-                            "--compile out") from error
-        for block in blocks:            # in place: torch.compile(model) would rename parameters
+                            f"({str(error).strip().splitlines()[0]}); install one (gcc) or give "
+                            "--no-compile") from error
+        for block in blocks_of(model):  # in place: torch.compile(model) would rename parameters
             block.compile(dynamic=False)
     mode = choose_parallel(args, count, device_memory(device), env)
     if mode in ("fsdp", "hsdp"):
-        shape, names = (env.world_size,), ("shard",)
-        if mode == "hsdp":
-            if env.local_world_size == env.world_size:
-                raise UserError("--parallel hsdp shards inside a node and replicates across nodes, "
-                                "but there is one node; use fsdp")
-            shape = (env.world_size // env.local_world_size, env.local_world_size)
-            names = ("replicate", "shard")
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        # The weights of blocks are gathered in half precision. What is outside of blocks (patches,
-        # positions, norms, head) is sharded in fp32, and inputs are not cast, so that the residual
-        # stream stays fp32.
-        policy = MixedPrecisionPolicy(param_dtype=autocast_dtype(args, device),
-                                      reduce_dtype=torch.float32, cast_forward_inputs=False)
-        # Gathered weights are kept for the backward pass: a half of the gathers, for the memory of
-        # the weights in half precision.
-        for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: shard_columns(p, shape[-1]))
+        shard(model, mode, args, device, env)
         for name in methods:
             register_fsdp_forward_method(model, name)
     model.to_empty(device=device)
@@ -1054,11 +1025,34 @@ def choose_parallel(args, count, memory, env):
     return "hsdp" if env.local_world_size < env.world_size else "fsdp"
 
 
-def shard_columns(parameter, ranks):
-    """Where to cut a parameter of one row among ranks: along its last dimension (None: along the
-    first, as FSDP does). Along the first, each rank would hold padding of the table's size."""
-    if parameter.shape[0] == 1 and parameter.shape[-1] % ranks == 0:
-        return Shard(parameter.dim() - 1)
+def shard(model, mode, args, device, env):
+    """Share out a model's parameters in place: among all ranks (fsdp), or among the ranks of a
+    node, replicated across nodes (hsdp)."""
+    shape, names = (env.world_size,), ("shard",)
+    if mode == "hsdp":
+        shape = env.world_size // env.local_world_size, env.local_world_size
+        names = "replicate", "shard"
+        if shape[0] == 1:
+            raise UserError("--parallel hsdp shards inside a node and replicates across nodes, but "
+                            "there is one node; use fsdp")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    # The weights of blocks are gathered in half precision. What is outside of blocks (patches,
+    # positions, norms, head) is sharded in fp32, and inputs are not cast, so that the residual
+    # stream stays fp32.
+    policy = MixedPrecisionPolicy(param_dtype=autocast_dtype(args, device),
+                                  reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # Gathered weights are kept for the backward pass: a half of the gathers, for the memory of the
+    # weights in half precision.
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+    def placement(parameter):
+        # Tables of one row (positions, class token) are cut along their last dimension. Along the
+        # first, as all else is, each rank would hold padding of the table's size.
+        if parameter.shape[0] == 1 and parameter.shape[-1] % shape[-1] == 0:
+            return Shard(parameter.dim() - 1)
+
+    fully_shard(model, mesh=mesh, shard_placement_fn=placement)
 
 
 def blocks_of(model):
@@ -1139,10 +1133,9 @@ def update_ema(ema, model, decay, step):
 
     ema = d * ema + (1 - d) * weights, where d = min(decay, (1 + step) / (10 + step)): early in a
     run the average must forget the initial weights faster."""
-    if ema:
-        torch._foreach_lerp_([local(tensor) for tensor in ema.values()],
-                             [local(parameter) for parameter in model.parameters()],
-                             1 - min(decay, (1 + step) / (10 + step)))
+    torch._foreach_lerp_([local(tensor) for tensor in ema.values()],
+                         [local(parameter) for parameter in model.parameters()],
+                         1 - min(decay, (1 + step) / (10 + step)))
 
 
 @contextlib.contextmanager
@@ -1159,22 +1152,8 @@ def ema_weights(model, ema):
                 ema[name].copy_(own)
 
     swap()
-    try:
-        yield
-    finally:
-        swap()
-
-
-def all_reduce_floats(tensors, numbers):
-    """Sum scalar tensors and plain numbers over all ranks in one all-reduce: a tensor [n] on the
-    device. What only one rank knows (a signal, a bad image, rank 0's clock) travels this way, so
-    that all ranks decide alike."""
-    numbers = torch.tensor([float(number) for number in numbers])
-    values = torch.cat([torch.stack(tensors).float(),
-                        numbers.to(tensors[0].device, non_blocking=True)])
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
+    yield
+    swap()
 
 
 # --------------------------------------------------------------------------------------
@@ -1213,10 +1192,9 @@ def free_space(folder):
 def read_json(path):
     """The content of one of our JSON files, a dict; {} where it is missing or damaged."""
     try:
-        content = json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text())
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def file_crc(path):
@@ -1326,10 +1304,6 @@ def save(args, model, optimizer, state, ema):
     folder = Path(args.out) / "checkpoints" / f"step-{state['step']:08d}"
     aside = Path(f"{folder}.tmp")
 
-    def begin():
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-
     def complete():
         content = {"state": state, "crc": {name: crc for part in crcs for name, crc in part}}
         write_aside(aside / "complete.json", lambda path: path.write_text(json.dumps(content)))
@@ -1338,7 +1312,6 @@ def save(args, model, optimizer, state, ema):
         for old in checkpoints(args.out)[args.keep:]:
             shutil.rmtree(old, ignore_errors=True)
 
-    on_rank_0(begin)
     no_step_yet = not optimizer.state
     weights, moments = get_state_dict(model, optimizer)
     # To have a state to save, get_state_dict has made an empty optimizer step: do not count it.
@@ -1346,8 +1319,8 @@ def save(args, model, optimizer, state, ema):
         if "step" in values:
             values["step"].zero_()
     try:
-        dcp.save({"model": weights, "optimizer": moments, **({"ema": ema} if ema else {})},
-                 checkpoint_id=aside, process_group=gloo_group)
+        dcp.save({"model": weights, "optimizer": moments, "ema": ema}, checkpoint_id=aside,
+                 process_group=gloo_group)
     except CheckpointException as error:        # torch raises one rank's failure on every rank
         on_rank_0(lambda: shutil.rmtree(aside, ignore_errors=True))
         cause = next(iter(error.failures.values()))[0]
@@ -1383,7 +1356,7 @@ def restore(args, model, optimizer, state, ema):
     groups = [{key: value for key, value in group.items() if key != "params"}
               for group in optimizer.param_groups]
     weights, moments = get_state_dict(model, optimizer)
-    content = {"model": weights, "optimizer": moments, **({"ema": ema} if ema else {})}
+    content = {"model": weights, "optimizer": moments, "ema": ema}
     dcp.load(content, checkpoint_id=folder, process_group=gloo_group)
     set_state_dict(model, optimizer, model_state_dict=content["model"],
                    optim_state_dict=content["optimizer"])
@@ -1392,7 +1365,7 @@ def restore(args, model, optimizer, state, ema):
     saved = complete["state"]
     if saved["fp16"] != state["fp16"]:          # another --precision: begin with its loss scale
         saved |= {name: state[name] for name in ("fp16", "loss_scale", "steps_without_overflow")}
-    state |= {**saved, "skipped_in_a_row": 0}
+    state |= saved
     rank0_print(f"resuming from {folder}")
 
 
@@ -1466,7 +1439,7 @@ class Run:
                 "".join(json.dumps(record) + "\n" for record in kept)))
         self.bar = tqdm(total=schedule.steps, initial=self.state["step"], unit="step",
                         dynamic_ncols=True, disable=self.rank > 0 or not sys.stderr.isatty())
-        self.saved_at, self.stop, self.best_speed = time.monotonic(), False, 0.0
+        self.saved_at, self.stop = time.monotonic(), False
         self.restart_clock()
 
     # ---- the loop
@@ -1534,24 +1507,26 @@ class Run:
     def update(self, counts=None):
         """Make an optimizer step, or skip it if the gradient of any rank is not finite; log it.
 
-        A fused optimizer is told on the device to skip (found_inf), so that the host need not wait
-        before its step. SGD cannot be told so when parameters are sharded: the host waits first.
+        One all-reduce sums everything that a rank knows alone (its loss, a signal, a bad image,
+        rank 0's clock), so that all ranks decide alike. A fused optimizer is told on the device to
+        skip (found_inf), so that the host need not wait before its step. SGD cannot be told so when
+        parameters are sharded: the host waits first.
         `counts` {name: scalar tensor} are summed over ranks and added to the state."""
-        state, world_size = self.state, get_world_size()
+        state, world_size, counts = self.state, get_world_size(), counts or {}
         norm = clip_gradients(self.model, self.args.clip_grad, state["loss_scale"])
         minutes = (time.monotonic() - self.saved_at) / 60
-        counts = counts or {}
-        sums = all_reduce_floats(
-            (self.loss / world_size, norm / world_size, *counts.values()),
-            (bool(stop_signals), self.rank == 0 and minutes >= self.args.save_every,
-             self.bad_positions))
+        on_device = torch.stack([self.loss / world_size, norm / world_size, *counts.values()])
+        on_host = torch.tensor([len(stop_signals), self.bad_positions,
+                                self.rank == 0 and minutes >= self.args.save_every])
+        sums = torch.cat([on_device.float(), on_host.to(self.device, non_blocking=True).float()])
+        all_reduce_sum(sums)
         finite, fused = sums[1].isfinite(), self.optimizer.defaults["fused"]
         if fused:
             self.optimizer.found_inf = 1 - finite.float()
         if fused or finite:                                             # SGD waits here
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, norm, *counted, stop, save_due, bad = sums.tolist()       # waits for the device
+        loss, norm, *counted, stop, bad, save_due = sums.tolist()       # waits for the device
         self.stop, self.save_due = stop > 0, save_due > 0
         finite = math.isfinite(norm)
         if finite and self.ema:
@@ -1641,7 +1616,7 @@ class Run:
         for line in self.log.read_bytes().splitlines() if self.log.is_file() else ():
             with contextlib.suppress(ValueError):
                 records.append(json.loads(line))
-        return [record for record in records if isinstance(record, dict) and "step" in record]
+        return records
 
     def write_record(self, values):
         """Append a record to log.jsonl; numbers that are not finite become null."""
@@ -1664,12 +1639,6 @@ class Run:
         self.write_record({**values, "images_per_second": round(speed, 1),
                            "data_wait": round(self.waited / seconds, 4),
                            "mfu": self.peak_speed and round(speed / self.peak_speed, 4)})
-        self.best_speed = max(self.best_speed, speed)
-        if self.device.type == "cpu" and speed < self.best_speed / 4:
-            rank0_print(f"NOTE: {speed:.0f} images/s, after {self.best_speed:.0f}: do others use "
-                        "the CPU? Threads that wait for each other cost most of the time then; "
-                        "with GOMP_SPINCOUNT=1000 in the environment, less")
-            self.best_speed = speed
         text = (f"loss {values['loss']:.4f}, {speed:.0f} images/s, "
                 f"{100 * self.waited / seconds:.0f}% waiting for data")
         self.bar.set_postfix_str(text)
@@ -1694,44 +1663,43 @@ def draw_curves(records, path):
     """Draw the log over the number of images seen, a panel per quantity: training in blue,
     validation in red, and in grey and orange the losses of a constant prediction for the two."""
     width, height, left, top = 480, 300, 70, 40
-    names = dict.fromkeys(name for record in records for name in record)
-    fields = ["loss", *(name[4:] for name in names if name[:4] == "val_" and name[4:] not in (
-        "loss", "best", "count", "bad", "entropy", "captions")), "lr", "grad_norm",
-        "images_per_second"]
+    metrics = dict.fromkeys(name[4:] for record in records for name in record
+                            if name.startswith("val_"))
+    for name in ("loss", "best", "count", "bad", "entropy", "captions"):
+        metrics.pop(name, None)
+    fields = ["loss", *metrics, "lr", "grad_norm", "images_per_second"]
     sheet = Image.new("RGB", (2 * width, (len(fields) + 1) // 2 * height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, field in enumerate(fields):
-        series = {"training": (field, "#1f5fb4"), "validation": (f"val_{field}", "#c03028")}
-        if field == "loss":
-            series |= {"constant, training": ("entropy", "#909090"),
-                       "constant, validation": ("val_entropy", "#e09020")}
-        lines = {label: ([(record["samples"], record[name]) for record in records if isinstance(
-            record.get(name), (int, float)) and math.isfinite(record[name])], colour)
-            for label, (name, colour) in series.items()}
-        lines = {label: line for label, line in lines.items() if line[0]}
         x0, y0 = i % 2 * width + left, i // 2 * height + top
         x1, y1 = x0 + width - left - 20, y0 + height - top - 40
         draw.rectangle((x0, y0, x1, y1), outline="#999999")
         draw.text((x0, y0 - 32), field.replace("_", " "), "black", font_size=14)
-        if not lines:
+        series = [("training", field, "#1f5fb4"), ("validation", f"val_{field}", "#c03028")]
+        if field == "loss":
+            series += [("constant, training", "entropy", "#909090"),
+                       ("constant, validation", "val_entropy", "#e09020")]
+        lines = [(label, colour, [(record["samples"], record[name]) for record in records
+                                  if record.get(name) is not None])
+                 for label, name, colour in series]
+        points = [point for _, _, line in lines for point in line]
+        if not points:
             continue
-        xs, ys = zip(*itertools.chain(*(points for points, _ in lines.values())))
+        right, ys = max(x for x, _ in points), sorted(y for _, y in points)
         # The first values, before anything is learned, would hide the rest: they may be cut off.
-        low, high = min(ys), max(ys) if len(ys) < 20 else sorted(ys)[int(0.98 * len(ys))]
+        low, high = ys[0], ys[-1] if len(ys) < 20 else ys[int(0.98 * len(ys))]
         high = high if high > low else low + (abs(low) or 1)
-        for n, (label, (points, colour)) in enumerate(lines.items()):
-            draw.text((x0 + 110 * n, y0 - 14), label, colour)
-            places = [(x0 + (x1 - x0) * x / max(xs),
-                       y1 - (y1 - y0) * min(1, (y - low) / (high - low))) for x, y in points]
+        for n, (label, colour, line) in enumerate(lines):
+            places = [(x0 + (x1 - x0) * x / right,
+                       y1 - (y1 - y0) * min(1, (y - low) / (high - low))) for x, y in line]
+            draw.text((x0 + 110 * n, y0 - 14), label if line else "", colour)
             draw.line(places, colour, 2)
             for x, y in places if len(places) < 30 else ():
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
         for k in range(5):
             y, x = y1 + (y0 - y1) * k / 4, x0 + (x1 - x0) * k / 4
-            draw.line((x0 - 4, y, x0, y), "#999999")
-            draw.line((x, y1, x, y1 + 4), "#999999")
             draw.text((x0 - 6, y), f"{low + (high - low) * k / 4:.3g}", "black", anchor="rm")
-            draw.text((x, y1 + 12), f"{max(xs) * k / 4:,.0f}", "black", anchor="mm")
+            draw.text((x, y1 + 12), f"{right * k / 4:,.0f}", "black", anchor="mm")
         draw.text(((x0 + x1) / 2, y1 + 26), "images seen", "black", anchor="mm")
     write_aside(path, lambda aside: sheet.save(aside, "PNG"))
 
@@ -1981,12 +1949,10 @@ def config_from(path, heads=None):
         return config_in(file_info), file_info
     try:
         width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
-        pos_embed = tensors["pos_embed"]
-        _, _, _ = pos_embed.shape
+        rows, columns = grid_in_file(tensors["pos_embed"], file_info)
     except (KeyError, ValueError) as error:
         raise UserError(f"{path} is no Vision Transformer that is known here ({error}); it has "
                         f"{', '.join(list(tensors)[:3])}, …") from error
-    rows, columns = grid_in_file(pos_embed, file_info)
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     heads = heads or find_heads(path, width, depth, SIZES)
     return Config(width, depth, heads, patch, (rows * patch, columns * patch), channels), file_info
@@ -2002,10 +1968,18 @@ def matches(name, patterns):
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def summary(names):
-    """Names of tensors as short patterns: the first part of each, once."""
-    firsts = dict.fromkeys(name.split(".")[0] for name in names)
-    return ", ".join(first if first in names else f"{first}.*" for first in firsts) or "none"
+def summary(names, others):
+    """Names of tensors as short patterns, each once: the first part of a name where all tensors
+    that begin so are meant; else the name with * for numbers. `others` are not meant."""
+    mixed = {name.split(".")[0] for name in others}
+    patterns = []
+    for name in names:
+        first = name.split(".")[0]
+        if first in mixed:
+            patterns.append(re.sub(r"\.\d+", ".*", name))
+        else:
+            patterns.append(name if name == first else f"{first}.*")
+    return ", ".join(dict.fromkeys(patterns)) or "none"
 
 
 @torch.no_grad()
@@ -2026,12 +2000,11 @@ def load_weights(model, path, new=(), renew=(), log=rank0_print, rename=our_name
     targets = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
     values = {name: tensors[name] for name in targets
               if name in tensors and not matches(name, renew)}
+    inflated = ""
     for name, value in values.items():
         if name.endswith("pos_embed") and value.shape[2:] == targets[name].shape[2:]:
             values[name] = resize_pos_embed(value, grid_in_file(value, file_info),
                                             model.config.grid)
-    inflated = ""
-    for name, value in values.items():
         if value.dim() == 4 and targets[name].dim() == 5:
             frames = targets[name].shape[2]
             values[name] = (value / frames)[:, :, None].expand(-1, -1, frames, -1, -1)
@@ -2058,6 +2031,6 @@ def load_weights(model, path, new=(), renew=(), log=rank0_print, rename=our_name
     filled = sum(targets[name].numel() for name in values)
     total = sum(target.numel() for target in targets.values())
     log(f"loaded {len(values)} of {len(targets)} tensors ({100 * filled / total:.1f}% of "
-        f"parameters) from {path}{file_info.get('chosen', '')}; new: {summary(fresh)}; "
-        f"unused: {summary(unused)}{inflated}")
+        f"parameters) from {path}{file_info.get('chosen', '')}; new: {summary(fresh, values)}; "
+        f"unused: {summary(unused, values)}{inflated}")
     return {"loaded": list(values), "new": fresh, "unused": unused}

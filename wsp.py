@@ -77,8 +77,6 @@ def parse_flags(argv):
     if args.predict or args.eval_only:
         recipe["loss"] = file_info.get("config", {}).get("loss", "softmax")
     vit.fill_recipe(args, recipe)
-    if args.vocabulary_only and (args.predict or args.eval_only):
-        raise UserError("--vocabulary-only is about --data: leave --predict and --eval-only out")
     data.choose_val(args)
     return args, config, file_info
 
@@ -113,27 +111,26 @@ def read_synonyms(path):
         if alias != tag and meaning.setdefault(alias, tag) != tag:
             raise UserError(f"{path}, line {number}: {alias} means {meaning[alias]} and {tag}")
     ends = {}
-    for alias, tag in meaning.items():
+    for alias in meaning:
         chain = [alias]
-        while tag in meaning and tag not in chain:
-            chain.append(tag)
-            tag = meaning[tag]
-        if tag in chain:
-            raise UserError(f"{path}: a cycle: {' → '.join([*chain, tag])}")
-        ends[alias] = tag
+        while chain[-1] in meaning:
+            chain.append(meaning[chain[-1]])
+            if chain[-1] in chain[:-1]:
+                raise UserError(f"{path}: a cycle: {' → '.join(chain)}")
+        ends[alias] = chain[-1]
     return ends
 
 
-def tag_number(tag, numbers, synonyms):
-    """The number of a tag, spelled in any way, in a vocabulary {tag: number}, or -1."""
-    tag = canonical(tag)
-    return numbers.get(synonyms.get(tag, tag), -1)
+def tag_number(numbers, tag):
+    """The number of a tag, spelled in any way, among {canonical tag: number}, or -1."""
+    return numbers.get(canonical(tag), -1)
 
 
 def number_in(vocabulary, synonyms):
     """The function from a tag to its number in a vocabulary [tag]; workers can pickle it."""
     numbers = {tag: i for i, tag in enumerate(vocabulary)}
-    return functools.partial(tag_number, numbers=numbers, synonyms=synonyms)
+    numbers |= {alias: numbers[tag] for alias, tag in synonyms.items() if tag in numbers}
+    return functools.partial(tag_number, numbers)
 
 
 def tag_targets(sample, number_of):
@@ -259,7 +256,7 @@ def resample(args, source, synonyms):
         mass += torch.from_numpy(np.bincount(tags, (times / k.clip(1))[rows], K))
         images += torch.from_numpy(np.bincount(tags, times[rows], K))
     shown, mass, images = (vit.all_reduce_sum(part) for part in (shown, mass, images))
-    return {"vocabulary": np.array(vocabulary), "counts": frequency, "t": np.array(t), "r": r,
+    return {"vocabulary": np.array(vocabulary), "counts": frequency, "r": r,
             "shown": shown.numpy(), "tagged": by_rarest.sum(),
             **constant_loss(mass, images, int(shown.sum()))}
 
@@ -281,9 +278,8 @@ def open_tags(args, source):
     times = functools.partial(times_shown, source=source, number_of=number_of, r=found["r"])
     rows = data.Rows(source.chunks, times, found["shown"])
     rank0_print(f"{len(tags['vocabulary']):,} tags on {tags['tagged']:,} of {len(source):,} "
-                f"images, the others are left out; an epoch shows {len(rows):,}"
-                + (f" (t is {tags['t']:.4g} images)" if tags["t"] else "")
-                + f"; entropy of the tags {tags[args.loss]:.4f}")
+                f"images, the others are left out; an epoch shows {len(rows):,}; entropy of the "
+                f"tags {tags[args.loss]:.4f}")
     return rows, functools.partial(tag_targets, number_of=number_of), tags
 
 
@@ -413,12 +409,10 @@ def main(argv):
     model, wrapped = vit.build(make, args, device)
     if args.init:
         # The paper's idea. A file of stage 1 has an encoder, which is loaded, a decoder, which is
-        # not used, and no head: the head keeps its zeros, as without --init.
+        # not used, and no head: the head keeps its zeros, as without --init. So it does if the file
+        # is of this stage but for other tags.
         same = file_info.get("vocabulary") == tags["vocabulary"]
         vit.load_weights(model, args.init, renew=() if same else ("head.*",))
-        if "vocabulary" in file_info and not same:
-            rank0_print(f"NOTE: a new head for {len(tags['vocabulary'])} tags: --init has another "
-                        f"vocabulary, of {len(file_info['vocabulary'])}")
     if args.predict:
         pictures = data.read_pictures(args, config)
         images = data.normalise(pictures.pixels)                            # [B,C,H,W]
