@@ -258,7 +258,7 @@ def scene(i, split="train"):
         brightness=50 * field[6] - 16, light=[50 * p - 25 for p in field[7:9]],
         noise=4, grain=[int(32 * p) for p in field[9:11]])
     picture["caption"] = caption(picture, field[11:])
-    picture["tags"] = hashtags(concepts(picture), words)
+    picture["tags"] = hashtags(picture, words)
     return picture
 
 
@@ -281,19 +281,16 @@ def caption(picture, u):
     return text
 
 
-def concepts(picture):
-    """What one may say of a picture: (word, chance). Shape and texture come to mind first."""
+def hashtags(picture, u):
+    """Tags as people write them: in part, misspelt, one in ten wrong. u: 28 numbers."""
     main, *others = picture["objects"]
     both = main["texture"] + main["shape"]
-    return [(main["shape"], 0.75), (main["texture"], 0.6), (main["colours"][0], 0.25),
-            (picture["background"], 0.25), (others[0]["shape"] if others else None, 0.3),
-            (both if both in SPELLINGS else None, 0.12)]
-
-
-def hashtags(said, u):
-    """Concepts to tags as people write them: in part, misspelt, one in ten wrong. u: 28 numbers."""
+    concepts = [        # shape and texture come to mind first
+        (main["shape"], 0.75), (main["texture"], 0.6), (main["colours"][0], 0.25),
+        (picture["background"], 0.25), (others[0]["shape"] if others else None, 0.3),
+        (both if both in SPELLINGS else None, 0.12)]
     verbosity, tags = 0.4 + 1.2 * u[0], []
-    for k, (word, chance) in enumerate(said):
+    for k, (word, chance) in enumerate(concepts):
         speak, wrong, other, spelling = u[4 + 4 * k:8 + 4 * k]
         if word and speak < chance * verbosity:
             if wrong < 0.1:
@@ -461,7 +458,7 @@ def draw(picture, H, W, window=(0.0, 0.0, 1.0, 1.0)):
 
 
 def boxes(picture, H, W):
-    """What shows of each object, in pixels: [(SHAPES index, x0, y0, x1, y1, bool mask [H, W])]."""
+    """What shows of each object at H x W pixels: "objects" (see "Objects in images" below)."""
     found, free = [], np.ones((H, W), np.float32)
     for one in reversed(picture["objects"]):        # from the top one down
         rows, columns, cover, _ = layer(one, H, W, (0.0, 0.0, 1.0, 1.0))
@@ -470,9 +467,10 @@ def boxes(picture, H, W):
         free[rows, columns] *= 1 - cover
         mask = seen > 0.5
         if seen.sum() > 0.2 * cover.sum() and mask.any():
-            ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            found.append((SHAPES.index(one["shape"]), int(xs[0]), int(ys[0]), int(xs[-1]) + 1,
-                          int(ys[-1]) + 1, mask))
+            ys, xs = (np.flatnonzero(mask.any(axis)).tolist() for axis in (1, 0))
+            found.append({"bbox": (xs[0], ys[0], xs[-1] + 1 - xs[0], ys[-1] + 1 - ys[0]),
+                          "category": one["shape"], "area": int(mask.sum()), "iscrowd": 0,
+                          "segmentation": {"size": (H, W), "counts": runs_of_mask(mask)}})
     return found[::-1]
 
 
@@ -650,15 +648,14 @@ def list_folder(root, clips=False):
             ending = os.path.splitext(path)[1].lower()
             if ending in IMAGE_ENDINGS:
                 names.append(path.removeprefix(os.path.join(root, "")))
-            elif ending == ".tar":
+                continue
+            others[ending or "no ending"] += 1
+            if ending == ".tar":
                 tars.append(path)
-            else:
-                others[ending or "no ending"] += 1
     except OSError as error:
         raise UserError(f"{error.filename} cannot be listed: {error.strerror}") from error
     if not names and tars:
         return sorted(tars)
-    others.update({".tar": len(tars)} if tars else {})
     others = ", ".join(f"{count:,} {ending}" for ending, count in others.most_common(8))
     if not names:
         raise UserError(f"no {'clip' if clips else 'image'} below {root}; found: "
@@ -723,31 +720,29 @@ def read_record(record):
     return word_of(label), words_in(tags) or HASHTAG.findall(caption or ""), caption
 
 
-def list_manifest(path, kind="image"):
-    """The images of a .jsonl or .csv, or its clips with the `kind` "clip": the arguments of Files.
-    Raises UserError."""
-    def samples():
-        read = 0
-        try:
-            with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-                records = map(json.loads, filter(str.strip, file))
-                if path.lower().endswith(".csv"):
-                    records = csv.DictReader(file, skipinitialspace=True, strict=True)
-                    if kind not in (records.fieldnames or ()):
-                        raise UserError(f"{path} has no column named {kind}; its first line has: "
-                                        f"{', '.join(records.fieldnames or ())[:200]}")
-                for record in records:
-                    image = word_of(record.get(kind))
-                    if image is None:
-                        raise ValueError(f"it has no {kind}")
-                    if None in record:
-                        raise ValueError(f"it has more fields than columns: {record[None]}")
-                    yield image, *read_record(record)
-                    read += 1
-        except RECORD_ERRORS as error:
-            raise UserError(f"{path}, record {read + 1}, cannot be read: {type(error).__name__}: "
-                            f"{error}") from error
-    return os.path.dirname(path), columns_of(samples())
+def read_manifest(path, kind):
+    """Yield the samples of a .jsonl or .csv, for columns_of; `kind` "image" or "clip" names their
+    paths. Raises UserError."""
+    read = 0
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+            records = map(json.loads, filter(str.strip, file))
+            if path.lower().endswith(".csv"):
+                records = csv.DictReader(file, skipinitialspace=True, strict=True)
+                if kind not in (records.fieldnames or ()):
+                    raise UserError(f"{path} has no column named {kind}; its first line has: "
+                                    f"{', '.join(records.fieldnames or ())[:200]}")
+            for record in records:
+                image = word_of(record.get(kind))
+                if image is None:
+                    raise ValueError(f"it has no {kind}")
+                if None in record:
+                    raise ValueError(f"it has more fields than columns: {record[None]}")
+                yield image, *read_record(record)
+                read += 1
+    except RECORD_ERRORS as error:
+        raise UserError(f"{path}, record {read + 1}, cannot be read: {type(error).__name__}: "
+                        f"{error}") from error
 
 
 # --------------------------------------------------------------------------------------
@@ -1063,10 +1058,8 @@ class Joined:
         return sample
 
     def words(self, c, what):
-        for source in self.sources:
-            if c < len(source.chunks):
-                return source.words(c, what)
-            c -= len(source.chunks)
+        which, c = locate(c, np.cumsum([len(source.chunks) for source in self.sources]))
+        return self.sources[which].words(c, what)
 
 
 WORLD_COUNTS = {"world": ("train", 1_000_000), "world-val": ("val", 1_000),
@@ -1117,7 +1110,8 @@ def find_source(spec, clips=False):
     if os.path.isdir(spec):
         return list_folder(spec, clips)
     if spec.lower().endswith((".jsonl", ".csv")) and os.path.exists(spec):
-        return list_manifest(spec, "clip" if clips else "image")
+        kind = "clip" if clips else "image"
+        return os.path.dirname(spec), columns_of(read_manifest(spec, kind))
     paths = [spec] if os.path.exists(spec) else [
         path for one in expand_braces(spec)
         for path in (sorted(glob.glob(one, recursive=True)) if glob.has_magic(one) else [one])]
@@ -1304,12 +1298,8 @@ class WorldObjects:
 
     def __getitem__(self, i):
         sample, (H, W) = self.world[i], self.size
-        objects = [{"bbox": (x0, y0, x1 - x0, y1 - y0), "category": SHAPES[shape], "iscrowd": 0,
-                    "area": int(mask.sum()),
-                    "segmentation": {"size": self.size, "counts": runs_of_mask(mask)}}
-                   for shape, x0, y0, x1, y1, mask in boxes(sample["image"], H, W)]
         return {"image": sample["image"], "where": sample["where"], "id": i, "height": H,
-                "width": W, "objects": objects}
+                "width": W, "objects": boxes(sample["image"], H, W)}
 
 
 def open_objects(specs, folder, size):

@@ -3935,13 +3935,15 @@ def annotated():
         picture = data.scene(i, "val")
         Image.fromarray(data.draw(picture, 48, 60)).save(place / f"{i}.png")
         images.append({"id": 10 + i, "file_name": f"{i}.png", "height": 48, "width": 60})
-        for shape, x0, y0, x1, y1, mask in data.boxes(picture, 48, 60) if i != 3 else ():
-            runs = data.runs_of_mask(mask)
+        for one in data.boxes(picture, 48, 60) if i != 3 else ():
+            shape, runs = data.SHAPES.index(one["category"]), one["segmentation"]["counts"]
+            x0, y0, w, h = one["bbox"]
             annotations.append({
-                "id": len(annotations), "image_id": 10 + i, "category_id": 5 + 2 * (shape % 2),
-                "bbox": [x0, y0, x1 - x0, y1 - y0], "area": int(mask.sum()), "iscrowd": 0,
+                **one, "id": len(annotations), "image_id": 10 + i,
+                "category_id": 5 + 2 * (shape % 2),
                 "segmentation": {"size": [48, 60], "counts": finetune.text_of_runs(runs) if i % 2
-                                 else runs.tolist()} if i < 6 else [[x0, y0, x1, y0, x1, y1]]})
+                                 else runs.tolist()} if i < 6 else [
+                                     [x0, y0, x0 + w, y0, x0 + w, y0 + h]]})
     images[4]["file_name"] = "missing.png"
     images[5]["width"] = 61
     annotations[-1]["segmentation"] = {"size": [48, 60], "counts": "!!"}
