@@ -54,8 +54,8 @@ from tqdm import tqdm
 
 from vit import (
     Parser, RankError, UserError, all_gather_objects, all_reduce_sum, cpu_cores, environment,
-    get_rank, get_world_size, list_bad, number, on_rank_0, positive, rank0_print, read_json, run,
-    stop_signals, write_aside)
+    get_rank, get_world_size, list_bad, number, on_rank_0, positive, probabilities, rank0_print,
+    read_json, run, stop_signals, write_aside)
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif",
                  ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga")
@@ -1876,17 +1876,10 @@ def denormalise(images):
     return pixels.to(torch.uint8).permute(0, 2, 3, 1)
 
 
-class Pictures(NamedTuple):
-    """--predict's pictures: the `names` of those that can be read, their pixels uint8 [B,H,W,C],
-    and a line about the others, or ""."""
-    names: list
-    pixels: object
-    problem: str
-
-
 def read_pictures(args, config, choose_box=WHOLE_WIDTH, views=None):
-    """--predict's Pictures at the size of a model's Config, by default as much of each as fits; or
-    clips in these Views. Raises UserError where none can be read."""
+    """--predict's pictures at the size of a model's Config, by default as much of each as fits, or
+    clips in these Views: (the names of those that can be read; their pixels uint8 [B,H,W,C], of
+    clips [B,V,T,H,W,C]; a line about the others, or ""). Raises UserError if none can be read."""
     files = [{"image": name, "where": name} for name in args.predict]
     batch = evaluation_samples(files, config, choose_box, np.arange(len(files)),
                                views=views).batch(np.arange(len(files)))
@@ -1894,26 +1887,30 @@ def read_pictures(args, config, choose_box=WHOLE_WIDTH, views=None):
     good = batch["weight"].nonzero()[:, 0]
     if not len(good):
         raise UserError(problem)
-    return Pictures([args.predict[i] for i in good], batch["images"][good], problem)
+    return [args.predict[i] for i in good], batch["images"][good], problem
 
 
-def most_probable(probabilities, names, k=5):
+def most_probable(chances, names, k=5):
     """The k most probable of each row of [B,K]: [[(name, probability)]]."""
-    top = probabilities.topk(min(k, len(names)))
+    top = chances.topk(min(k, len(names)))
     return [[(names[i], chance) for i, chance in zip(*row)]
             for row in zip(top.indices.tolist(), top.values.tolist())]
 
 
-def print_predictions(pictures, probabilities, names):
-    """Print what Pictures most probably are, from probabilities [B,K]; then raise UserError if some
-    could not be read."""
-    for name, best in zip(pictures.names, most_probable(probabilities, names)):
-        rank0_print(f"{name}: " + ", ".join(f"{word} {chance:.3f}" for word, chance in best))
-    if pictures.problem:
-        raise UserError(pictures.problem)
+def print_predictions(args, config, logits_of, names, device, **options):
+    """Print what --predict's pictures, read with these options of read_pictures, most probably are.
+    logits_of(images [1,C,H,W] or clips [1,V,T,C,H,W]) is [1,K]. Raises UserError at the end if some
+    cannot be read."""
+    files, pixels, problem = read_pictures(args, config, **options)
+    for file, picture in zip(files, pixels):
+        chances = probabilities(logits_of, normalise(picture[None]), args, device)      # [1,K]
+        best, = most_probable(chances, names)
+        rank0_print(f"{file}: " + ", ".join(f"{name} {chance:.3f}" for name, chance in best))
+    if problem:
+        raise UserError(problem)
 
 
-def draw_predictions(args, batch, probabilities, names):
+def draw_predictions(args, batch, chances, names):
     """Draw a batch's pictures, what they are and what a model thinks they are, from probabilities
     [B,K], right answers green, into OUT/predictions.png; of clips four frames each, into
     OUT/clips.png. Rank 0 does."""
@@ -1924,7 +1921,7 @@ def draw_predictions(args, batch, probabilities, names):
     if pixels.dim() == 7:
         frames = np.linspace(0, pixels.shape[3] - 1, 4).astype(int)
         file, pixels = "clips.png", pixels[:, 0, 0, frames]                 # [B,4,H,W,C]
-    for targets, best in zip(batch["targets"].tolist(), most_probable(probabilities, names)):
+    for targets, best in zip(batch["targets"].tolist(), most_probable(chances, names)):
         right = [names[i] for i in targets if i >= 0]
         texts.append([("true: " + ", ".join(right)[:60], "black")] + [
             (f"{chance:.3f}  {name}", "#108030" if name in right else "#606060")

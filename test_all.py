@@ -2634,8 +2634,8 @@ def test_released_files_are_evaluated_by_number_order_and_name():
     numbered = manifest({"image": str(file), "label": int("dog" in str(file))}
                         for file in sorted(photos().glob("*/*.jpg")))
     assert judge(val=numbered)[0]["top1"] == first["top1"]
-    pixels, = data.read_pictures(argparse.Namespace(predict=[photo()]), Config.named("nano"),
-                                 data.whole).pixels
+    _, (pixels,), _ = data.read_pictures(argparse.Namespace(predict=[photo()]),
+                                         Config.named("nano"), data.whole)
     whole = Image.open(photo()).resize((64, 64), Image.Resampling.BICUBIC)
     assert np.abs(pixels.numpy().astype(int) - np.asarray(whole)).mean() < 3
 

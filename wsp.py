@@ -420,10 +420,7 @@ def main(argv):
             rank0_print(f"NOTE: a new head for {len(tags['vocabulary'])} tags: --init has another "
                         f"vocabulary, of {len(file_info['vocabulary'])}")
     if args.predict:
-        pictures = data.read_pictures(args, config)
-        images = data.normalise(pictures.pixels)                            # [B,C,H,W]
-        probabilities = vit.probabilities(model, images, args, device)      # [B,K]
-        return data.print_predictions(pictures, probabilities, tags["vocabulary"])
+        return data.print_predictions(args, config, model, tags["vocabulary"], device)
     if args.eval_only:
         return vit.report(args, evaluate(model, val, args, device, tags))
     schedule = vit.make_schedule(args, len(train))
