@@ -675,8 +675,6 @@ def list_folder(root, clips=False):
 HASHTAG = re.compile(r"[#＃]([^\s#＃!\"$%&'()*+,./:;<=>?@\[\\\]^`{|}~、。，！？]+)")
 # What reading somebody's .json or .csv raises
 RECORD_ERRORS = ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error
-
-
 # How tables write "no value"; pandas reads these so, too
 MISSING = {"", "nan", "NaN", "-nan", "NA", "N/A", "n/a", "<NA>", "#N/A", "null", "NULL", "None"}
 
@@ -1045,8 +1043,7 @@ class Joined:
 
     def files(self):
         """The paths of all files that the images are read from."""
-        for source in self.sources:
-            yield from source.files()
+        return itertools.chain.from_iterable(source.files() for source in self.sources)
 
     def __getitem__(self, i):
         if not 0 <= i < len(self):
@@ -1910,10 +1907,11 @@ def print_predictions(args, config, logits_of, names, device, **options):
         raise UserError(problem)
 
 
-def draw_predictions(args, batch, chances, names):
-    """Draw a batch's pictures, what they are and what a model thinks they are, from probabilities
-    [B,K], right answers green, into OUT/predictions.png; of clips four frames each, into
-    OUT/clips.png. Rank 0 does."""
+def draw_predictions(args, batch, logits_of, names, device):
+    """Draw a batch's pictures, what they are and what a model thinks they are, right answers green,
+    into OUT/predictions.png; of clips four frames each, into OUT/clips.png. logits_of(images
+    [B,C,H,W] or clips [B,V,T,C,H,W]) is [B,K]. Every rank has to call it; rank 0 draws."""
+    chances = probabilities(logits_of, normalise(batch["images"]), args, device)    # [B,K]
     if get_rank():
         return
     side, texts, font = 112, [], ImageFont.load_default()
@@ -1959,12 +1957,11 @@ def info(args):
                 modes[f"{image.format} {image.mode}"] += 1
         except Exception:               # what decoders raise on damage has no common class
             modes["drawn" if isinstance(sample["image"], dict) else "unreadable"] += 1
-    smallest, median, largest = np.percentile(
-        sizes or [(0, 0)], (0, 50, 100), axis=0).astype(int).tolist()
+    sizes = np.percentile(sizes or [(0, 0)], (0, 50, 100), axis=0).astype(int).tolist()
     print(json.dumps({
         "samples": len(source), "classes": len(source.classes), "names": source.classes[:12],
         "looked_at": len(looked), "modes": modes,
-        "smallest": smallest, "median": median, "largest": largest,
+        **dict(zip(("smallest", "median", "largest"), sizes)),
         "tags_per_image": round(tags.total() / len(looked), 3), "different_tags": len(tags),
         "head": tags.most_common()[:8], "tail": tags.most_common()[8:][-4:]}))
 
@@ -2009,19 +2006,19 @@ def encode(image, short):
     return "jpg", file.getvalue()
 
 
-def write_shard(k, source, out, size, short, index_dir):
-    """Write shard k of `size` samples, unless it is there, and index it: [(where, why)] of what was
-    left out."""
-    path, bad = out / f"{k:05d}.tar", []
+def write_shard(k, source, args):
+    """Write shard k in OUT, unless it is there, and index it; print what is left out."""
+    path, size = Path(args.out) / f"{k:05d}.tar", args.shard_size
 
     def write(aside):
         with tarfile.open(aside, "w", format=tarfile.GNU_FORMAT) as tar:
             for i in range(k * size, min((k + 1) * size, len(source))):
                 sample = source[i]
                 try:
-                    ending, content = encode(sample["image"], short)
+                    ending, content = encode(sample["image"], args.resize)
                 except Exception as error:      # what decoders raise on damage has no common class
-                    bad.append((sample["where"], f"{type(error).__name__}: {error}"))
+                    print(f"left out: {sample['where']}: {type(error).__name__}: {error}",
+                          flush=True)
                     continue
                 record = {key: sample[key] for key in ("tags", "caption", "where")
                           if sample.get(key)}
@@ -2034,8 +2031,7 @@ def write_shard(k, source, out, size, short, index_dir):
 
     if not path.exists():
         write_aside(path, write)
-    open_index(str(path), index_dir, clips=False)
-    return bad
+    open_index(str(path), args.index_dir, clips=False)
 
 
 def pack(args):
@@ -2054,14 +2050,12 @@ def pack(args):
         raise UserError(f"{out} holds shards of something else; choose another folder")
     write_aside(note, lambda path: path.write_text(json.dumps(plan)))
     start, count = time.perf_counter(), math.ceil(len(source) / args.shard_size)
-    work = functools.partial(write_shard, source=source, out=out, size=args.shard_size,
-                             short=args.resize, index_dir=args.index_dir)
+    work = functools.partial(write_shard, source=source, args=args)
     with process_pool(args.workers) as processes:
         # In a few portions for each process, since the list of files is sent with each portion.
         shards = processes.map(work, range(count), chunksize=1 + count // (8 * args.workers + 8))
-        for bad in progress(shards, "packing", "shard", count):
-            for where, why in bad:
-                print(f"left out: {where}: {why}")
+        for _ in progress(shards, "packing", "shard", count):
+            pass
     packed = len(open_data(out, index_dir=args.index_dir))
     print(json.dumps({"samples": packed, "left_out": len(source) - packed, "shards": count,
                       "seconds": round(time.perf_counter() - start, 1)}))

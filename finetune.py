@@ -310,9 +310,7 @@ def train_classifier(args, model, wrapped, logits_of, device, train, val, model_
 
     def draw_and_evaluate():
         with vit.ema_weights(model, run.ema):
-            images = data.normalise(examples["images"])                     # [B,C,H,W]
-            probabilities = vit.probabilities(logits_of, images, args, device)    # [B,K]
-            data.draw_predictions(args, examples, probabilities, names)
+            data.draw_predictions(args, examples, logits_of, names, device)
             metrics = evaluate(logits_of, val, args, device, names) if val else {}
         score = metrics.get("map", metrics.get("top1", -1.0))
         if score > run.state["best"]:
@@ -1743,9 +1741,7 @@ def zeroshot(argv):
     def draw_and_evaluate():
         weights = weights_now()
         if examples:
-            images = data.normalise(examples["images"])                     # [B,C,H,W]
-            chances = vit.probabilities(logits_by(weights), images, args, device)       # [B,K]
-            data.draw_predictions(args, examples, chances, names)
+            data.draw_predictions(args, examples, logits_by(weights), names, device)
         return evaluate_towers(model, val, args, device, names, weights, encode) if val else {}
 
     # ---- loop: the loss compares all vectors of the batch, whose graphs do not fit into memory.

@@ -1306,8 +1306,9 @@ def test_predictions_are_drawn_in_two_columns_without_a_margin():
     out, names = folder(), ["cat", "a dog"]
     samples = data.Samples(data.open_data(photos()), (64, 64), 3, data.whole, shuffle=False,
                            targets_of=lambda sample: [sample["label"]])
-    data.draw_predictions(argparse.Namespace(out=out), data.examples(samples, torch.device("cpu")),
-                          torch.rand(8, 2).softmax(1), names)
+    args = argparse.Namespace(out=out, micro_batch=8, precision="fp32", loss="ce")
+    data.draw_predictions(args, data.examples(samples, cpu := torch.device("cpu")),
+                          lambda images: torch.rand(8, 2), names, cpu)
     pixels = np.asarray(Image.open(out / "predictions.png"))
     drawn = np.flatnonzero((pixels < 255).any((0, 2)))
     assert pixels.shape[0] == 4 * 120 and pixels.shape[1] < 480

@@ -431,9 +431,7 @@ def main(argv):
     examples = data.examples(val or train, device)
 
     def draw_and_evaluate():
-        images = data.normalise(examples["images"])                         # [B,C,H,W]
-        probabilities = vit.probabilities(model, images, args, device)            # [B,K]
-        data.draw_predictions(args, examples, probabilities, tags["vocabulary"])
+        data.draw_predictions(args, examples, model, tags["vocabulary"], device)
         return evaluate(model, val, args, device, tags) if val else {}
 
     # ---- loop
