@@ -37,7 +37,6 @@ import sys
 import tarfile
 import time
 import warnings
-import zipfile
 import zlib
 from bisect import bisect
 from collections import Counter
@@ -135,8 +134,7 @@ class Order:
         key = splitmix64(splitmix64(np.array([number])) + ~self.key)
         chunks = permute(np.arange(count), count, key)
         bounds = np.arange(self.windows + 1) * count // self.windows
-        window = np.searchsorted(bounds, np.arange(count), "right")
-        chunks = chunks[np.lexsort((chunks, window))]
+        chunks = np.concatenate([np.sort(window) for window in np.split(chunks, bounds[1:-1])])
         ends = np.cumsum(self.chunks[chunks])
         return chunks, ends, np.append(0, ends)[bounds]
 
@@ -873,7 +871,7 @@ def read_arrays(path):
     try:
         with np.load(path) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+    except Exception:       # what numpy raises on damage has no common class
         return {}
 
 
@@ -926,7 +924,6 @@ class Shards:
         self.chunks, self.ends = catalogue["counts"], np.cumsum(catalogue["counts"])
         self.classes = class_names_of({*all_strings(catalogue, "classes")})
         self.mark = crc(catalogue["counts"], catalogue["marks"])
-        self.left_out = catalogue["left_out"]
 
     @lru_cache(128)     # so many are read at a time: a window of Order, in shards of 10,000 samples
     def shard(self, s):
@@ -1010,12 +1007,12 @@ def open_shards(paths, index_dir, clips=False):
     names = pack_strings("paths", paths)
     mark = crc(*names.values(), stats, f"version {INDEX_VERSION} {clips}")
     folder = index_dir or os.path.dirname(os.path.abspath(paths[0]))
-    source = Shards(kept_arrays(os.path.join(folder, f"{mark:08x}.catalogue.npz"), lambda: {
-        **names, "stats": stats, **index_shards(paths, index_dir, clips)}), index_dir, clips)
-    if source.left_out.any():
-        rank0_print(f"in {first_of(paths)}: " + ", ".join(
-            f"{count:,} {kind}" for kind, count in zip(LEFT_OUT, source.left_out) if count))
-    return source
+    catalogue = kept_arrays(os.path.join(folder, f"{mark:08x}.catalogue.npz"), lambda: {
+        **names, "stats": stats, **index_shards(paths, index_dir, clips)})
+    left_out = [f"{n:,} {kind}" for n, kind in zip(catalogue["left_out"], LEFT_OUT) if n]
+    if left_out:
+        rank0_print(f"in {first_of(paths)}: {', '.join(left_out)}")
+    return Shards(catalogue, index_dir, clips)
 
 
 # --------------------------------------------------------------------------------------
@@ -1373,7 +1370,7 @@ def centre_crop(width, height, uniforms, size, share=224 / 256, place=0.5):
 WHOLE_WIDTH = functools.partial(centre_crop, share=1)       # or height: as much as fits
 
 
-def whole(width, height, uniforms, size):
+def whole(width, height, uniforms=None, size=None):
     """The box of the whole image: squashed, where its aspect is not the output's."""
     return 0, 0, width, height
 
@@ -1977,7 +1974,8 @@ def verify(args):
         bad += len(batch["bad"])
         for _, where, why in batch["bad"]:
             print(f"bad: {where}: {why}")
-    damage = sum(int(one.left_out[:2].sum()) for one in source.sources if isinstance(one, Shards))
+    damage = sum(int(one.catalogue["left_out"][:2].sum())
+                 for one in source.sources if isinstance(one, Shards))
     print(json.dumps({"samples": count, "bad": bad, "damage": damage, "images_per_second": round(
         count / (time.perf_counter() - start), 1)}))
     raise SystemExit(1 if bad or damage else 0)
@@ -2000,8 +1998,7 @@ def encode(image, short):
         return ending, content
     turned, channels = orientation_of(opened) > 4, 1 if opened.mode == "L" else 3
     W, H = (round(side / shrink) for side in opened.size[::-1 if turned else 1])
-    box = functools.partial(whole, uniforms=None, size=None)
-    pixels = read_pixels(lambda: content, box, (H, W), channels)
+    pixels = read_pixels(lambda: content, whole, (H, W), channels)
     Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(file, "JPEG", quality=90)
     return "jpg", file.getvalue()
 

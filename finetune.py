@@ -2839,8 +2839,7 @@ def evaluate_results(args):
 def draw_objects(sample, objects, categories):
     """A sample with objects on it, as a PIL image: results of a score of 0.5 or more, or truths."""
     H, W = sample["height"], sample["width"]
-    pixels = data.read_pixels(sample["image"], functools.partial(
-        data.whole, uniforms=None, size=None), (H, W)).astype(float)
+    pixels = data.read_pixels(sample["image"], data.whole, (H, W)).astype(float)
     names, zoom = {one["id"]: one["name"] for one in categories}, max(1, 320 // max(H, W))
     labels = []
     for one in objects:
