@@ -1884,21 +1884,21 @@ def read_pictures(args, config, choose_box=WHOLE_WIDTH, views=None):
     return [args.predict[i] for i in good], batch["images"][good], problem
 
 
-def most_probable(chances, names, k=5):
-    """The k most probable of each row of [B,K]: [[(name, probability)]]."""
-    top = chances.topk(min(k, len(names)))
+def most_probable(logits_of, pixels, names, args, device):
+    """The five most probable names of each picture uint8 [B,H,W,C] or clip [B,V,T,H,W,C]:
+    [[(name, probability)]]. logits_of(normalised images) is [B,K]. Every rank has to call it."""
+    chances = probabilities(logits_of, normalise(pixels), args, device)     # [B,K]
+    top = chances.topk(min(5, len(names)))
     return [[(names[i], chance) for i, chance in zip(*row)]
             for row in zip(top.indices.tolist(), top.values.tolist())]
 
 
 def print_predictions(args, config, logits_of, names, device, **options):
     """Print what --predict's pictures, read with these options of read_pictures, most probably are.
-    logits_of(images [1,C,H,W] or clips [1,V,T,C,H,W]) is [1,K]. Raises UserError at the end if some
-    cannot be read."""
+    Raises UserError at the end if some cannot be read."""
     files, pixels, problem = read_pictures(args, config, **options)
     for file, picture in zip(files, pixels):
-        chances = probabilities(logits_of, normalise(picture[None]), args, device)      # [1,K]
-        best, = most_probable(chances, names)
+        best, = most_probable(logits_of, picture[None], names, args, device)
         rank0_print(f"{file}: " + ", ".join(f"{name} {chance:.3f}" for name, chance in best))
     if problem:
         raise UserError(problem)
@@ -1906,9 +1906,9 @@ def print_predictions(args, config, logits_of, names, device, **options):
 
 def draw_predictions(args, batch, logits_of, names, device):
     """Draw a batch's pictures, what they are and what a model thinks they are, right answers green,
-    into OUT/predictions.png; of clips four frames each, into OUT/clips.png. logits_of(images
-    [B,C,H,W] or clips [B,V,T,C,H,W]) is [B,K]. Every rank has to call it; rank 0 draws."""
-    chances = probabilities(logits_of, normalise(batch["images"]), args, device)    # [B,K]
+    into OUT/predictions.png; of clips four frames each, into OUT/clips.png. Every rank has to call
+    it; rank 0 draws."""
+    predicted = most_probable(logits_of, batch["images"], names, args, device)
     if get_rank():
         return
     side, texts, font = 112, [], ImageFont.load_default()
@@ -1916,7 +1916,7 @@ def draw_predictions(args, batch, logits_of, names, device):
     if pixels.dim() == 7:
         frames = np.linspace(0, pixels.shape[3] - 1, 4).astype(int)
         file, pixels = "clips.png", pixels[:, 0, 0, frames]                 # [B,4,H,W,C]
-    for targets, best in zip(batch["targets"].tolist(), most_probable(chances, names)):
+    for targets, best in zip(batch["targets"].tolist(), predicted):
         right = [names[i] for i in targets if i >= 0]
         texts.append([("true: " + ", ".join(right)[:60], "black")] + [
             (f"{chance:.3f}  {name}", "#108030" if name in right else "#606060")
