@@ -37,7 +37,6 @@ import sys
 import tarfile
 import time
 import warnings
-import zipfile
 import zlib
 from bisect import bisect
 from collections import Counter
@@ -54,8 +53,8 @@ from tqdm import tqdm
 
 from vit import (
     Parser, RankError, UserError, all_gather_objects, all_reduce_sum, cpu_cores, environment,
-    get_rank, get_world_size, list_bad, number, on_rank_0, positive, rank0_print, read_json, run,
-    stop_signals, write_aside)
+    get_rank, get_world_size, list_bad, number, on_rank_0, positive, probabilities, rank0_print,
+    read_json, run, stop_signals, write_aside)
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif",
                  ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga")
@@ -135,8 +134,7 @@ class Order:
         key = splitmix64(splitmix64(np.array([number])) + ~self.key)
         chunks = permute(np.arange(count), count, key)
         bounds = np.arange(self.windows + 1) * count // self.windows
-        window = np.searchsorted(bounds, np.arange(count), "right")
-        chunks = chunks[np.lexsort((chunks, window))]
+        chunks = np.concatenate([np.sort(window) for window in np.split(chunks, bounds[1:-1])])
         ends = np.cumsum(self.chunks[chunks])
         return chunks, ends, np.append(0, ends)[bounds]
 
@@ -258,7 +256,7 @@ def scene(i, split="train"):
         brightness=50 * field[6] - 16, light=[50 * p - 25 for p in field[7:9]],
         noise=4, grain=[int(32 * p) for p in field[9:11]])
     picture["caption"] = caption(picture, field[11:])
-    picture["tags"] = hashtags(concepts(picture), words)
+    picture["tags"] = hashtags(picture, words)
     return picture
 
 
@@ -281,19 +279,16 @@ def caption(picture, u):
     return text
 
 
-def concepts(picture):
-    """What one may say of a picture: (word, chance). Shape and texture come to mind first."""
+def hashtags(picture, u):
+    """Tags as people write them: in part, misspelt, one in ten wrong. u: 28 numbers."""
     main, *others = picture["objects"]
     both = main["texture"] + main["shape"]
-    return [(main["shape"], 0.75), (main["texture"], 0.6), (main["colours"][0], 0.25),
-            (picture["background"], 0.25), (others[0]["shape"] if others else None, 0.3),
-            (both if both in SPELLINGS else None, 0.12)]
-
-
-def hashtags(said, u):
-    """Concepts to tags as people write them: in part, misspelt, one in ten wrong. u: 28 numbers."""
+    concepts = [        # shape and texture come to mind first
+        (main["shape"], 0.75), (main["texture"], 0.6), (main["colours"][0], 0.25),
+        (picture["background"], 0.25), (others[0]["shape"] if others else None, 0.3),
+        (both if both in SPELLINGS else None, 0.12)]
     verbosity, tags = 0.4 + 1.2 * u[0], []
-    for k, (word, chance) in enumerate(said):
+    for k, (word, chance) in enumerate(concepts):
         speak, wrong, other, spelling = u[4 + 4 * k:8 + 4 * k]
         if word and speak < chance * verbosity:
             if wrong < 0.1:
@@ -461,7 +456,7 @@ def draw(picture, H, W, window=(0.0, 0.0, 1.0, 1.0)):
 
 
 def boxes(picture, H, W):
-    """What shows of each object, in pixels: [(SHAPES index, x0, y0, x1, y1, bool mask [H, W])]."""
+    """What shows of each object at H x W pixels: "objects" (see "Objects in images" below)."""
     found, free = [], np.ones((H, W), np.float32)
     for one in reversed(picture["objects"]):        # from the top one down
         rows, columns, cover, _ = layer(one, H, W, (0.0, 0.0, 1.0, 1.0))
@@ -470,9 +465,10 @@ def boxes(picture, H, W):
         free[rows, columns] *= 1 - cover
         mask = seen > 0.5
         if seen.sum() > 0.2 * cover.sum() and mask.any():
-            ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            found.append((SHAPES.index(one["shape"]), int(xs[0]), int(ys[0]), int(xs[-1]) + 1,
-                          int(ys[-1]) + 1, mask))
+            ys, xs = (np.flatnonzero(mask.any(axis)).tolist() for axis in (1, 0))
+            found.append({"bbox": (xs[0], ys[0], xs[-1] + 1 - xs[0], ys[-1] + 1 - ys[0]),
+                          "category": one["shape"], "area": int(mask.sum()), "iscrowd": 0,
+                          "segmentation": {"size": (H, W), "counts": runs_of_mask(mask)}})
     return found[::-1]
 
 
@@ -514,10 +510,20 @@ def pack_strings(name, strings):
             f"{name}_ends": np.cumsum([len(string) for string in strings], dtype=np.int64)}
 
 
+def locate(i, ends):
+    """(Which part item i is in, its number there) of parts that end at `ends`."""
+    part = int(np.searchsorted(ends, i, "right"))
+    return part, int(i) - (int(ends[part - 1]) if part else 0)
+
+
+def part_of(values, ends, i):
+    """Part i of an array whose parts end at `ends`."""
+    return values[ends[i - 1] if i else 0:ends[i]]
+
+
 def string_at(columns, name, i):
     """String i of columns that pack_strings has made."""
-    ends = columns[f"{name}_ends"]
-    content = columns[name][ends[i - 1] if i else 0:ends[i]]
+    content = part_of(columns[name], columns[f"{name}_ends"], i)
     return content.tobytes().decode("utf-8", "surrogateescape")
 
 
@@ -551,8 +557,7 @@ def columns_of(samples):
 
 def sample_at(columns, i):
     """(The name of sample i, what is known of it: a dict of "label", "tags", "caption")."""
-    ends, label = columns["tag_ends"], int(columns["labels"][i])
-    tags = columns["tags"][ends[i - 1] if i else 0:ends[i]].tolist()
+    tags, label = part_of(columns["tags"], columns["tag_ends"], i), columns["labels"][i]
     found = {"tags": [string_at(columns, "tag_words", tag) for tag in tags]}
     if label >= 0:
         found["label"] = string_at(columns, "label_words", label)
@@ -632,41 +637,42 @@ def walk(folder, above=()):
             yield from walk(entry.path, above)
 
 
-def list_folder(root):
-    """Every image below a folder, sorted by path: the arguments of Files. If there is none: the
-    paths of the tars below it. Raises UserError."""
+def list_folder(root, clips=False):
+    """Every image or clip below a folder, sorted by path: the arguments of Files. If there is none:
+    the paths of the tars below it. Raises UserError."""
     names, tars, others = [], [], Counter()
     try:
         for path in walk(root):
             ending = os.path.splitext(path)[1].lower()
             if ending in IMAGE_ENDINGS:
                 names.append(path.removeprefix(os.path.join(root, "")))
-            elif ending == ".tar":
+                continue
+            others[ending or "no ending"] += 1
+            if ending == ".tar":
                 tars.append(path)
-            else:
-                others[ending or "no ending"] += 1
     except OSError as error:
         raise UserError(f"{error.filename} cannot be listed: {error.strerror}") from error
     if not names and tars:
         return sorted(tars)
-    others.update({".tar": len(tars)} if tars else {})
     others = ", ".join(f"{count:,} {ending}" for ending, count in others.most_common(8))
     if not names:
-        raise UserError(f"no image below {root}; found: {others or 'no file'}; looked for "
-                        f"{' '.join(IMAGE_ENDINGS)} and .tar")
+        raise UserError(f"no {'clip' if clips else 'image'} below {root}; found: "
+                        f"{others or 'no file'}; looked for {' '.join(IMAGE_ENDINGS)} and .tar")
     if others:
         rank0_print(f"NOTE: other files below {root} are passed over: {others}")
-    # A name that is not UTF-8 becomes a class that can be written anywhere.
-    return root, columns_of((name, name.split("/")[0].encode("utf-8", "backslashreplace").decode()
-                             if "/" in name else None, (), None) for name in sorted(names))
+
+    def class_of(name):     # a name that is not UTF-8 becomes one that can be written anywhere
+        *folders, _ = name.encode("utf-8", "backslashreplace").decode().split("/")
+        return folders[-1 if clips else 0] if folders else None
+
+    names = clips_among(root, names) if clips else names
+    return root, columns_of((name, class_of(name), (), None) for name in sorted(names))
 
 
 # A hashtag in running text ends at white space, another # or any other punctuation.
 HASHTAG = re.compile(r"[#＃]([^\s#＃!\"$%&'()*+,./:;<=>?@\[\\\]^`{|}~、。，！？]+)")
 # What reading somebody's .json or .csv raises
 RECORD_ERRORS = ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error
-
-
 # How tables write "no value"; pandas reads these so, too
 MISSING = {"", "nan", "NaN", "-nan", "NA", "N/A", "n/a", "<NA>", "#N/A", "null", "NULL", "None"}
 
@@ -710,38 +716,36 @@ def read_record(record):
     return word_of(label), words_in(tags) or HASHTAG.findall(caption or ""), caption
 
 
-def list_manifest(path, kind="image"):
-    """The images of a .jsonl or .csv, or its clips with the `kind` "clip": the arguments of Files.
-    Raises UserError."""
-    def samples():
-        read = 0
-        try:
-            with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-                records = map(json.loads, filter(str.strip, file))
-                if path.lower().endswith(".csv"):
-                    records = csv.DictReader(file, skipinitialspace=True, strict=True)
-                    if kind not in (records.fieldnames or ()):
-                        raise UserError(f"{path} has no column named {kind}; its first line has: "
-                                        f"{', '.join(records.fieldnames or ())[:200]}")
-                for record in records:
-                    image = word_of(record.get(kind))
-                    if image is None:
-                        raise ValueError(f"it has no {kind}")
-                    if None in record:
-                        raise ValueError(f"it has more fields than columns: {record[None]}")
-                    yield image, *read_record(record)
-                    read += 1
-        except RECORD_ERRORS as error:
-            raise UserError(f"{path}, record {read + 1}, cannot be read: {type(error).__name__}: "
-                            f"{error}") from error
-    return os.path.dirname(path), columns_of(samples())
+def read_manifest(path, kind):
+    """Yield the samples of a .jsonl or .csv, for columns_of; `kind` "image" or "clip" names their
+    paths. Raises UserError."""
+    read = 0
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+            records = map(json.loads, filter(str.strip, file))
+            if path.lower().endswith(".csv"):
+                records = csv.DictReader(file, skipinitialspace=True, strict=True)
+                if kind not in (records.fieldnames or ()):
+                    raise UserError(f"{path} has no column named {kind}; its first line has: "
+                                    f"{', '.join(records.fieldnames or ())[:200]}")
+            for record in records:
+                image = word_of(record.get(kind))
+                if image is None:
+                    raise ValueError(f"it has no {kind}")
+                if None in record:
+                    raise ValueError(f"it has more fields than columns: {record[None]}")
+                yield image, *read_record(record)
+                read += 1
+    except RECORD_ERRORS as error:
+        raise UserError(f"{path}, record {read + 1}, cannot be read: {type(error).__name__}: "
+                        f"{error}") from error
 
 
 # --------------------------------------------------------------------------------------
 # Shards: each is indexed once, then any sample is read by itself
 # --------------------------------------------------------------------------------------
 
-INDEX_VERSION = 5
+INDEX_VERSION = 6
 # What is counted when a shard is indexed; the first two are damage
 LEFT_OUT = ("damaged places", "shards cut short", "other files", "keys without an image",
             "unreadable records")
@@ -786,24 +790,28 @@ def split_name(name):
     return folder + stem, folder + longer, part if part in MOST and stem else None
 
 
-def find_samples(file, left_out):
-    """The samples of a tar: dicts of "key" and the (offset, size) of each part.
+def find_samples(file, left_out, clips):
+    """The samples of a tar: dicts of "key" and the places [(offset, size)] of each part.
 
-    As in WebDataset, files with the same key are one sample. Files whose names have more dots keep
-    the longer key, but only where no other file has the key. They need not stand together; where a
-    part comes a second time, another sample begins."""
+    As in WebDataset, files with the same key are one sample. They need not stand together. All
+    images of a key are the frames of one of the `clips`. Without clips, files whose names have more
+    dots keep the longer key, but only where no other file has the key, and where a part comes a
+    second time, another sample begins."""
     members = [(*split_name(name), offset, size)
                for name, offset, size in tar_members(file, left_out)]
-    claimed = {key for key, longer, *_ in members if key == longer}
+    if clips:
+        members.sort(key=lambda member: natural(member[1]))     # frames by their numbers
+    claimed = {key for key, longer, *_ in members if key == longer and not clips}
     samples, last = [], {}
     for key, longer, part, offset, size in members:
         if part is None or key != longer and key in claimed or size > MOST[part]:
             left_out["other files"] += 1
             continue
-        if part in last.get(longer, {part}):
-            last[longer] = {"key": longer}
-            samples.append(last[longer])
-        last[longer][part] = offset, size
+        name = key if clips else longer
+        if name not in last or part in last[name] and not clips:
+            last[name] = {"key": name}
+            samples.append(last[name])
+        last[name].setdefault(part, []).append((offset, size))
     found = [sample for sample in samples if "image" in sample]
     left_out["keys without an image"] += len(samples) - len(found)
     return sorted(found, key=lambda sample: sample["image"])
@@ -819,16 +827,15 @@ def read_part(file, offset, size):
 
 def index_tar(path, file, clips):
     """The columns of a tar's index: those of columns_of, "places" [n,2] (offset, size) of images,
-    and "left_out"; of `clips` also where the places of each end. Raises UserError for a compressed
-    file."""
+    where those of each sample end, and "left_out". Raises UserError for a compressed file."""
     if os.pread(file.fileno(), 6, 0).startswith(COMPRESSED):
         raise UserError(f"{path} is compressed: unpack it to a plain .tar (no sample of it could "
                         "be read by itself)")
     left_out = Counter()
-    samples = (find_clips if clips else find_samples)(file, left_out)
+    samples = find_samples(file, left_out, clips)
 
     def read(sample):
-        text = {part: read_part(file, *sample[part]).decode("utf-8-sig", "replace").strip()
+        text = {part: read_part(file, *sample[part][-1]).decode("utf-8-sig", "replace").strip()
                 for part in ("cls", "txt", "json") if part in sample}
         from_files = {"label": text.get("cls"), "caption": text.get("txt")}
         try:
@@ -839,13 +846,11 @@ def index_tar(path, file, clips):
             left_out["unreadable records"] += 1
             return sample["key"], *read_record(from_files)
 
-    columns = columns_of(map(read, samples))
-    if clips:
-        columns["place_ends"] = np.cumsum([len(sample["image"]) // 2 for sample in samples])
-    places = np.array([number for sample in samples for number in sample["image"]], np.int64)
-    columns["places"] = places.reshape(-1, 2)
-    columns["left_out"] = np.array([left_out[kind] for kind in LEFT_OUT])
-    return columns
+    columns = columns_of(map(read, samples))        # counts what it leaves out, too
+    images = [sample["image"] for sample in samples]
+    return {**columns, "places": np.array([*itertools.chain(*images)], np.int64).reshape(-1, 2),
+            "place_ends": np.cumsum([*map(len, images)], dtype=np.int64),
+            "left_out": np.array([left_out[kind] for kind in LEFT_OUT])}
 
 
 def write_arrays(path, arrays):
@@ -866,7 +871,7 @@ def read_arrays(path):
     try:
         with np.load(path) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+    except Exception:       # what numpy raises on damage has no common class
         return {}
 
 
@@ -919,30 +924,24 @@ class Shards:
         self.chunks, self.ends = catalogue["counts"], np.cumsum(catalogue["counts"])
         self.classes = class_names_of({*all_strings(catalogue, "classes")})
         self.mark = crc(catalogue["counts"], catalogue["marks"])
-        self.left_out = catalogue["left_out"]
 
     @lru_cache(128)     # so many are read at a time: a window of Order, in shards of 10,000 samples
     def shard(self, s):
         """(path, open file, columns) of shard s. Raises UserError where it has changed."""
         path = string_at(self.catalogue, "paths", s)
         file = open(path, "rb")
-        status = os.fstat(file.fileno())
-        if [status.st_size, status.st_mtime_ns] != self.catalogue["stats"][s].tolist():
+        if [*size_and_time(file.fileno())] != self.catalogue["stats"][s].tolist():
             raise UserError(f"{path} is not the file that was indexed: it has changed since, or "
                             "differs between nodes; start again")
         return path, file, open_index(path, self.index_dir, self.clips)
 
     def __getitem__(self, i):
-        s = int(np.searchsorted(self.ends, i, side="right"))
+        s, row = locate(i, self.ends)
         path, file, columns = self.shard(s)
-        row = int(i) - int(self.ends[s] - self.chunks[s])
         name, found = sample_at(columns, row)
-        first, end = row, row + 1
-        if self.clips:
-            first, end = np.append(0, columns["place_ends"])[row:row + 2]
-        image = [functools.partial(read_part, file, *place)
-                 for place in columns["places"][first:end].tolist()]
-        return {"image": image if self.clips else image[0], "where": f"{path}: {name}", **found}
+        images = [functools.partial(read_part, file, *place) for place in
+                  part_of(columns["places"], columns["place_ends"], row).tolist()]
+        return {"image": images if self.clips else images[0], "where": f"{path}: {name}", **found}
 
     def files(self):
         return iter(all_strings(self.catalogue, "paths"))
@@ -1008,12 +1007,12 @@ def open_shards(paths, index_dir, clips=False):
     names = pack_strings("paths", paths)
     mark = crc(*names.values(), stats, f"version {INDEX_VERSION} {clips}")
     folder = index_dir or os.path.dirname(os.path.abspath(paths[0]))
-    source = Shards(kept_arrays(os.path.join(folder, f"{mark:08x}.catalogue.npz"), lambda: {
-        **names, "stats": stats, **index_shards(paths, index_dir, clips)}), index_dir, clips)
-    if source.left_out.any():
-        rank0_print(f"in {first_of(paths)}: " + ", ".join(
-            f"{count:,} {kind}" for kind, count in zip(LEFT_OUT, source.left_out) if count))
-    return source
+    catalogue = kept_arrays(os.path.join(folder, f"{mark:08x}.catalogue.npz"), lambda: {
+        **names, "stats": stats, **index_shards(paths, index_dir, clips)})
+    left_out = [f"{n:,} {kind}" for n, kind in zip(catalogue["left_out"], LEFT_OUT) if n]
+    if left_out:
+        rank0_print(f"in {first_of(paths)}: {', '.join(left_out)}")
+    return Shards(catalogue, index_dir, clips)
 
 
 # --------------------------------------------------------------------------------------
@@ -1041,29 +1040,27 @@ class Joined:
 
     def files(self):
         """The paths of all files that the images are read from."""
-        for source in self.sources:
-            yield from source.files()
+        return itertools.chain.from_iterable(source.files() for source in self.sources)
 
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        which = int(np.searchsorted(self.ends, i, side="right"))
-        sample = self.sources[which][int(i) - (int(self.ends[which - 1]) if which else 0)]
+        which, row = locate(i, self.ends)
+        sample = self.sources[which][row]
         if "label" in sample:
             sample["label"] = self.numbers[sample["label"]]
         return sample
 
     def words(self, c, what):
-        for source in self.sources:
-            if c < len(source.chunks):
-                return source.words(c, what)
-            c -= len(source.chunks)
+        which, c = locate(c, np.cumsum([len(source.chunks) for source in self.sources]))
+        return self.sources[which].words(c, what)
 
 
 WORLD_COUNTS = {"world": ("train", 1_000_000), "world-val": ("val", 1_000),
                 "world-test": ("test", 1_000), "world-novel": ("novel", 800),
                 "world-labelled": ("labelled", 5_000), "world-clips": ("clips", 8_000),
-                "world-clips-val": ("clips-val", 400)}
+                "world-clips-val": ("clips-val", 400), "world-boxes": ("train", 20_000),
+                "world-boxes-val": ("val", 500)}
 
 
 def is_world(spec):
@@ -1105,9 +1102,10 @@ def find_source(spec, clips=False):
             raise UserError(f"{spec} has pictures, not clips; world-clips has")
         return split, int(count or usual)
     if os.path.isdir(spec):
-        return list_clips(spec) if clips else list_folder(spec)
+        return list_folder(spec, clips)
     if spec.lower().endswith((".jsonl", ".csv")) and os.path.exists(spec):
-        return list_manifest(spec, "clip" if clips else "image")
+        kind = "clip" if clips else "image"
+        return os.path.dirname(spec), columns_of(read_manifest(spec, kind))
     paths = [spec] if os.path.exists(spec) else [
         path for one in expand_braces(spec)
         for path in (sorted(glob.glob(one, recursive=True)) if glob.has_magic(one) else [one])]
@@ -1189,9 +1187,8 @@ class Rows:
         return int(self.ends[-1])
 
     def __getitem__(self, i):
-        c = int(np.searchsorted(self.ends, i, "right"))
-        place = i - (int(self.ends[c]) - int(self.chunks[c]))
-        return int(self.starts[c]) + int(np.searchsorted(self.summed(c), place, "right"))
+        c, place = locate(i, self.ends)
+        return int(self.starts[c]) + locate(place, self.summed(c))[0]
 
     @lru_cache(1024)
     def summed(self, c):
@@ -1254,9 +1251,8 @@ def read_coco(path):
                 "bbox": (x, y, w, h), "category": names[one["category_id"]],
                 "area": float(one.get("area", w * h)), "iscrowd": int(one.get("iscrowd", 0)),
                 **({"segmentation": one["segmentation"]} if one.get("segmentation") else {})})
-        # Not left out: an evaluation needs all images. LVIS has the place of an image as a URL.
-        files = [one.get("file_name") or "/".join(one["coco_url"].split("/")[-2:])
-                 for one in images.values()]
+        for one in images.values():     # LVIS has the place of an image as a URL
+            one["file_name"] = one.get("file_name") or "/".join(one["coco_url"].split("/")[-2:])
     except (OSError, *RECORD_ERRORS) as error:
         raise UserError(f"{path} cannot be read as COCO's annotations: {type(error).__name__}: "
                         f"{error}; it needs images, annotations and categories") from error
@@ -1264,7 +1260,8 @@ def read_coco(path):
         rank0_print(f"{path}: left out {len(ids):,} annotations {fault}, the first: id {ids[0]}")
     counts = [sum(not one["iscrowd"] for one in image["objects"]) for image in images.values()]
     masks = all("segmentation" in one for image in images.values() for one in image["objects"])
-    return {**pack_strings("names", files), "objects": np.array(counts, np.int64), "masks": masks,
+    # Images without objects are not left out: an evaluation needs all.
+    return {"objects": np.array(counts, np.int64), "masks": masks,
             **pack_strings("records", map(json.dumps, images.values()))}, categories
 
 
@@ -1276,14 +1273,12 @@ class Coco:
         self.classes = [word_of(one["name"]) for one in categories]
         self.objects = columns["objects"]       # how many to learn in each image, without crowds
         self.masks = columns["masks"]           # whether all have masks
-        self.chunks, self.mark = even_chunks(len(self)), crc(columns["names"], columns["records"])
-
-    def __len__(self):
-        return len(self.objects)
+        self.chunks, self.mark = even_chunks(len(self.objects)), crc(columns["records"])
 
     def __getitem__(self, i):
-        path = os.path.join(self.folder, string_at(self.columns, "names", i))
-        return {**json.loads(string_at(self.columns, "records", i)), "image": path, "where": path}
+        record = json.loads(string_at(self.columns, "records", i))
+        path = os.path.join(self.folder, record["file_name"])
+        return {**record, "image": path, "where": path}
 
 
 class WorldObjects:
@@ -1295,36 +1290,26 @@ class WorldObjects:
         self.chunks, self.mark = self.world.chunks, crc(f"objects {split} {count} {size}")
         self.objects, self.masks = np.full(count, 2), True      # so many at most
 
-    def __len__(self):
-        return int(self.world.chunks.sum())
-
     def __getitem__(self, i):
         sample, (H, W) = self.world[i], self.size
-        objects = [{"bbox": (x0, y0, x1 - x0, y1 - y0), "category": SHAPES[shape], "iscrowd": 0,
-                    "area": int(mask.sum()),
-                    "segmentation": {"size": self.size, "counts": runs_of_mask(mask)}}
-                   for shape, x0, y0, x1, y1, mask in boxes(sample["image"], H, W)]
         return {"image": sample["image"], "where": sample["where"], "id": i, "height": H,
-                "width": W, "objects": objects}
+                "width": W, "objects": boxes(sample["image"], H, W)}
 
 
 def open_objects(specs, folder, size):
     """Open world-boxes, world-boxes-val or files as COCO's, whose images are in `folder` (default:
     that of the file), joined to one source. Raises UserError."""
-    splits = {"world-boxes": ("train", 20_000), "world-boxes-val": ("val", 500)}
     sources, known = [], {}
     for spec in map(str, specs):
-        name, _, count = spec.partition(":")
-        if name in splits and count.isdecimal() == bool(count):
-            split, usual = splits[name]
-            sources.append(WorldObjects(split, int(count or usual), tuple(size)))
+        if spec.startswith("world-boxes"):
+            sources.append(WorldObjects(*find_source(spec), tuple(size)))
         elif spec.lower().endswith(".json"):
             found = on_rank_0(functools.partial(read_coco, spec))
             sources.append(Coco(folder or os.path.dirname(spec), *found))
         else:
             raise UserError(f"no objects in {spec}: give world-boxes, world-boxes-val, with :COUNT "
                             "or without, or a .json as COCO's")
-        if not len(sources[-1]):
+        if not len(sources[-1].objects):
             raise UserError(f"no image in {spec}")
         known |= {one["name"]: one for one in sources[-1].categories}
     joined = Joined(sources)
@@ -1385,7 +1370,7 @@ def centre_crop(width, height, uniforms, size, share=224 / 256, place=0.5):
 WHOLE_WIDTH = functools.partial(centre_crop, share=1)       # or height: as much as fits
 
 
-def whole(width, height, uniforms, size):
+def whole(width, height, uniforms=None, size=None):
     """The box of the whole image: squashed, where its aspect is not the output's."""
     return 0, 0, width, height
 
@@ -1487,15 +1472,21 @@ class Samples(Dataset):
     depends on the position alone. In validation (shuffle=False) it has weight 0, as have positions
     past the end, which fill up batches. `features` [n,D], if given, replace the pixels. With
     `views` the source has clips (see Views). annotate(sample, uniforms), if given, returns the
-    pixels and a row of a numpy array of type `layout`, whose fields the batch has, too."""
+    pixels and a row of a numpy array of type `layout`, whose fields the batch has, too; of clips,
+    "short" is 1 if they are too short."""
 
     def __init__(self, source, size, channels, choose_box=None, seed=0, shuffle=True, rows=None,
                  targets_of=None, augment=None, features=None, views=None, annotate=None,
                  layout=()):
         self.source, self.size, self.channels, self.choose_box = source, size, channels, choose_box
         self.seed, self.rows, self.targets_of, self.views = seed, rows, targets_of, views
-        self.augment, self.features = augment, features
-        self.annotate, self.layout = annotate, np.dtype(list(layout))
+        self.augment, self.features, self.annotate = augment, features, annotate
+        self.shape, self.layout = (*size, channels), np.dtype(list(layout))
+        if features is not None:
+            self.shape = features.shape[1:]
+        if views:
+            self.layout = np.dtype([("short", np.float32)])
+            self.shape = *([] if shuffle else [views.count]), views.frames, *self.shape
         used = source if rows is None else rows
         chunks = even_chunks(len(used)) if isinstance(rows, np.ndarray) else used.chunks
         self.order = Order(chunks, seed) if shuffle else None
@@ -1513,29 +1504,25 @@ class Samples(Dataset):
         for later in range(1, 11) if self.order else ():
             yield int(self.order(np.array([position + later * len(self)]))[0])
 
-    def pixels(self, image, uniforms, position):
-        """What is seen of an image: uint8 [H,W,C]."""
+    def see(self, sample, i, uniforms, position):
+        """(What is seen of sample i: uint8 [H,W,C], of a clip [T,H,W,C] in training, else
+        [V,T,H,W,C]; or its features [D]; and its row of `layout`)."""
+        if self.features is not None:
+            return self.features[i], ()
+        if self.annotate:
+            return self.annotate(sample, uniforms)
         box = functools.partial(self.choose_box, uniforms=uniforms, size=self.size)
-        pixels = read_pixels(image, box, self.size, self.channels)
-        return self.augment(pixels, self.seed, position) if self.augment else pixels
-
-    def views_of(self, clip, uniforms, position):
-        """What is seen of a clip: uint8 [T,H,W,C] in training, else [V,T,H,W,C]; and whether it is
-        too short."""
-        if not self.order:
-            return read_clip(clip, self.views, self.size, self.channels)
+        if not self.views:
+            return read_pixels(sample["image"], box, self.size, self.channels), ()
         u = uniform(self.seed, np.array([position]), "frames", self.views.frames)[0]
-        box = functools.partial(self.choose_box, uniforms=uniforms, size=self.size)
-        (pixels,), short = read_clip(clip, self.views, self.size, self.channels, box, u)
-        if self.augment:
-            pixels = np.stack([self.augment(one, self.seed, position) for one in pixels])
-        return pixels, short
+        pixels, short = read_clip(sample["image"], self.views, self.size, self.channels,
+                                  [(u, box)] if self.order else None)
+        return pixels.reshape(self.shape), (short,)
 
     def __getitems__(self, positions):
-        """The batch at int64 positions [B]: {"images": uint8 [B,H,W,C] or features, "position":
-        int64 [B], "label": int64 [B] (-1: none), "targets": int64 [B,k] (filled up with -1),
-        "weight": float32 [B], "bad": [(position, where, why)], "short": float32
-        [B], 1 for clips that are too short}. Images of clips are as those of views_of."""
+        """The batch at int64 positions [B]: {"images": uint8 [B,H,W,C], or what else see() returns,
+        "position": int64 [B], "label": int64 [B] (-1: none), "targets": int64 [B,k] (filled up with
+        -1), "weight": float32 [B], "bad": [(position, where, why)], and the fields of `layout`}."""
         try:
             batch = self.batch(np.asarray(positions, dtype=np.int64))
             if get_worker_info():       # what goes wrong later would only be printed
@@ -1552,28 +1539,20 @@ class Samples(Dataset):
     def batch(self, positions):
         index = self.order(positions) if self.order else positions
         uniforms = uniform(self.seed, positions, "crop", 22).tolist()
-        shape, kind = (*self.size, self.channels), np.uint8
-        if self.views:
-            shape = *([] if self.order else [self.views.count]), self.views.frames, *shape
-        if self.features is not None:
-            shape, kind = self.features.shape[1:], np.float32
-        images, targets = np.zeros((len(positions), *shape), kind), [[] for _ in positions]
-        labels, weights, bad = np.full(len(positions), -1), np.zeros(len(positions)), []
-        short, notes = torch.zeros(len(positions)), np.zeros(len(positions), self.layout)
+        kind = np.uint8 if self.features is None else np.float32
+        images, notes = (np.zeros((len(positions), *self.shape), kind),
+                         np.zeros(len(positions), self.layout))
+        targets, bad = [[] for _ in positions], []
+        labels, weights = np.full(len(positions), -1), np.zeros(len(positions), np.float32)
         for row, (position, i) in enumerate(zip(positions.tolist(), index.tolist())):
             for i in self.candidates(position, i) if i < len(self) else ():
                 sample = self.sample(i)
                 try:
                     found = self.targets_of(sample) if self.targets_of else []
-                    if self.annotate:
-                        images[row], notes[row] = self.annotate(sample, uniforms[row])
-                    elif self.views:
-                        images[row], short[row] = self.views_of(sample["image"], uniforms[row],
-                                                                position)
-                    elif self.features is not None:
-                        images[row] = self.features[i]
-                    else:
-                        images[row] = self.pixels(sample["image"], uniforms[row], position)
+                    images[row], notes[row] = self.see(sample, i, uniforms[row], position)
+                    frames = images[row].reshape(-1, *images.shape[-3:]) if self.augment else ()
+                    for frame in frames:        # of a clip all alike
+                        frame[...] = self.augment(frame, self.seed, position)
                 except Exception as error:      # what decoders raise on damage has no common class
                     why = f"{type(error).__name__}: {error}".split("\n")[0]
                     bad.append((position, sample["where"], why))
@@ -1587,9 +1566,8 @@ class Samples(Dataset):
         most = max(1, *map(len, targets))       # a batch past the end has a column, too
         targets = [some + [-1] * (most - len(some)) for some in targets]
         return {"images": torch.from_numpy(images), "position": torch.from_numpy(positions),
-                "label": torch.from_numpy(labels), "bad": bad, "short": short,
+                "label": torch.from_numpy(labels), "weight": torch.from_numpy(weights), "bad": bad,
                 "targets": torch.tensor(targets, dtype=torch.int64),
-                "weight": torch.from_numpy(weights).float(),
                 **{name: torch.tensor(notes[name]) for name in notes.dtype.names or ()}}
 
 
@@ -1664,44 +1642,14 @@ def is_animated(path):
     return path.lower().endswith(".gif")
 
 
-def list_clips(root):
-    """The clips below a folder, sorted by path: the arguments of Files; or the tars below it.
-
-    Images in one folder are one clip, or one each if the first is animated. The class of a clip is
-    its parent folder. Raises UserError."""
-    names, tars, folders = [], [], {}
-    for path in walk(root):
-        name = path.removeprefix(os.path.join(root, ""))
-        if name.lower().endswith(IMAGE_ENDINGS):
-            folders.setdefault(os.path.dirname(name), []).append(name)
-        elif name.lower().endswith(".tar"):
-            tars.append(path)
-    for folder, images in folders.items():
-        alone = is_animated(os.path.join(root, min(images)))
-        names += images if alone else [folder or "."]
-    if not names and tars:
-        return sorted(tars)
-    if not names:
-        raise UserError(f"no clip below {root}; looked for folders of frames, animated .gif .webp "
-                        ".png, and .tar")
-    return root, columns_of((name, os.path.basename(os.path.dirname(name)) or None, (), None)
-                            for name in sorted(names))
-
-
-def find_clips(file, left_out):
-    """The clips of a tar as find_samples finds images; "image" is (offset, size) of each frame."""
-    frames, texts = {}, {}
-    for name, offset, size in tar_members(file, left_out):
-        key, longer, part = split_name(name)
-        if part is None or size > MOST[part]:
-            left_out["other files"] += 1
-        elif part == "image":
-            frames.setdefault(key, []).append((natural(longer), offset, size))
-        else:
-            texts.setdefault(key, {})[part] = offset, size
-    left_out["keys without an image"] += len(texts.keys() - frames.keys())
-    return [{"key": key, "image": [number for _, *place in sorted(some) for number in place],
-             **texts.get(key, {})} for key, some in frames.items()]
+def clips_among(root, images):
+    """The clips that images below a folder are: those in one folder are one clip, the folder, or
+    one each if the first is animated."""
+    clips = []
+    for folder, some in itertools.groupby(sorted(images, key=os.path.dirname), os.path.dirname):
+        some = sorted(some)
+        clips += some if is_animated(os.path.join(root, some[0])) else [folder or "."]
+    return clips
 
 
 class Views(NamedTuple):
@@ -1722,6 +1670,14 @@ class Views(NamedTuple):
     def span(self):
         """The frames that a clip must have so that none is seen twice."""
         return self.frames if self.segments else (self.frames - 1) * self.stride + 1
+
+    def looks(self, size):
+        """What an evaluation sees: for each of V views the time, 0 to 1, and the crop."""
+        times = (np.arange(self.temporal) + 0.5) / self.temporal
+        places = np.linspace(0, 1, self.spatial) if self.spatial > 1 else [0.5]
+        return [(time, functools.partial(centre_crop, uniforms=None, size=size, share=1,
+                                         place=place))
+                for time, place in itertools.product(times, places)]
 
     def numbers(self, count, u):
         """Which of `count` frames are seen [T], by numbers u [T] in [0, 1)."""
@@ -1747,19 +1703,17 @@ def clip_frames(clip):
         return [frame.copy() for frame in ImageSequence.Iterator(file)]
 
 
-def read_clip(clip, views, size, channels, choose_box=None, u=None):
+def read_clip(clip, views, size, channels, looks=None):
     """(What is seen of a clip, uint8 [V,T,H,W,C]; whether it is too short, so that frames are
-    repeated). In training V is 1: `choose_box` is the crop, u [T] choose the frames.
+    repeated). `looks` are for each of V views numbers u [T], which choose the frames, and the crop;
+    by default those of an evaluation.
 
     Raises ValueError for frames of different sizes, and what decoders raise."""
     frames, found, sizes = clip_frames(clip), [], set()
-    times = [u] if choose_box else (np.arange(views.temporal) + 0.5) / views.temporal
-    places = np.linspace(0, 1, views.spatial) if views.spatial > 1 else [0.5]
-    for u, place in itertools.product(times, [None] if choose_box else places):
+    for u, choose_box in looks or views.looks(size):
         def box(width, height):
             sizes.add((width, height))
-            return choose_box(width, height) if choose_box else centre_crop(
-                width, height, None, size, 1.0, place)
+            return choose_box(width, height)
 
         numbers = views.numbers(len(frames), np.broadcast_to(u, views.frames)).tolist()
         seen = {i: read_pixels(frames[i], box, size, channels) for i in {*numbers}}
@@ -1866,7 +1820,7 @@ def validate(val, args, device):
     total = math.ceil(len(val) / (micro_batch * world_size))
     for batch in progress(batches, "evaluating", "batch", total):
         seen, bad = seen + batch["weight"].sum(), bad + batch["bad"]
-        short += batch["short"].sum()
+        short += batch["short"].sum() if val.views else 0
         yield normalise(batch["images"].to(device)), batch
     bad = list_bad(args, bad, "bad_val_samples.txt", "w")
     if all_reduce_sum(short):
@@ -1916,52 +1870,45 @@ def denormalise(images):
     return pixels.to(torch.uint8).permute(0, 2, 3, 1)
 
 
-class Pictures(NamedTuple):
-    """--predict's pictures: the `names` of those that can be read, their pixels uint8 [B,H,W,C],
-    and a line about the others, or ""."""
-    names: list
-    pixels: object
-    problem: str
-
-
 def read_pictures(args, config, choose_box=WHOLE_WIDTH, views=None):
-    """--predict's Pictures at the size of a model's Config, by default as much of each as fits; or
-    clips in these Views. Raises UserError where none can be read."""
-    box = functools.partial(choose_box, uniforms=None, size=config.image)
-    names, pixels, problems = [], [], []
-    for name in args.predict:
-        try:
-            found = (read_clip(name, views, config.image, config.channels)[0] if views else
-                     read_pixels(name, box, config.image, config.channels))
-            pixels.append(torch.tensor(found))
-            names.append(name)
-        except Exception as error:      # what decoders raise on damage has no common class
-            problems.append(f"--predict {name} cannot be read: {error}".split("\n")[0])
-    if not names:
-        raise UserError("; ".join(problems))
-    return Pictures(names, torch.stack(pixels), "; ".join(problems))
+    """--predict's pictures at the size of a model's Config, by default as much of each as fits, or
+    clips in these Views: (the names of those that can be read; their pixels uint8 [B,H,W,C], of
+    clips [B,V,T,H,W,C]; a line about the others, or ""). Raises UserError if none can be read."""
+    files = [{"image": name, "where": name} for name in args.predict]
+    batch = evaluation_samples(files, config, choose_box, np.arange(len(files)),
+                               views=views).batch(np.arange(len(files)))
+    problem = "; ".join(f"--predict {name} cannot be read: {why}" for _, name, why in batch["bad"])
+    good = batch["weight"].nonzero()[:, 0]
+    if not len(good):
+        raise UserError(problem)
+    return [args.predict[i] for i in good], batch["images"][good], problem
 
 
-def most_probable(probabilities, names, k=5):
-    """The k most probable of each row of [B,K]: [[(name, probability)]]."""
-    top = probabilities.topk(min(k, len(names)))
+def most_probable(logits_of, pixels, names, args, device):
+    """The five most probable names of each picture uint8 [B,H,W,C] or clip [B,V,T,H,W,C]:
+    [[(name, probability)]]. logits_of(normalised images) is [B,K]. Every rank has to call it."""
+    chances = probabilities(logits_of, normalise(pixels), args, device)     # [B,K]
+    top = chances.topk(min(5, len(names)))
     return [[(names[i], chance) for i, chance in zip(*row)]
             for row in zip(top.indices.tolist(), top.values.tolist())]
 
 
-def print_predictions(pictures, probabilities, names):
-    """Print what Pictures most probably are, from probabilities [B,K]; then raise UserError if some
-    could not be read."""
-    for name, best in zip(pictures.names, most_probable(probabilities, names)):
-        rank0_print(f"{name}: " + ", ".join(f"{word} {chance:.3f}" for word, chance in best))
-    if pictures.problem:
-        raise UserError(pictures.problem)
+def print_predictions(args, config, logits_of, names, device, **options):
+    """Print what --predict's pictures, read with these options of read_pictures, most probably are.
+    Raises UserError at the end if some cannot be read."""
+    files, pixels, problem = read_pictures(args, config, **options)
+    for file, picture in zip(files, pixels):
+        best, = most_probable(logits_of, picture[None], names, args, device)
+        rank0_print(f"{file}: " + ", ".join(f"{name} {chance:.3f}" for name, chance in best))
+    if problem:
+        raise UserError(problem)
 
 
-def draw_predictions(args, batch, probabilities, names):
-    """Draw a batch's pictures, what they are and what a model thinks they are, from probabilities
-    [B,K], right answers green, into OUT/predictions.png; of clips four frames each, into
-    OUT/clips.png. Rank 0 does."""
+def draw_predictions(args, batch, logits_of, names, device):
+    """Draw a batch's pictures, what they are and what a model thinks they are, right answers green,
+    into OUT/predictions.png; of clips four frames each, into OUT/clips.png. Every rank has to call
+    it; rank 0 draws."""
+    predicted = most_probable(logits_of, batch["images"], names, args, device)
     if get_rank():
         return
     side, texts, font = 112, [], ImageFont.load_default()
@@ -1969,7 +1916,7 @@ def draw_predictions(args, batch, probabilities, names):
     if pixels.dim() == 7:
         frames = np.linspace(0, pixels.shape[3] - 1, 4).astype(int)
         file, pixels = "clips.png", pixels[:, 0, 0, frames]                 # [B,4,H,W,C]
-    for targets, best in zip(batch["targets"].tolist(), most_probable(probabilities, names)):
+    for targets, best in zip(batch["targets"].tolist(), predicted):
         right = [names[i] for i in targets if i >= 0]
         texts.append([("true: " + ", ".join(right)[:60], "black")] + [
             (f"{chance:.3f}  {name}", "#108030" if name in right else "#606060")
@@ -2007,12 +1954,11 @@ def info(args):
                 modes[f"{image.format} {image.mode}"] += 1
         except Exception:               # what decoders raise on damage has no common class
             modes["drawn" if isinstance(sample["image"], dict) else "unreadable"] += 1
-    smallest, median, largest = np.percentile(
-        sizes or [(0, 0)], (0, 50, 100), axis=0).astype(int).tolist()
+    sizes = np.percentile(sizes or [(0, 0)], (0, 50, 100), axis=0).astype(int).tolist()
     print(json.dumps({
         "samples": len(source), "classes": len(source.classes), "names": source.classes[:12],
         "looked_at": len(looked), "modes": modes,
-        "smallest": smallest, "median": median, "largest": largest,
+        **dict(zip(("smallest", "median", "largest"), sizes)),
         "tags_per_image": round(tags.total() / len(looked), 3), "different_tags": len(tags),
         "head": tags.most_common()[:8], "tail": tags.most_common()[8:][-4:]}))
 
@@ -2028,7 +1974,8 @@ def verify(args):
         bad += len(batch["bad"])
         for _, where, why in batch["bad"]:
             print(f"bad: {where}: {why}")
-    damage = sum(int(one.left_out[:2].sum()) for one in source.sources if isinstance(one, Shards))
+    damage = sum(int(one.catalogue["left_out"][:2].sum())
+                 for one in source.sources if isinstance(one, Shards))
     print(json.dumps({"samples": count, "bad": bad, "damage": damage, "images_per_second": round(
         count / (time.perf_counter() - start), 1)}))
     raise SystemExit(1 if bad or damage else 0)
@@ -2049,29 +1996,26 @@ def encode(image, short):
     shrink = max(1, min(opened.size) / short) if short else 1
     if ending and shrink == 1:
         return ending, content
-    orientation = orientation_of(opened)
-    opened.draft(None, [round(side / shrink) for side in opened.size])
-    pixels = opened if orientation == 1 else ImageOps.exif_transpose(opened)
-    shrink = max(1, min(pixels.size) / short) if short else 1
-    with_channels(pixels, 1 if pixels.mode == "L" else 3).resize(
-        [round(side / shrink) for side in pixels.size], Image.Resampling.BICUBIC
-    ).save(file, "JPEG", quality=90)
+    turned, channels = orientation_of(opened) > 4, 1 if opened.mode == "L" else 3
+    W, H = (round(side / shrink) for side in opened.size[::-1 if turned else 1])
+    pixels = read_pixels(lambda: content, whole, (H, W), channels)
+    Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(file, "JPEG", quality=90)
     return "jpg", file.getvalue()
 
 
-def write_shard(k, source, out, size, short, index_dir):
-    """Write shard k of `size` samples, unless it is there, and index it: [(where, why)] of what was
-    left out."""
-    path, bad = out / f"{k:05d}.tar", []
+def write_shard(k, source, args):
+    """Write shard k in OUT, unless it is there, and index it; print what is left out."""
+    path, size = Path(args.out) / f"{k:05d}.tar", args.shard_size
 
     def write(aside):
         with tarfile.open(aside, "w", format=tarfile.GNU_FORMAT) as tar:
             for i in range(k * size, min((k + 1) * size, len(source))):
                 sample = source[i]
                 try:
-                    ending, content = encode(sample["image"], short)
+                    ending, content = encode(sample["image"], args.resize)
                 except Exception as error:      # what decoders raise on damage has no common class
-                    bad.append((sample["where"], f"{type(error).__name__}: {error}"))
+                    print(f"left out: {sample['where']}: {type(error).__name__}: {error}",
+                          flush=True)
                     continue
                 record = {key: sample[key] for key in ("tags", "caption", "where")
                           if sample.get(key)}
@@ -2084,8 +2028,7 @@ def write_shard(k, source, out, size, short, index_dir):
 
     if not path.exists():
         write_aside(path, write)
-    open_index(str(path), index_dir, clips=False)
-    return bad
+    open_index(str(path), args.index_dir, clips=False)
 
 
 def pack(args):
@@ -2104,14 +2047,12 @@ def pack(args):
         raise UserError(f"{out} holds shards of something else; choose another folder")
     write_aside(note, lambda path: path.write_text(json.dumps(plan)))
     start, count = time.perf_counter(), math.ceil(len(source) / args.shard_size)
-    work = functools.partial(write_shard, source=source, out=out, size=args.shard_size,
-                             short=args.resize, index_dir=args.index_dir)
+    work = functools.partial(write_shard, source=source, args=args)
     with process_pool(args.workers) as processes:
         # In a few portions for each process, since the list of files is sent with each portion.
         shards = processes.map(work, range(count), chunksize=1 + count // (8 * args.workers + 8))
-        for bad in progress(shards, "packing", "shard", count):
-            for where, why in bad:
-                print(f"left out: {where}: {why}")
+        for _ in progress(shards, "packing", "shard", count):
+            pass
     packed = len(open_data(out, index_dir=args.index_dir))
     print(json.dumps({"samples": packed, "left_out": len(source) - packed, "shards": count,
                       "seconds": round(time.perf_counter() - start, 1)}))

@@ -310,9 +310,7 @@ def train_classifier(args, model, wrapped, logits_of, device, train, val, model_
 
     def draw_and_evaluate():
         with vit.ema_weights(model, run.ema):
-            images = data.normalise(examples["images"])                     # [B,C,H,W]
-            probabilities = vit.probabilities(logits_of, images, args, device)    # [B,K]
-            data.draw_predictions(args, examples, probabilities, names)
+            data.draw_predictions(args, examples, logits_of, names, device)
             metrics = evaluate(logits_of, val, args, device, names) if val else {}
         score = metrics.get("map", metrics.get("top1", -1.0))
         if score > run.state["best"]:
@@ -377,10 +375,8 @@ def classify(argv):
     if args.init:
         load_classifier(model, args, names, file_info)
     if args.predict:
-        pictures = data.read_pictures(args, config, evaluation_crop(args, config))
-        images = data.normalise(pictures.pixels)                            # [B,C,H,W]
-        probabilities = vit.probabilities(model, images, args, device)      # [B,K]
-        return data.print_predictions(pictures, probabilities, names)
+        return data.print_predictions(args, config, model, names, device,
+                                      choose_box=evaluation_crop(args, config))
     if args.eval_only:
         return vit.report(args, evaluate(model, val, args, device, names))
     model_info = {"config": {**asdict(config), "pool": args.pool, "crop": args.crop,
@@ -1721,18 +1717,15 @@ def zeroshot(argv):
     model, wrapped = vit.build(make, args, device, ("trunk", "embed_images", "embed_texts"))
     load_towers(model, args, file_info)
 
-    def probabilities(pixels, weights):
-        """The probabilities [B,K] of the classes for pictures [B,H,W,C]."""
-        logits_of = lambda images: model.embed_images(images) @ weights.T   # [B,K]
-        return vit.probabilities(logits_of, data.normalise(pixels), args, device)
+    def logits_by(weights):
+        """The function from images [B,C,H,W] to logits [B,K] of the classes."""
+        return lambda images: model.embed_images(images) @ weights.T
 
     def weights_now():
         return class_weights(model, classes, templates, encode, args, device) if classes else None
 
     if args.predict:
-        pictures = data.read_pictures(args, config)
-        return data.print_predictions(pictures, probabilities(pictures.pixels, weights_now()),
-                                      names)
+        return data.print_predictions(args, config, logits_by(weights_now()), names, device)
     if args.eval_only:
         return vit.report(args, evaluate_towers(model, val, args, device, names, weights_now(),
                                                 encode))
@@ -1748,7 +1741,7 @@ def zeroshot(argv):
     def draw_and_evaluate():
         weights = weights_now()
         if examples:
-            data.draw_predictions(args, examples, probabilities(examples["images"], weights), names)
+            data.draw_predictions(args, examples, logits_by(weights), names, device)
         return evaluate_towers(model, val, args, device, names, weights, encode) if val else {}
 
     # ---- loop: the loss compares all vectors of the batch, whose graphs do not fit into memory.
@@ -1939,14 +1932,6 @@ def parse_video_flags(argv):
     return args, config, file_info, views
 
 
-def predict_clips(args, config, views, logits_of, names, device):
-    """Print what --predict's folders of frames and animated files most probably are."""
-    clips = data.read_pictures(args, config, views=views)                   # [B,V,T,H,W,C]
-    rows = [vit.probabilities(logits_of, data.normalise(clip[None]), args, device)
-            for clip in clips.pixels]                                       # [1,K] each
-    data.print_predictions(clips, torch.cat(rows), names)
-
-
 def video(argv):
     args, config, file_info, views = parse_video_flags(argv)
     make = lambda classes: Video(config, args.frames, classes, args.relative_positions)
@@ -1965,7 +1950,7 @@ def video(argv):
         load_classifier(model, args, names, file_info, NEW_IN_VIDEO)
     logits_of = functools.partial(mean_of_views, model, micro_batch=args.micro_batch)
     if args.predict:
-        return predict_clips(args, config, views, logits_of, names, device)
+        return data.print_predictions(args, config, logits_of, names, device, views=views)
     if args.eval_only:
         return vit.report(args, evaluate(logits_of, val, args, device, names))
     model_info = {"config": {**asdict(config), "pool": args.pool, "loss": args.loss,
@@ -2854,8 +2839,7 @@ def evaluate_results(args):
 def draw_objects(sample, objects, categories):
     """A sample with objects on it, as a PIL image: results of a score of 0.5 or more, or truths."""
     H, W = sample["height"], sample["width"]
-    pixels = data.read_pixels(sample["image"], functools.partial(
-        data.whole, uniforms=None, size=None), (H, W)).astype(float)
+    pixels = data.read_pixels(sample["image"], data.whole, (H, W)).astype(float)
     names, zoom = {one["id"]: one["name"] for one in categories}, max(1, 320 // max(H, W))
     labels = []
     for one in objects:

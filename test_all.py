@@ -1309,8 +1309,9 @@ def test_predictions_are_drawn_in_two_columns_without_a_margin():
     out, names = folder(), ["cat", "a dog"]
     samples = data.Samples(data.open_data(photos()), (64, 64), 3, data.whole, shuffle=False,
                            targets_of=lambda sample: [sample["label"]])
-    data.draw_predictions(argparse.Namespace(out=out), data.examples(samples, torch.device("cpu")),
-                          torch.rand(8, 2).softmax(1), names)
+    args = argparse.Namespace(out=out, micro_batch=8, precision="fp32", loss="ce")
+    data.draw_predictions(args, data.examples(samples, cpu := torch.device("cpu")),
+                          lambda images: torch.rand(8, 2), names, cpu)
     pixels = np.asarray(Image.open(out / "predictions.png"))
     drawn = np.flatnonzero((pixels < 255).any((0, 2)))
     assert pixels.shape[0] == 4 * 120 and pixels.shape[1] < 480
@@ -2637,8 +2638,8 @@ def test_released_files_are_evaluated_by_number_order_and_name():
     numbered = manifest({"image": str(file), "label": int("dog" in str(file))}
                         for file in sorted(photos().glob("*/*.jpg")))
     assert judge(val=numbered)[0]["top1"] == first["top1"]
-    pixels, = data.read_pictures(argparse.Namespace(predict=[photo()]), Config.named("nano"),
-                                 data.whole).pixels
+    _, (pixels,), _ = data.read_pictures(argparse.Namespace(predict=[photo()]),
+                                         Config.named("nano"), data.whole)
     whole = Image.open(photo()).resize((64, 64), Image.Resampling.BICUBIC)
     assert np.abs(pixels.numpy().astype(int) - np.asarray(whole)).mean() < 3
 
@@ -3938,13 +3939,15 @@ def annotated():
         picture = data.scene(i, "val")
         Image.fromarray(data.draw(picture, 48, 60)).save(place / f"{i}.png")
         images.append({"id": 10 + i, "file_name": f"{i}.png", "height": 48, "width": 60})
-        for shape, x0, y0, x1, y1, mask in data.boxes(picture, 48, 60) if i != 3 else ():
-            runs = data.runs_of_mask(mask)
+        for one in data.boxes(picture, 48, 60) if i != 3 else ():
+            shape, runs = data.SHAPES.index(one["category"]), one["segmentation"]["counts"]
+            x0, y0, w, h = one["bbox"]
             annotations.append({
-                "id": len(annotations), "image_id": 10 + i, "category_id": 5 + 2 * (shape % 2),
-                "bbox": [x0, y0, x1 - x0, y1 - y0], "area": int(mask.sum()), "iscrowd": 0,
+                **one, "id": len(annotations), "image_id": 10 + i,
+                "category_id": 5 + 2 * (shape % 2),
                 "segmentation": {"size": [48, 60], "counts": finetune.text_of_runs(runs) if i % 2
-                                 else runs.tolist()} if i < 6 else [[x0, y0, x1, y0, x1, y1]]})
+                                 else runs.tolist()} if i < 6 else [
+                                     [x0, y0, x0 + w, y0, x0 + w, y0 + h]]})
     images[4]["file_name"] = "missing.png"
     images[5]["width"] = 61
     annotations[-1]["segmentation"] = {"size": [48, 60], "counts": "!!"}

@@ -414,10 +414,7 @@ def main(argv):
         same = file_info.get("vocabulary") == tags["vocabulary"]
         vit.load_weights(model, args.init, renew=() if same else ("head.*",))
     if args.predict:
-        pictures = data.read_pictures(args, config)
-        images = data.normalise(pictures.pixels)                            # [B,C,H,W]
-        probabilities = vit.probabilities(model, images, args, device)      # [B,K]
-        return data.print_predictions(pictures, probabilities, tags["vocabulary"])
+        return data.print_predictions(args, config, model, tags["vocabulary"], device)
     if args.eval_only:
         return vit.report(args, evaluate(model, val, args, device, tags))
     schedule = vit.make_schedule(args, len(train))
@@ -428,9 +425,7 @@ def main(argv):
     examples = data.examples(val or train, device)
 
     def draw_and_evaluate():
-        images = data.normalise(examples["images"])                         # [B,C,H,W]
-        probabilities = vit.probabilities(model, images, args, device)            # [B,K]
-        data.draw_predictions(args, examples, probabilities, tags["vocabulary"])
+        data.draw_predictions(args, examples, model, tags["vocabulary"], device)
         return evaluate(model, val, args, device, tags) if val else {}
 
     # ---- loop
