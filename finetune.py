@@ -2523,7 +2523,7 @@ def see_objects(sample, uniforms, size, channels, numbers, most=0, side=0, jitte
     for one in sample["objects"]:
         x, y, dx, dy = one["bbox"]
         if side:            # the box is that of what can be seen of the mask
-            mask = mask_of_runs(read_runs(one["segmentation"], height, width), height, width)
+            mask = read_mask(one["segmentation"], height, width)
             mask[:int(top)], mask[math.ceil(bottom):] = False, False
             mask[:, :int(left)], mask[:, math.ceil(right):] = False, False
             if not mask.any():
@@ -2552,9 +2552,9 @@ def objects_layout(most=0, side=0):
 
 def mask_of_runs(runs, H, W):
     """Run lengths [n] (see data.runs_of_mask) as a mask, bool [H,W]. Raises ValueError."""
-    if min(runs, default=0) < 0 or np.sum(runs) != H * W:
-        raise ValueError(f"a mask of {np.sum(runs)} pixels in an image of {W} x {H}")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(W, H).T.copy()
+    if min(runs, default=0) < 0 or sum(runs) != H * W:
+        raise ValueError(f"a mask of {sum(runs)} pixels in an image of {W} x {H}")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(W, H).T
 
 
 def runs_of_polygon(polygon, H, W):
@@ -2584,39 +2584,40 @@ def runs_of_polygon(polygon, H, W):
 def text_of_runs(runs):
     """Run lengths as COCO's text: each less the one two before it, in digits of 5 bits, the lowest
     first; a sixth bit says that more follow; a digit's letter is number 48 on."""
-    rest, digits = np.concatenate([runs[:3], runs[3:] - runs[1:-2]]), []
-    going = np.ones(len(rest), bool)
-    while going.any():
-        low, rest = rest & 31, rest >> 5
-        more = rest != -(low >> 4)          # the top bit of the last digit is the sign
-        digits.append(np.where(going, low + 32 * more + 48, 0))
-        going = going & more
-    letters = np.stack(digits, 1).ravel()
-    return letters[letters > 0].astype(np.uint8).tobytes().decode()
+    letters = []
+    for run, before in zip(runs.tolist(), [0, 0, 0, *runs[1:].tolist()]):
+        rest, more = run - before, True
+        while more:
+            low, rest = rest & 31, rest >> 5
+            more = rest != -(low >> 4)          # the top bit of the last digit is the sign
+            letters.append(chr(48 + low + 32 * more))
+    return "".join(letters)
 
 
 def runs_of_text(text):
-    """The inverse of text_of_runs. Raises ValueError for a damaged text."""
-    digits = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero(digits < 32)
-    if not len(ends) or ends[-1] + 1 != len(digits) or digits.min() < 0 or digits.max() > 63:
-        raise ValueError("its mask does not decode")
-    lengths = np.diff(ends, prepend=-1)
-    begins = ends + 1 - lengths
-    place = np.arange(len(digits)) - np.repeat(begins, lengths)
-    runs = np.add.reduceat((digits & 31) << 5 * place, begins)
-    runs -= np.where(digits[ends] & 16, 1 << 5 * lengths, 0)
-    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
+    """The inverse of text_of_runs, as a list. Raises ValueError for a damaged text."""
+    runs, value, bits = [], 0, 0
+    for digit in (ord(letter) - 48 for letter in text):
+        if not 0 <= digit < 64:
+            raise ValueError("its mask does not decode")
+        value, bits = value + ((digit & 31) << bits), bits + 5
+        if digit < 32:      # the last digit of a number; its top bit is the sign
+            value -= (digit & 16) << (bits - 4)
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value, bits = 0, 0
+    if bits:
+        raise ValueError("its mask ends within a number")
     return runs
 
 
-def read_runs(segmentation, H, W):
-    """A "segmentation" of COCO's as run lengths: polygons, or runs as a list or as a text."""
+def read_mask(segmentation, H, W):
+    """A "segmentation" of COCO's, polygons or run lengths, as a mask, bool [H,W]. Raises
+    ValueError."""
     if isinstance(segmentation, list):
-        masks = [mask_of_runs(runs_of_polygon(one, H, W), H, W) for one in segmentation]
-        return data.runs_of_mask(np.logical_or.reduce(masks))
+        parts = [runs_of_polygon(polygon, H, W) for polygon in segmentation]
+        return np.logical_or.reduce([mask_of_runs(runs, H, W) for runs in parts])
     runs = segmentation["counts"]
-    return runs_of_text(runs) if isinstance(runs, str) else np.array(runs, np.int64)
+    return mask_of_runs(runs_of_text(runs) if isinstance(runs, str) else runs, H, W)
 
 
 # ======================================================================================
@@ -2630,30 +2631,22 @@ OVERLAPS, RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
 AREAS = np.array([(0, 1e10), (0, 32 ** 2), (32 ** 2, 96 ** 2), (96 ** 2, 1e10)])    # all, s, m, l
 
 
-def box_overlaps(found, truth, crowd):
-    """The IoU [D,G] of boxes [D,4] and [G,4] (left, top, width, height). Of a crowd, bool [G], it
-    is the share of the found box that is inside."""
-    found, truth = found[:, None], truth[None]                              # [D,1,4] [1,G,4]
-    first = np.maximum(found[..., :2], truth[..., :2])                      # [D,G,2]
-    last = np.minimum(found[..., :2] + found[..., 2:], truth[..., :2] + truth[..., 2:])
-    common, area = (last - first).clip(0).prod(-1), found[..., 2:].prod(-1)     # [D,G] [D,1]
-    return common / np.where(crowd, area, area + truth[..., 2:].prod(-1) - common).clip(1e-12)
-
-
-def mask_overlaps(found, truth, crowd):
-    """The same of D and G masks as run lengths."""
-    ends = [np.cumsum(runs) for runs in found]
-    starts, stops = (np.concatenate([some[k::2][:len(some) // 2] for some in ends]) for k in (0, 1))
-    owner = np.repeat(np.arange(len(found)), [len(some) // 2 for some in ends])
-    areas, overlaps = np.array([runs[1::2].sum() for runs in found]), []
-    for runs, is_crowd in zip(truth, crowd):
-        # How much of the mask is above a pixel: linear between the ends of runs
-        places, above = np.append(0, np.cumsum(runs)), np.append(0, np.cumsum(
-            runs * (np.arange(len(runs)) % 2)))
-        common = np.interp(stops, places, above) - np.interp(starts, places, above)
-        common = np.bincount(owner, common, len(found))                     # [D]
-        overlaps.append(common / np.where(is_crowd, areas, areas + above[-1] - common).clip(1e-12))
-    return np.stack(overlaps, 1)
+def overlaps_of(found, truths, crowd, kind, H, W):
+    """The areas [D] of found boxes ("bbox") or masks ("segm") in an image of H x W, and their IoU
+    [D,G] with the true ones. With a crowd, bool [G], it is the share of the found one inside."""
+    if kind == "bbox":
+        a, b = (np.array([one["bbox"] for one in some], float).reshape(-1, 4)
+                for some in (found, truths))
+        first = np.maximum(a[:, None, :2], b[:, :2])                        # [D,G,2]: left, top
+        last = np.minimum((a[:, :2] + a[:, 2:])[:, None], b[:, :2] + b[:, 2:])
+        common = (last - first).clip(0).prod(-1)                            # [D,G]
+        area, other = a[:, 2:].prod(1), b[:, 2:].prod(1)                    # [D] [G]
+    else:
+        a, b = ([read_mask(one["segmentation"], H, W) for one in some] for some in (found, truths))
+        common = np.array([(x & y).sum() for x in a for y in b]).reshape(len(a), len(b))
+        area, other = (np.array([mask.sum() for mask in some]) for some in (a, b))
+    cover = np.where(crowd, area[:, None], area[:, None] + other - common)
+    return area, common / cover.clip(1e-12)
 
 
 def match_truths(overlaps, crowd, ignored):
@@ -2676,25 +2669,15 @@ def match_truths(overlaps, crowd, ignored):
 
 
 def compare(found, truths, kind, image, lvis):
-    """The results and truths of one image and category: (scores [D], hits and misses, bool [4,10,D]
-    each, numbers of truths that count [4])."""
-    found = sorted(found, key=lambda one: -one["score"])[:300]
+    """The results, the surest first, and truths of one image and category: (scores [D], hits and
+    misses, bool [4,10,D] each, numbers of truths that count [4])."""
     crowd = np.array([one["iscrowd"] for one in truths], bool)              # [G]
-    area = np.array([one["area"] for one in truths])                        # [G]
+    true_area = np.array([one["area"] for one in truths])                   # [G]
     outside = lambda area: (area < AREAS[:, :1]) | (area > AREAS[:, 1:])    # [4,n]
-    ignored = outside(area) | crowd
-    if kind == "bbox":
-        boxes = [np.array([one["bbox"] for one in some], float).reshape(-1, 4)
-                 for some in (found, truths)]
-        areas, overlaps = boxes[0][:, 2:].prod(1), box_overlaps(*boxes, crowd)
-    else:
-        masks = [[read_runs(one["segmentation"], image["height"], image["width"]) for one in some]
-                 for some in (found, truths)]
-        areas = np.array([runs[1::2].sum() for runs in masks[0]])
-        overlaps = mask_overlaps(*masks, crowd) if found and truths else np.zeros(
-            (len(found), len(truths)))
+    ignored = outside(true_area) | crowd
+    area, overlaps = overlaps_of(found, truths, crowd, kind, image["height"], image["width"])
     matched, wasted = match_truths(overlaps, crowd, ignored)
-    misses = ~matched & ~outside(areas)[:, None] & (areas > 0 if lvis else True)
+    misses = ~matched & ~outside(area)[:, None] & (area > 0 if lvis else True)
     return np.array([one["score"] for one in found]), matched & ~wasted, misses, (~ignored).sum(1)
 
 
@@ -2722,26 +2705,23 @@ def coco_scores(truths, results, categories, kind):
     Of LVIS, an image knows only some of the categories: results of others do not count, nor misses
     of those that are not exhaustive; AP is also given for rare, common and frequent ones."""
     lvis = any("neg_category_ids" in image for image in truths)
-    found = {}
-    for one in results:
-        found.setdefault(one["image_id"], []).append(one)
-    rows = {one["id"]: [] for one in categories}
+    rows, found = {one["id"]: [] for one in categories}, {image["id"]: [] for image in truths}
     ids = {one["name"]: one["id"] for one in categories}
+    for one in sorted(results, key=lambda one: -one["score"]):
+        found[one["image_id"]].append(one)
     for image in sorted(truths, key=lambda image: image["id"]):
-        here, some = {}, found.get(image["id"], [])
-        if lvis:
-            some = sorted(some, key=lambda one: -one["score"])[:300]
-        for k, one in ((ids[one["category"]], one) for one in image["objects"]):
-            here.setdefault(k, ([], []))[1].append(one)
-        for one in some:
+        here = {k: ([], []) for k in rows}      # of each category the results and the truths
+        for one in image["objects"]:
+            here[ids[one["category"]]][1].append(one)
+        for one in found[image["id"]][:300 if lvis else None]:
             k = one["category_id"]
-            if k in rows and (not lvis or k in here or k in image["neg_category_ids"]):
-                here.setdefault(k, ([], []))[0].append(one)
+            if k in rows and (not lvis or here[k][1] or k in image["neg_category_ids"]):
+                here[k][0].append(one)
         for k, (mine, objects) in here.items():
-            row = compare(mine, objects, kind, image, lvis)
-            if lvis and k in image["not_exhaustive_category_ids"]:
-                row[2][:] = False
-            rows[k].append(row)
+            if mine or objects:
+                rows[k].append(compare(mine, objects, kind, image, lvis))
+                if lvis and k in image["not_exhaustive_category_ids"]:
+                    rows[k][-1][2][:] = False           # its misses
     most = 300 if lvis else 100
     found = {(area, n): {k: curve for k in rows if (curve := curves(rows[k], area, n))}
              for area, n in ((0, most), (1, most), (2, most), (3, most), (0, 1), (0, 10))}
@@ -2864,7 +2844,7 @@ def draw_objects(sample, objects, categories):
         if one.get("score", 1) >= 0.5:
             labels.append((one["bbox"], colour, f"{name} {one.get('score', 1):.2f}"))
             if "segmentation" in one:
-                mask = mask_of_runs(read_runs(one["segmentation"], H, W), H, W)
+                mask = read_mask(one["segmentation"], H, W)
                 pixels[mask] = 0.6 * pixels[mask] + 0.4 * np.array(colour)
     picture = Image.fromarray(pixels.astype(np.uint8)).resize((zoom * W, zoom * H), 0)
     pen = ImageDraw.Draw(picture)
@@ -2877,13 +2857,13 @@ def draw_objects(sample, objects, categories):
 def draw_detections(args, rows, categories):
     """Draw find_objects' rows and, but for --predict, the truths beside them, in
     OUT/detections.png."""
-    rows = [[draw_objects(sample, objects, categories) for objects in
-             (found, sample["objects"])[:1 if args.predict else 2]] for _, sample, found in rows]
-    sheet = Image.new("RGB", (max(len(row) * (row[0].width + 4) for row in rows),
-                              sum(row[0].height + 4 for row in rows)), "white")
-    for i, row in enumerate(rows):
-        for k, one in enumerate(row):
-            sheet.paste(one, (k * (one.width + 4), sum(row[0].height + 4 for row in rows[:i])))
+    columns = 1 if args.predict else 2
+    pictures = [draw_objects(sample, objects, categories) for _, sample, found in rows
+                for objects in (found, sample["objects"])[:columns]]
+    width, height = (4 + max(sides) for sides in zip(*(picture.size for picture in pictures)))
+    sheet = Image.new("RGB", (width * columns, height * len(rows)), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * width, i // columns * height))
     Path(args.out).mkdir(parents=True, exist_ok=True)
     vit.write_aside(Path(args.out) / "detections.png", lambda aside: sheet.save(aside, "PNG"))
 
