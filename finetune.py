@@ -92,23 +92,23 @@ MAE_BY_MODEL = {        # of the recipe mae; warmup: 5 epochs; 2b and 6.5b are n
 BETAS = 0.9, 0.999                              # MAE
 HEAD_STD = {"mae": 2e-5, "maws": 0.0, "ours": 2e-5}     # MAE; SWAG; ours
 NO_DECAY = "pos_embed", "cls_token", "pos_embed_temporal"      # no weight decay (MAE)
-
-
-def add_classify_flags(add):
-    add("--recipe", choices=RECIPES, help="mae: at 224 pixels (MAE); maws: at 512 or 518 (paper; "
-        "not published in full); ours: for a classroom; default ours up to small, else mae")
-    add("--loss", choices=("ce", "bce", "softmax"), help="ce: one class per image; softmax: 1/k on "
-        "each of k classes; bce: binary cross-entropy for every class; default ce, but that of "
-        "--init with --predict and --eval-only")
-    add("--pool", choices=("cls", "mean"), help="input of the head: the class token or the mean of "
-        "the patches; default by recipe, but mean if --init has fc_norm")
-    add("--freeze", action="store_true", help="train only the head (and the norm of --pool mean) "
-        "on the encoder of --init; default off")
-    add("--crop", choices=("centre", "squash"), help="for evaluation. centre: the central 7/8, or "
-        "the whole central square above 224 pixels (MAE); squash: the whole image (released MAWS); "
-        "default: that of --init, else by recipe")
-    add("--optimizer", choices=("adamw", "sgd"), help="sgd: nesterov, 0.9; default by recipe")
-    add_training_flags(add)
+BELOW_1 = vit.number(0, 0.999)
+FLAGS_BY_RECIPE = {     # of several tasks: type, unit, meaning
+    "final-lr": (vit.number(0), "RATE", "learning rate at the end, before --layer-decay"),
+    "layer-decay": (vit.number(1e-9, 1), "FACTOR", "learning rate of a layer relative to the layer "
+                    "above it; 1 off"),
+    "drop-path": (BELOW_1, "SHARE", "share of images that skip a branch of the last block; 0 off"),
+    "smallest-crop": (vit.number(1e-9, 1), "SHARE", "smallest area of a random crop, as a share of "
+                      "the image's"),
+    "randaugment": (vit.number(0, 10), "LEVEL", "strength of RandAugment's two operations; 0 off"),
+    "erasing": (vit.share, "SHARE", "share of images with an erased rectangle; 0 off"),
+    "mixup": (vit.share, "ALPHA", "mix pairs of images by Beta(ALPHA, ALPHA); 0 off"),
+    "cutmix": (vit.share, "ALPHA", "paste a part of the partner instead; with mixup each is used "
+               "half of the time; 0 off"),
+    "smoothing": (BELOW_1, "SHARE", "share of the target that is spread over all classes; 0 off"),
+    "ema": (vit.number(0, 0.999999), "DECAY", "evaluate and save an exponential moving average of "
+            "the weights; 0 off"),
+}
 
 
 def add_training_flags(add):
@@ -117,25 +117,12 @@ def add_training_flags(add):
         "separated by commas; default: what the file says, or the classes of the data")
     add("--class-map", metavar="FILE", help="lines of: model's class, TAB, class of --val, where "
         "they differ; several model classes may be correct for one; default: by name")
-    below_1 = vit.number(0, 0.999)
-    for flag, kind, metavar, text in (
-            ("final-lr", vit.number(0), "RATE", "learning rate at the end, before --layer-decay"),
-            ("layer-decay", vit.number(1e-9, 1), "FACTOR", "learning rate of a layer relative to "
-             "the layer above it; 1 off"),
-            ("drop-path", below_1, "SHARE", "share of images that skip a branch of the last "
-             "block; 0 off"),
-            ("smallest-crop", vit.number(1e-9, 1), "SHARE", "smallest area of a random crop, as a "
-             "share of the image's"),
-            ("randaugment", vit.number(0, 10), "LEVEL", "strength of RandAugment's two "
-             "operations; 0 off"),
-            ("erasing", vit.share, "SHARE", "share of images with an erased rectangle; 0 off"),
-            ("mixup", vit.share, "ALPHA", "mix pairs of images by Beta(ALPHA, ALPHA); 0 off"),
-            ("cutmix", vit.share, "ALPHA", "paste a part of the partner instead; with mixup each "
-             "is used half of the time; 0 off"),
-            ("smoothing", below_1, "SHARE", "share of the target that is spread over all classes; "
-             "0 off"),
-            ("ema", vit.number(0, 0.999999), "DECAY", "evaluate and save an exponential moving "
-             "average of the weights; 0 off")):
+    add_flags_by_recipe(add, *FLAGS_BY_RECIPE)
+
+
+def add_flags_by_recipe(add, *flags):
+    for flag in flags:
+        kind, metavar, text = FLAGS_BY_RECIPE[flag]
         add(f"--{flag}", type=kind, metavar=metavar, help=f"{text}; default by recipe")
 
 
@@ -160,10 +147,23 @@ def fill_classify_recipe(args, config, name, file_info):
 def parse_classify_flags(argv):
     """All flags, with the recipe filled in: (args, Config, file_info of --init)."""
     parser = vit.stage_parser("finetune.py classify", __doc__, {
-        **{f"recipe {name}:": recipe for name, recipe in RECIPES.items()},
-        **{f"recipe mae, {name}:": recipe for name, recipe in MAE_BY_MODEL.items()}})
+        **RECIPES, **{f"mae, {name}": recipe for name, recipe in MAE_BY_MODEL.items()}})
     parser.set_defaults(data=["world-labelled"], flip=True, dropout=0.0)
-    add_classify_flags(parser.add_argument_group("classification").add_argument)
+    add = parser.add_argument_group("classification").add_argument
+    add("--recipe", choices=RECIPES, help="mae: at 224 pixels (MAE); maws: at 512 or 518 (paper; "
+        "not published in full); ours: for a classroom; default ours up to small, else mae")
+    add("--loss", choices=("ce", "bce", "softmax"), help="ce: one class per image; softmax: 1/k on "
+        "each of k classes; bce: binary cross-entropy for every class; default ce, but that of "
+        "--init with --predict and --eval-only")
+    add("--pool", choices=("cls", "mean"), help="input of the head: the class token or the mean of "
+        "the patches; default by recipe, but mean if --init has fc_norm")
+    add("--freeze", action="store_true", help="train only the head (and the norm of --pool mean) "
+        "on the encoder of --init; default off")
+    add("--crop", choices=("centre", "squash"), help="for evaluation. centre: the central 7/8, or "
+        "the whole central square above 224 pixels (MAE); squash: the whole image (released MAWS); "
+        "default: that of --init, else by recipe")
+    add("--optimizer", choices=("adamw", "sgd"), help="sgd: nesterov, 0.9; default by recipe")
+    add_training_flags(add)
     args = parser.parse_args(argv)
     config, name, file_info = vit.choose_config(args, "classify")
     fill_classify_recipe(args, config, name, file_info)
@@ -298,9 +298,8 @@ def load_classifier(model, args, names, file_info, new=()):
                     + ("hashtags" if "vocabulary" in file_info else "other classes or pooling"))
 
 
-def train_classifier(args, model, wrapped, logits_of, device, train, val, model_info, flops):
-    """The training of classify and video. `logits_of` is what is evaluated, a function of images
-    [B,C,H,W], of clips [B,V,T,C,H,W]; `model_info` and `flops` as of vit.Run."""
+def train_classifier(args, model, wrapped, device, train, val, model_info, flops):
+    """The training of classify and video; `model_info` and `flops` as of vit.Run."""
     names, mixing = model_info["classes"], bool(args.mixup or args.cutmix)
     schedule = vit.make_schedule(args, len(train), together=2 if mixing else 1)
     if not vit.open_run(args, model_info["stage"], model, train, val,
@@ -311,9 +310,9 @@ def train_classifier(args, model, wrapped, logits_of, device, train, val, model_
     def draw_and_evaluate():
         with vit.ema_weights(model, run.ema):
             images = data.normalise(examples["images"])                     # [B,C,H,W]
-            probabilities = vit.probabilities(logits_of, images, args, device)    # [B,K]
+            probabilities = vit.probabilities(model, images, args, device)  # [B,K]
             data.draw_predictions(args, examples, probabilities, names)
-            metrics = evaluate(logits_of, val, args, device, names) if val else {}
+            metrics = evaluate(model, val, args, device, names) if val else {}
         score = metrics.get("map", metrics.get("top1", -1.0))
         if score > run.state["best"]:
             run.state["best"] = score
@@ -326,10 +325,10 @@ def train_classifier(args, model, wrapped, logits_of, device, train, val, model_
                  else torch.optim.SGD(groups, momentum=0.9, nesterov=True))
     ema = {name: p.detach().clone() for name, p in model.named_parameters()} if args.ema else {}
     run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info, flops, ema,
-                  {"best": -1.0, **({"short_clips": 0} if train.views else {})})
+                  {"best": -1.0, "short_clips": 0})
     batches = data.training_batches(train, args, run.state["step"], schedule, device)
     for _ in run.steps(draw_and_evaluate, args.final_lr):
-        counts = {"short_clips": torch.zeros((), device=device)} if train.views else {}
+        short_clips = torch.zeros((), device=device)
         for batch in run.micro_batches(batches):
             position, images = batch["position"], batch["images"]           # [B] [B,H,W,C]
             if args.flip:
@@ -350,10 +349,9 @@ def train_classifier(args, model, wrapped, logits_of, device, train, val, model_
             with vit.autocast(args, device):
                 logits = wrapped(images, scales, *dropped)                  # [B,K]
             run.backward(class_losses(logits, targets, args.loss).mean())
-            for name in counts:
-                counts[name] += batch["short"].sum()
-        run.update(counts)
-        if run.state.get("short_clips"):
+            short_clips += batch["short"].sum()
+        run.update({"short_clips": short_clips})
+        if run.state["short_clips"]:
             data.say_once(f"NOTE: some clips of --data have fewer than {train.views.span} frames: "
                           "the last one is repeated (log.jsonl has their number)")
 
@@ -385,7 +383,7 @@ def classify(argv):
         return vit.report(args, evaluate(model, val, args, device, names))
     model_info = {"config": {**asdict(config), "pool": args.pool, "crop": args.crop,
                              "loss": args.loss}, "stage": "classify", "classes": names}
-    train_classifier(args, model, wrapped, model, device, train, val, model_info, flops)
+    train_classifier(args, model, wrapped, device, train, val, model_info, flops)
 
 
 # ======================================================================================
@@ -407,10 +405,10 @@ def answers(logits, batch, args):
     losses = class_losses(logits, soft_targets(classes, K, 0.0, args.loss), args.loss)      # [B]
     top = logits.topk(min(5, K)).indices                                    # [B,min(5,K)]
     kept = [None] * len(top) if args.loss == "ce" else logits.float().cpu().numpy()
-    rows = zip(batch["position"].tolist(), classes.tolist(), top.tolist(), losses.tolist(), kept)
+    rows = zip(batch["weight"].tolist(), batch["position"].tolist(), classes.tolist(), top.tolist(),
+               losses.tolist(), kept)
     return [Answer(position, [k for k in correct if k >= 0], best, loss, some)
-            for weight, (position, correct, best, loss, some) in zip(batch["weight"].tolist(), rows)
-            if weight]
+            for weight, position, correct, best, loss, some in rows if weight]
 
 
 def summarise(mine, total, args, names):
@@ -670,19 +668,20 @@ def classes_in_file(args, file_info):
         raise UserError(f"{args.init} predicts hashtags, not classes: use it by wsp.py, or "
                         "finetune it first")
     K = file_info["shapes"]["head.weight"][0]
-    if not args.classes and "classes" in file_info:
+    if args.classes:
+        classes = read_classes(args.classes)
+        if len(classes) != K:
+            raise UserError(f"--classes {args.classes} has {len(classes)} lines, but {args.init} "
+                            f"has {K} outputs")
+        return classes
+    if "classes" in file_info:
         return [[name] for name in file_info["classes"]]
-    if not args.classes:        # Hugging Face's config.json beside the file may name its outputs
-        labels = vit.read_json(Path(args.init).with_name("config.json")).get("id2label", {})
-        labels = [labels.get(str(i)) for i in range(K)]
-        if not all(labels) or labels[0] == "LABEL_0":
-            labels = map(str, range(K))
-        return [[label, *re.split(" *, *", label)] for label in labels]
-    classes = read_classes(args.classes)
-    if len(classes) != K:
-        raise UserError(f"--classes {args.classes} has {len(classes)} lines, but {args.init} has "
-                        f"{K} outputs")
-    return classes
+    # Hugging Face's config.json beside the file may name its outputs.
+    labels = vit.read_json(Path(args.init).with_name("config.json")).get("id2label", {})
+    labels = [labels.get(str(i)) for i in range(K)]
+    if not all(labels) or labels[0] == "LABEL_0":
+        labels = map(str, range(K))
+    return [[label, *re.split(" *, *", label)] for label in labels]
 
 
 def open_classes(args, config, file_info, views=None):
@@ -762,6 +761,7 @@ def start_frozen(task, argv):
                             "encoder: leave --parallel out")
         args.parallel = "ddp"
     device = vit.start(args)
+    vit.on_rank_0(lambda: Path(args.out).mkdir(parents=True, exist_ok=True))
 
     @functools.cache
     def load(pool):
@@ -793,7 +793,7 @@ def fingerprint(args, config, source, device):
     names, sizes and times do not make the same images."""
     def compute():
         digest = hashlib.sha256(repr((
-            os.path.getsize(args.init), vit.file_crc(args.init), config, args.pool, args.crop,
+            "features.f32", vit.file_crc(args.init), config, args.pool, args.crop,
             str(vit.autocast_dtype(args, device)), source.fingerprint())).encode())
         files = source.files()
         with ThreadPoolExecutor(32) as threads:     # over a network, each file is a round trip
@@ -805,41 +805,29 @@ def fingerprint(args, config, source, device):
 
 
 @torch.no_grad()
-def write_features(folder, encoder, samples, width, args, device):
-    """Write what an encoder makes of samples into a folder: features.npy float32 [n,D], a row for
+def write_features(folder, encoder, samples, args, device):
+    """Write what an encoder makes of samples into a folder: features.f32, numbers [n,D], a row for
     each image that can be read, in order; labels.npy int64 [n] (-1: none); index.npy int64 [n], the
     numbers of these images in the source.
 
     Ranks send rank 0 a batch at a time, so memory is bounded. Images that cannot be read are listed
-    in OUT/bad_val_samples.txt; as many rows at the end of features.npy are not used."""
-    rank, count, n = vit.get_rank(), len(samples), 0
-    labels, index = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    aside = Path(f"{folder}.{os.getpid()}.tmp")
-
-    def begin():
-        aside.mkdir(parents=True)
-        size, free = 4 * count * width, shutil.disk_usage(aside).free
-        if size > free:         # else a full disk would end the process without a word
-            raise UserError(f"features of {count:,} images take {size / 1e9:.3g} GB, but there are "
-                            f"{free / 1e9:.3g} GB left in {folder.parent}")
-        np.lib.format.open_memmap(aside / "features.npy", "w+", np.float32, (count, width))
-
-    vit.on_rank_0(begin)
-    table = np.load(aside / "features.npy", mmap_mode="r+") if rank == 0 else None
+    in OUT/bad_val_samples.txt."""
+    aside, parts = Path(f"{folder}.{os.getpid()}.tmp"), []       # parts: of labels and index
+    vit.on_rank_0(lambda: aside.mkdir(parents=True))
+    file = open(aside / "features.f32", "wb") if vit.get_rank() == 0 else None
     for images, batch in data.validate(samples, args, device):
         with vit.autocast(args, device):
             rows = encoder(images).float().cpu().numpy()                    # [B,D]
         seen = batch["weight"].numpy() > 0
         mine = rows[seen], batch["label"].numpy()[seen], batch["position"].numpy()[seen]
-        for part in vit.gather_objects(mine) or ():
-            end = n + len(part[0])
-            table[n:end], labels[n:end], index[n:end] = part
-            n = end
+        for table, *numbers in vit.gather_objects(mine) or ():
+            file.write(table.tobytes())
+            parts.append(numbers)
 
     def finish():
-        np.save(aside / "labels.npy", labels[:n])
-        np.save(aside / "index.npy", index[:n])
-        table.flush()
+        file.close()
+        for name, values in zip(("labels", "index"), zip(*parts)):
+            np.save(aside / f"{name}.npy", np.concatenate(values))
         if folder.exists():     # another process was faster
             return shutil.rmtree(aside)
         aside.rename(folder)
@@ -850,15 +838,15 @@ def open_features(place, load, source, args, config, choose_box, device):
     """The arrays that write_features writes, {"features", "labels", "index"}, for a source's whole
     images: kept below `place`, or made now by the encoder that load() returns."""
     folder = Path(place) / fingerprint(args, config, source, device)
-    if vit.on_rank_0(folder.exists):
-        rank0_print(f"features of {len(source):,} images are taken from {folder}")
-    else:
+    kept = vit.on_rank_0(folder.exists)
+    if not kept:
         samples = data.evaluation_samples(source, config, choose_box)
-        write_features(folder, load(), samples, config.width, args, device)
-        rank0_print(f"features of {len(source):,} images are kept in {folder}")
+        write_features(folder, load(), samples, args, device)
+    rank0_print(f"features of {len(source):,} images are {'taken from' if kept else 'kept in'} "
+                f"{folder}")
     table = {name: np.load(folder / f"{name}.npy") for name in ("labels", "index")}
-    rows = np.load(folder / "features.npy", mmap_mode="r")
-    return {**table, "features": rows[:len(table["index"])]}
+    return {**table, "features": np.memmap(folder / "features.f32", np.float32, "r",
+                                           shape=(len(table["index"]), config.width))}
 
 
 def features(argv):
@@ -871,7 +859,6 @@ def features(argv):
 
     def write():
         names = [source[i]["where"].encode("utf-8", "replace") for i in table["index"]]
-        Path(args.out).mkdir(parents=True, exist_ok=True)
         data.write_arrays(Path(args.out) / "features.npz", {
             **table, "names": np.array(names), "classes": np.array(source.classes, str)})
     vit.on_rank_0(write)
@@ -1023,11 +1010,8 @@ def linear(argv):
     weights = {**vit.whole_weights(encoder), "head.weight": weight.cpu(), "head.bias": bias.cpu()}
     content = {"model": weights, "stage": "linear", "classes": classes, "config": {
         **asdict(config), "pool": encoder.pool, "crop": args.crop, "loss": "ce"}}
-
-    def write():
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        vit.write_aside(Path(args.out) / "model.pt", lambda aside: torch.save(content, aside))
-    vit.on_rank_0(write)
+    vit.on_rank_0(lambda: vit.write_aside(
+        Path(args.out) / "model.pt", lambda aside: torch.save(content, aside)))
     vit.report(args, {"top1": top1, "held_back": max(shares), "penalty": penalty,
                       "count": len(val["labels"]), "train": count})
 
@@ -1070,12 +1054,11 @@ class Prompted(nn.Module):
 def few_of_each(labels, shots, split):
     """The numbers [n] of `shots` images of each class, all of those that have fewer, by chance; a
     pure function of the split's number. `labels` int64 [m], -1: none."""
-    order = np.argsort(data.uniform(split, np.arange(len(labels)), "few", 1)[:, 0], kind="stable")
-    rank = np.zeros(len(labels), np.int64)      # of each image among those of its class
-    for label in np.unique(labels):
-        mine = order[labels[order] == label]
-        rank[mine] = np.arange(len(mine))
-    return np.flatnonzero((labels >= 0) & (rank < shots))
+    chance = data.uniform(split, np.arange(len(labels)), "few", 1)[:, 0]
+    order = np.lexsort((chance, labels))                    # class by class
+    ordered = labels[order]
+    place = np.arange(len(labels)) - np.searchsorted(ordered, ordered)      # in its class
+    return np.sort(order[(ordered >= 0) & (place < shots)])
 
 
 def tune_prompts(encoder, train, val, K, args, seed, device):
@@ -1096,14 +1079,13 @@ def tune_prompts(encoder, train, val, K, args, seed, device):
         F.cross_entropy(logits.float(), part["targets"][:, 0].to(device)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    sums = torch.zeros(2, dtype=torch.float64)
+    right = []
     positions = data.validation_positions(len(val), args.micro_batch, 0, 1)
     for part in data.load(val, positions, args.workers, device):
         with torch.no_grad(), vit.autocast(args, device):
             found = model(data.normalise(part["images"].to(device))).argmax(1).cpu()    # [B]
-        right = (found == part["targets"][:, 0]) * part["weight"]
-        sums += torch.stack([right.sum(), part["weight"].sum()]).double()
-    return float(sums[0] / sums[1])
+        right += (found == part["targets"][:, 0])[part["weight"] > 0].tolist()
+    return sum(right) / len(right)
 
 
 def lowshot(argv):
@@ -1516,25 +1498,25 @@ def evaluate_towers(model, val, args, device, names, weights, encode):
     """The metrics of a source, every image once: zero-shot top-1 and top-5 and OUT/classes.txt
     where there are classes, with their `names` and class_weights [K,E], else None; retrieval where
     there are captions."""
-    rows, vectors, captions = [], [], []
+    rows, pairs, count = [], [], torch.zeros(1, dtype=torch.int64)
     for images, batch in data.validate(val, args, device):
         with vit.autocast(args, device):
             x = model.embed_images(images)                                  # [B,E]
             if weights is not None:
                 rows += answers(x @ weights.T, batch, args)
         seen = batch["weight"] > 0
-        vectors.append(x.cpu()[seen])
-        captions += [val.sample(i).get("caption", "") for i in batch["position"][seen].tolist()]
-    count = int(vit.all_reduce_sum(torch.tensor(len(captions))))
+        count += seen.sum()
+        for i, vector in zip(batch["position"][seen].tolist(), x.cpu()[seen].numpy()):
+            if caption := val.sample(i).get("caption"):
+                pairs.append((caption, vector))
+    count = int(vit.all_reduce_sum(count))
     metrics = {"count": count, "bad": len(val) - count}
     if weights is not None:
         metrics = summarise(rows, len(val), args, names)
-    known = [i for i, caption in enumerate(captions) if caption]
-    parts = vit.all_gather_objects(
-        ([captions[i] for i in known], torch.cat(vectors)[known].numpy()))
-    captions = [caption for some, _ in parts for caption in some]
-    if captions:
-        images = torch.from_numpy(np.concatenate([part for _, part in parts])).to(device)   # [n,E]
+    pairs = sum(vit.all_gather_objects(pairs), [])
+    if pairs:
+        captions, vectors = zip(*pairs)
+        images = torch.tensor(np.stack(vectors), device=device)             # [n,E]
         texts = sorted({*captions})
         number = {text: i for i, text in enumerate(texts)}
         own = torch.tensor([number[caption] for caption in captions], device=device)    # [n]
@@ -1589,8 +1571,7 @@ def parse_zeroshot_flags(argv):
     add("--unlock", action="store_true", help="train the image tower, too; default off (LiT)")
     add("--cache-features", metavar="DIR", help="compute the locked image tower's features of each "
         "image once, without augmentation, and keep them there; default off")
-    add("--smallest-crop", type=vit.number(1e-9, 1), metavar="SHARE",
-        help="smallest area of a random crop, as a share of the image's; default by model")
+    add_flags_by_recipe(add, "smallest-crop")
     add("--classes", metavar="FILE", help="to choose from: a line for each class, its names "
         "separated by commas; default: the classes of --val")
     add("--templates", metavar="FILE", help="lines with {} in the place of a name; default: the "
@@ -1839,7 +1820,10 @@ class Video(nn.Module):
         vit.init_weights(self, seed, {"head.weight": 1e-3, "pos_embed_temporal": 0.0})
 
     def forward(self, clips, scales=None, dropped=None):
-        """`scales` as of vit.run_blocks; `dropped` [B,D] multiply what the head gets (dropout)."""
+        """`scales` as of vit.run_blocks; `dropped` [B,D] multiply what the head gets (dropout). Of
+        clips [B,V,T,C,H,W], seen in V views, the result is mean_of_views."""
+        if clips.dim() == 6:
+            return mean_of_views(self.forward(clips.flatten(0, 1)), clips.shape[1])
         x = self.patch_embed(cut_tubelets(clips, self.config.patch))        # [B,T/2*N,D]
         times = self.pos_embed_temporal[:, :, None]                         # [1,T/2,1,D]
         x = x + (times + self.pos_embed[:, None, 1:]).flatten(1, 2)
@@ -1848,11 +1832,11 @@ class Video(nn.Module):
         return self.head(x if dropped is None else x * dropped)             # [B,K]
 
 
-def mean_of_views(model, clips, micro_batch):
-    """The logarithm of the probabilities of clips [B,V,T,C,H,W], averaged over V views: [B,K]."""
-    parts = clips.flatten(0, 1).split(micro_batch)
-    probabilities = torch.cat([model(part) for part in parts]).float().softmax(1)   # [B*V,K]
-    return probabilities.unflatten(0, clips.shape[:2]).mean(1).clamp(min=1e-30).log()
+def mean_of_views(logits, views):
+    """The logarithm of the probabilities [B,K] of clips, averaged over their views, from the logits
+    [B*V,K] of these."""
+    probabilities = logits.float().softmax(1).unflatten(0, (-1, views))     # [B,V,K]
+    return probabilities.mean(1).clamp(min=1e-30).log()
 
 
 # ======================================================================================
@@ -1906,7 +1890,7 @@ def add_video_flags(add):
     add("--flip", action=yes_or_no, help="mirror half of the clips; default by recipe")
     add("--views", type=read_views, metavar="TxS", help="views of an evaluation: T parts of the "
         "clip times S crops; default by recipe")
-    add("--dropout", type=vit.number(0, 0.999), metavar="SHARE", help="share of the head's inputs "
+    add("--dropout", type=BELOW_1, metavar="SHARE", help="share of the head's inputs "
         "that are set to 0; 0 off; default by recipe")
     add_training_flags(add)
 
@@ -1914,8 +1898,8 @@ def add_video_flags(add):
 def parse_video_flags(argv):
     """All flags, with the recipe filled in: (args, Config, file_info of --init, data.Views)."""
     parser = vit.stage_parser("finetune.py video", __doc__, {
-        **{f"recipe {name}:": recipe for name, recipe in VIDEO_RECIPES.items()},
-        **{f"k400 and ssv2, {name}:": recipe for name, recipe in SLOWFAST_BY_MODEL.items()}})
+        **VIDEO_RECIPES,
+        **{f"k400, ssv2, {name}": recipe for name, recipe in SLOWFAST_BY_MODEL.items()}})
     parser.set_defaults(data=["world-clips"], micro_batch=16, optimizer="adamw", loss="ce",
                         pool="mean", crop="centre")
     add_video_flags(parser.add_argument_group("video").add_argument)
@@ -1939,14 +1923,6 @@ def parse_video_flags(argv):
     return args, config, file_info, views
 
 
-def predict_clips(args, config, views, logits_of, names, device):
-    """Print what --predict's folders of frames and animated files most probably are."""
-    clips = data.read_pictures(args, config, views=views)                   # [B,V,T,H,W,C]
-    rows = [vit.probabilities(logits_of, data.normalise(clip[None]), args, device)
-            for clip in clips.pixels]                                       # [1,K] each
-    data.print_predictions(clips, torch.cat(rows), names)
-
-
 def video(argv):
     args, config, file_info, views = parse_video_flags(argv)
     make = lambda classes: Video(config, args.frames, classes, args.relative_positions)
@@ -1963,15 +1939,17 @@ def video(argv):
     model, wrapped = vit.build(lambda: make(len(names)), args, device)
     if args.init:
         load_classifier(model, args, names, file_info, NEW_IN_VIDEO)
-    logits_of = functools.partial(mean_of_views, model, micro_batch=args.micro_batch)
     if args.predict:
-        return predict_clips(args, config, views, logits_of, names, device)
+        clips = data.read_pictures(args, config, views=views)               # [B,V,T,H,W,C]
+        rows = [vit.probabilities(model, data.normalise(clip[None]), args, device)
+                for clip in clips.pixels]                                   # [1,K] each
+        return data.print_predictions(clips, torch.cat(rows), names)
     if args.eval_only:
-        return vit.report(args, evaluate(logits_of, val, args, device, names))
+        return vit.report(args, evaluate(model, val, args, device, names))
     model_info = {"config": {**asdict(config), "pool": args.pool, "loss": args.loss,
                              **{flag: getattr(args, flag) for flag in CLIP_FLAGS}},
                   "stage": "video", "classes": names}
-    train_classifier(args, model, wrapped, logits_of, device, train, val, model_info, flops)
+    train_classifier(args, model, wrapped, device, train, val, model_info, flops)
 
 
 # ======================================================================================
@@ -2024,8 +2002,8 @@ MASK_SIDE = 112         # of objects' masks in their boxes: four times that of p
 def parse_detect_flags(argv):
     """All flags, with the recipe filled in: (args, Config, Heads, file_info of --init)."""
     parser = vit.stage_parser("finetune.py detect", __doc__, {
-        **{f"recipe {name}:": recipe for name, recipe in DETECT_RECIPES.items()},
-        **{f"recipe vitdet, {name}:": recipe for name, recipe in DETECT_BY_MODEL.items()}})
+        **DETECT_RECIPES,
+        **{f"vitdet, {name}": recipe for name, recipe in DETECT_BY_MODEL.items()}})
     parser.set_defaults(data=["world-boxes"], micro_batch=16)
     add = parser.add_argument_group("detection").add_argument
     add("--images", metavar="DIR", help="folder of --data's images; default: that of its .json")
@@ -2038,10 +2016,7 @@ def parse_detect_flags(argv):
         "blocks attend in; default 14, or as --init")
     add("--jitter", type=vit.number(0.01, 10), nargs=2, metavar="SIZE", help="smallest and largest "
         "size of images in training, relative to what fits; 1 1 is off; default by recipe")
-    add("--layer-decay", type=vit.number(1e-9, 1), metavar="FACTOR", help="learning rate of a "
-        "layer relative to the one above it; 1 off; default by recipe")
-    add("--drop-path", type=vit.number(0, 0.999), metavar="SHARE", help="share of images that skip "
-        "a branch of the last block; 0 off; default by recipe")
+    add_flags_by_recipe(add, "layer-decay", "drop-path")
     add("--evaluate", metavar="RESULTS", help="print the scores of a file of COCO's results on "
         "--val's .json and stop")
     args = parser.parse_args(argv)
@@ -2520,22 +2495,21 @@ def see_objects(sample, uniforms, size, channels, numbers, most=0, side=0, jitte
     pixels = np.full((*size, channels), 116, np.uint8)          # about ImageNet's mean
     pixels[:h, :w] = data.read_pixels(sample["image"], choose_box, (h, w), channels)[:, turn]
     row["classes"], row["seen"], row["scale"] = -1, (h, w), scale[:2]
+    inside = np.zeros((height, width), bool)
+    inside[int(top):math.ceil(bottom), int(left):math.ceil(right)] = True
     for one in sample["objects"]:
         x, y, dx, dy = one["bbox"]
+        box = x, y, x + dx, y + dy
         if side:            # the box is that of what can be seen of the mask
-            mask = read_mask(one["segmentation"], height, width)
-            mask[:int(top)], mask[math.ceil(bottom):] = False, False
-            mask[:, :int(left)], mask[:, math.ceil(right):] = False, False
-            if not mask.any():
-                continue
-            xs, ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-            x, y, dx, dy = xs[0], ys[0], np.ptp(xs) + 1, np.ptp(ys) + 1
-        box = np.clip((x, y, x + dx, y + dy), corner, last)
+            mask = read_mask(one["segmentation"], height, width) & inside
+            mask = Image.fromarray(mask.astype(np.uint8) * 255)
+            box = mask.getbbox() or (0, 0, 0, 0)
+        box = np.clip(box, corner, last)
         if one["iscrowd"] or (box[2:] <= box[:2]).any():
             continue
         if side:
-            row["masks"][n] = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(
-                (side, side), Image.Resampling.BILINEAR, tuple(box.tolist())))[:, turn]
+            mask = mask.resize((side, side), Image.Resampling.BILINEAR, tuple(box.tolist()))
+            row["masks"][n] = np.asarray(mask)[:, turn]
         x0, y0, x1, y1 = (box - corner) * scale
         row["boxes"][n] = (w - x1, y0, w - x0, y1) if flip else (x0, y0, x1, y1)
         row["classes"][n], n = numbers[one["category"]], n + 1
@@ -2747,14 +2721,17 @@ def results_of(found, sample, scale, categories):
     [n], boxes [n,4] and masks [n,28,28] or None; `scale` [2] is objects_layout's."""
     (scores, classes, boxes, masks), H, W = found, sample["height"], sample["width"]
     boxes = torch.minimum(boxes / scale.repeat(2), torch.tensor([W, H, W, H]))      # [n,4]
-    results = [{"image_id": sample["id"], "category_id": categories[k]["id"], "score": score,
-                "bbox": [x0, y0, x1 - x0, y1 - y0]} for k, score, (x0, y0, x1, y1) in zip(
-                    classes.tolist(), scores.tolist(), boxes.tolist()) if score]
-    for k, one in enumerate(results if masks is not None else ()):
-        places = (torch.arange(side)[None, None] + 0.5 for side in (W, H))
-        mask = read_masks(masks[None, k:k + 1], boxes[None, k:k + 1], *places) >= 0.5
-        runs = data.runs_of_mask(mask[0, 0].numpy())
-        one["segmentation"] = {"size": [H, W], "counts": text_of_runs(runs)}
+    xs, ys = (torch.arange(side)[None, None] + 0.5 for side in (W, H))
+    results = []
+    for k, number in enumerate(classes[scores > 0].tolist()):       # the surest come first
+        x0, y0, x1, y1 = boxes[k].tolist()
+        results.append({"image_id": sample["id"], "category_id": categories[number]["id"],
+                        "category": categories[number]["name"], "score": float(scores[k]),
+                        "bbox": [x0, y0, x1 - x0, y1 - y0]})
+        if masks is not None:
+            mask = read_masks(masks[None, k:k + 1], boxes[None, k:k + 1], xs, ys)[0, 0] >= 0.5
+            runs = data.runs_of_mask(mask.numpy())
+            results[-1]["segmentation"] = {"size": [H, W], "counts": text_of_runs(runs)}
     return results
 
 
@@ -2780,7 +2757,7 @@ def evaluate_detector(model, val, categories, args, device):
 
     def score():
         truths, results = [row[1] for row in rows], [one for row in rows for one in row[2]]
-        draw_detections(args, rows[::math.ceil(len(rows) / 8)], categories)
+        draw_detections(args, rows[::math.ceil(len(rows) / 8)])
         vit.write_aside(Path(args.out) / "results.json",
                         lambda aside: aside.write_text(json.dumps(results)))
         return {**{kind: coco_scores(truths, results, categories, kind)
@@ -2792,7 +2769,7 @@ def evaluate_detector(model, val, categories, args, device):
 
 def predict_objects(model, categories, args, config, device):
     """Print what is in --predict's pictures, and draw it. Raises UserError."""
-    samples, names = [], {one["id"]: one["name"] for one in categories}
+    samples = []
     for path in args.predict:
         try:
             with data.open_image(path) as image:
@@ -2806,10 +2783,10 @@ def predict_objects(model, categories, args, config, device):
                        rows=np.arange(len(samples)), layout=objects_layout())
     rows = find_objects(model, val, categories, args, device)
     for _, sample, found in rows or ():
-        objects = [f"{names[one['category_id']]} {one['score']:.2f} at {[*map(round, one['bbox'])]}"
+        objects = [f"{one['category']} {one['score']:.2f} at {[*map(round, one['bbox'])]}"
                    for one in found if one["score"] >= 0.5]
         rank0_print(f"{sample['id']}: " + (", ".join(objects) or "nothing"))
-    vit.on_rank_0(lambda: draw_detections(args, rows, categories))
+    vit.on_rank_0(lambda: draw_detections(args, rows))
 
 
 def evaluate_results(args):
@@ -2819,30 +2796,28 @@ def evaluate_results(args):
     try:
         results = json.loads(Path(args.evaluate).read_text())
         unknown = {one["image_id"] for one in results} - {image["id"] for image in truths}
-        if unknown or not results:
-            raise ValueError(f"{len(unknown)} of its images are not in --val, as {min(unknown)}"
-                             if unknown else "it is empty")
+        if unknown:
+            raise ValueError(f"{len(unknown)} of its images are not in --val, as {min(unknown)}")
         masks = all("segmentation" in one for one in results) and source.masks
-        kinds = [kind for kind, given in (("bbox", "bbox" in results[0]), ("segm", masks)) if given]
-        scores = {kind: coco_scores(truths, results, source.categories, kind) for kind in kinds}
+        boxes = all("bbox" in one for one in results)
+        scores = {kind: coco_scores(truths, results, source.categories, kind)
+                  for kind, given in (("bbox", boxes), ("segm", masks)) if given}
     except (OSError, *data.RECORD_ERRORS) as error:
         raise UserError(f"--evaluate {args.evaluate} cannot be scored as COCO's results: "
                         f"{type(error).__name__}: {error}") from error
     rank0_print(json.dumps(scores))
 
 
-def draw_objects(sample, objects, categories):
+def draw_objects(sample, objects):
     """A sample with objects on it, as a PIL image: results of a score of 0.5 or more, or truths."""
-    H, W = sample["height"], sample["width"]
+    H, W, labels = sample["height"], sample["width"], []
+    zoom = max(1, 320 // max(H, W))
     pixels = data.read_pixels(sample["image"], functools.partial(
         data.whole, uniforms=None, size=None), (H, W)).astype(float)
-    names, zoom = {one["id"]: one["name"] for one in categories}, max(1, 320 // max(H, W))
-    labels = []
     for one in objects:
-        name = one.get("category") or names[one["category_id"]]
-        colour = ImageColor.getrgb(f"hsl({zlib.crc32(name.encode()) % 360},90%,50%)")
+        colour = ImageColor.getrgb(f"hsl({zlib.crc32(one['category'].encode()) % 360},90%,50%)")
         if one.get("score", 1) >= 0.5:
-            labels.append((one["bbox"], colour, f"{name} {one.get('score', 1):.2f}"))
+            labels.append((one["bbox"], colour, f"{one['category']} {one.get('score', 1):.2f}"))
             if "segmentation" in one:
                 mask = read_mask(one["segmentation"], H, W)
                 pixels[mask] = 0.6 * pixels[mask] + 0.4 * np.array(colour)
@@ -2854,11 +2829,11 @@ def draw_objects(sample, objects, categories):
     return picture
 
 
-def draw_detections(args, rows, categories):
+def draw_detections(args, rows):
     """Draw find_objects' rows and, but for --predict, the truths beside them, in
     OUT/detections.png."""
     columns = 1 if args.predict else 2
-    pictures = [draw_objects(sample, objects, categories) for _, sample, found in rows
+    pictures = [draw_objects(sample, objects) for _, sample, found in rows
                 for objects in (found, sample["objects"])[:columns]]
     width, height = (4 + max(sides) for sides in zip(*(picture.size for picture in pictures)))
     sheet = Image.new("RGB", (width * columns, height * len(rows)), "white")
