@@ -1390,8 +1390,8 @@ def text_part(tensors):
 
 def tower_names(tensors):
     """The tensors of a zero-shot file under the names of Towers."""
-    vision = {name: tensor for name, tensor in tensors.items() if "text_encoder." not in name}
-    vision = vit.our_names(vision)
+    vision = vit.our_names({name: tensor for name, tensor in tensors.items()
+                            if "text_encoder." not in name})
     shared = {name: vision.pop(name) for name in (
         "vision_projection", "text_projection", "logit_scale") if name in vision}
     if "logit_scale" in shared:
@@ -1482,11 +1482,9 @@ def class_weights(model, classes, templates, encode, args, device):
 
     The vector of a class is the mean over its names in all templates, brought to length 1 (CLIP,
     section 3.1.4; released evaluation)."""
-    texts, owners = [], []
-    for number, names in enumerate(classes):
-        for name in names:
-            texts += [template.replace("{}", name) for template in templates]
-            owners += [number] * len(templates)
+    pairs = [(template.replace("{}", name), number) for number, names in enumerate(classes)
+             for name in names for template in templates]
+    texts, owners = zip(*pairs)
     vectors = embed_all(model, texts, encode, args, device)                 # [n,E]
     sums = torch.zeros(len(classes), vectors.shape[1])                      # [K,E]
     sums.index_add_(0, torch.tensor(owners), vectors)
@@ -2174,12 +2172,11 @@ def roi_align(maps, boxes, strides, side):
     weight = ((place >= -1) & (place <= last + 1)).all(1) / in_bin[box]     # nothing outside
     place = torch.minimum(place.clamp(min=0), last)
     low = place.floor().long()
-    (x0, y0), (x1, y1) = low.unbind(1), torch.minimum(low + 1, last).unbind(1)
-    fx, fy = (place - low).unbind(1)
-    index = first[box, None] + torch.stack([y0, y0, y1, y1], 1) * columns[box, None] + torch.stack(
-        [x0, x1, x0, x1], 1)                                                # [points,4]
-    weight = weight[:, None] * torch.stack([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy,
-                                            fx * fy], 1)
+    high, above = torch.minimum(low + 1, last), place - low
+    xs, ys = ([(low[:, k], 1 - above[:, k]), (high[:, k], above[:, k])] for k in (0, 1))
+    corners = [(first[box] + y * columns[box] + x, weight * (of_x * of_y))
+               for y, of_y in ys for x, of_x in xs]
+    index, weight = (torch.stack(part, 1) for part in zip(*corners))        # [points,4]
     bags = 4 * (begin[:, None] + in_bin[:, None] * torch.arange(side ** 2, device=device))
     pooled = F.embedding_bag(index.flatten(), table.to(boxes.dtype), bags.flatten(), mode="sum",
                              per_sample_weights=weight.flatten())           # [R*side*side,C]
