@@ -43,7 +43,6 @@ import json
 import math
 import os
 import re
-import shutil
 import unicodedata
 import zlib
 from collections import Counter
@@ -793,7 +792,7 @@ def fingerprint(args, config, source, device):
     names, sizes and times do not make the same images."""
     def compute():
         digest = hashlib.sha256(repr((
-            "features.f32", vit.file_crc(args.init), config, args.pool, args.crop,
+            vit.file_crc(args.init), config, args.pool, args.crop,
             str(vit.autocast_dtype(args, device)), source.fingerprint())).encode())
         files = source.files()
         with ThreadPoolExecutor(32) as threads:     # over a network, each file is a round trip
@@ -805,48 +804,47 @@ def fingerprint(args, config, source, device):
 
 
 @torch.no_grad()
-def write_features(folder, encoder, samples, args, device):
-    """Write what an encoder makes of samples into a folder: features.f32, numbers [n,D], a row for
-    each image that can be read, in order; labels.npy int64 [n] (-1: none); index.npy int64 [n], the
-    numbers of these images in the source.
+def write_features(path, encoder, samples, args, device):
+    """Write what an encoder makes of samples to a file: float32 [n,D], a row for each image that
+    can be read, in order. Returns {"labels": int64 [n] (-1: none), "index": int64 [n], the numbers
+    of these images in the source}.
 
     Ranks send rank 0 a batch at a time, so memory is bounded. Images that cannot be read are listed
     in OUT/bad_val_samples.txt."""
-    aside, parts = Path(f"{folder}.{os.getpid()}.tmp"), []       # parts: of labels and index
-    vit.on_rank_0(lambda: aside.mkdir(parents=True))
-    file = open(aside / "features.f32", "wb") if vit.get_rank() == 0 else None
+    aside, numbers = Path(f"{path}.{os.getpid()}.tmp"), []
+    vit.on_rank_0(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+    file = open(aside, "wb") if vit.get_rank() == 0 else None
     for images, batch in data.validate(samples, args, device):
         with vit.autocast(args, device):
             rows = encoder(images).float().cpu().numpy()                    # [B,D]
         seen = batch["weight"].numpy() > 0
         mine = rows[seen], batch["label"].numpy()[seen], batch["position"].numpy()[seen]
-        for table, *numbers in vit.gather_objects(mine) or ():
-            file.write(table.tobytes())
-            parts.append(numbers)
+        for rows_of_rank, *numbers_of_rank in vit.gather_objects(mine) or ():
+            file.write(rows_of_rank.tobytes())
+            numbers.append(numbers_of_rank)
 
     def finish():
         file.close()
-        for name, values in zip(("labels", "index"), zip(*parts)):
-            np.save(aside / f"{name}.npy", np.concatenate(values))
-        if folder.exists():     # another process was faster
-            return shutil.rmtree(aside)
-        aside.rename(folder)
-    vit.on_rank_0(finish)
+        os.replace(aside, path)
+        labels, index = map(np.concatenate, zip(*numbers))
+        return {"labels": labels, "index": index}
+    return vit.on_rank_0(finish)
 
 
 def open_features(place, load, source, args, config, choose_box, device):
-    """The arrays that write_features writes, {"features", "labels", "index"}, for a source's whole
-    images: kept below `place`, or made now by the encoder that load() returns."""
+    """The "features" of a source's whole images, with their "labels" and "index" (see
+    write_features): kept below `place`, or made now by the encoder that load() returns."""
     folder = Path(place) / fingerprint(args, config, source, device)
-    kept = vit.on_rank_0(folder.exists)
-    if not kept:
+    path = folder / "features.f32"
+
+    def make():
         samples = data.evaluation_samples(source, config, choose_box)
-        write_features(folder, load(), samples, args, device)
-    rank0_print(f"features of {len(source):,} images are {'taken from' if kept else 'kept in'} "
-                f"{folder}")
-    table = {name: np.load(folder / f"{name}.npy") for name in ("labels", "index")}
-    return {**table, "features": np.memmap(folder / "features.f32", np.float32, "r",
-                                           shape=(len(table["index"]), config.width))}
+        return write_features(path, load(), samples, args, device)
+
+    table = data.kept_arrays(folder / "index.npz", make)
+    rank0_print(f"features of {len(source):,} images are taken from {folder}")
+    shape = len(table["index"]), config.width
+    return {**table, "features": np.memmap(path, np.float32, "r", shape=shape)}
 
 
 def features(argv):
@@ -1096,11 +1094,9 @@ def lowshot(argv):
     encoder = load("cls")
     tests = data.evaluation_samples(val["source"], config, evaluation_crop(args, config),
                                     val["index"], val["targets_of"])
-    counts = np.bincount(train["labels"], minlength=len(classes))
-    for shots in args.shots:
-        if (few := int((counts < shots).sum())):
-            rank0_print(f"{few} of {len(classes)} classes have fewer than {shots} images: all are "
-                        "used")
+    fewest = np.bincount(train["labels"], minlength=len(classes)).min()
+    if fewest < max(args.shots):
+        rank0_print(f"NOTE: a class has only {fewest} images: if --shots is more, all are used")
     crop = functools.partial(data.random_resized_crop, scale=(SMALLEST_CROP, 1.0))
     queries = torch.tensor(val["features"], device=device)                  # [m,D]
     truth, results = torch.tensor(val["labels"], device=device), []         # [m]
@@ -2614,8 +2610,8 @@ def overlaps_of(found, truths, crowd, kind, H, W):
         area, other = a[:, 2:].prod(1), b[:, 2:].prod(1)                    # [D] [G]
     else:
         a, b = ([read_mask(one["segmentation"], H, W) for one in some] for some in (found, truths))
-        common = np.array([(x & y).sum() for x in a for y in b]).reshape(len(a), len(b))
-        area, other = (np.array([mask.sum() for mask in some]) for some in (a, b))
+        area, other = (np.array([np.count_nonzero(mask) for mask in some]) for some in (a, b))
+        common = np.array([[np.count_nonzero(x & y) for y in b] for x in a]).reshape(len(a), len(b))
     cover = np.where(crowd, area[:, None], area[:, None] + other - common)
     return area, common / cover.clip(1e-12)
 
