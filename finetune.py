@@ -43,6 +43,7 @@ import json
 import math
 import os
 import re
+import shutil
 import unicodedata
 import zlib
 from collections import Counter
@@ -324,10 +325,10 @@ def train_classifier(args, model, wrapped, device, train, val, model_info, flops
                  else torch.optim.SGD(groups, momentum=0.9, nesterov=True))
     ema = {name: p.detach().clone() for name, p in model.named_parameters()} if args.ema else {}
     run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info, flops, ema,
-                  {"best": -1.0, "short_clips": 0})
+                  {"best": -1.0, **({"short_clips": 0} if train.views else {})})
     batches = data.training_batches(train, args, run.state["step"], schedule, device)
     for _ in run.steps(draw_and_evaluate, args.final_lr):
-        short_clips = torch.zeros((), device=device)
+        counts = {"short_clips": torch.zeros((), device=device)} if train.views else {}
         for batch in run.micro_batches(batches):
             position, images = batch["position"], batch["images"]           # [B] [B,H,W,C]
             if args.flip:
@@ -348,9 +349,10 @@ def train_classifier(args, model, wrapped, device, train, val, model_info, flops
             with vit.autocast(args, device):
                 logits = wrapped(images, scales, *dropped)                  # [B,K]
             run.backward(class_losses(logits, targets, args.loss).mean())
-            short_clips += batch["short"].sum()
-        run.update({"short_clips": short_clips})
-        if run.state["short_clips"]:
+            for name in counts:
+                counts[name] += batch["short"].sum()
+        run.update(counts)
+        if run.state.get("short_clips"):
             data.say_once(f"NOTE: some clips of --data have fewer than {train.views.span} frames: "
                           "the last one is repeated (log.jsonl has their number)")
 
@@ -804,47 +806,60 @@ def fingerprint(args, config, source, device):
 
 
 @torch.no_grad()
-def write_features(path, encoder, samples, args, device):
-    """Write what an encoder makes of samples to a file: float32 [n,D], a row for each image that
-    can be read, in order. Returns {"labels": int64 [n] (-1: none), "index": int64 [n], the numbers
-    of these images in the source}.
+def write_features(folder, encoder, samples, width, args, device):
+    """Write what an encoder makes of samples into a folder: features.npy float32 [n,D], a row for
+    each image that can be read, in order; labels.npy int64 [n] (-1: none); index.npy int64 [n], the
+    numbers of these images in the source.
 
     Ranks send rank 0 a batch at a time, so memory is bounded. Images that cannot be read are listed
-    in OUT/bad_val_samples.txt."""
-    aside, numbers = Path(f"{path}.{os.getpid()}.tmp"), []
-    vit.on_rank_0(lambda: path.parent.mkdir(parents=True, exist_ok=True))
-    file = open(aside, "wb") if vit.get_rank() == 0 else None
+    in OUT/bad_val_samples.txt; as many rows at the end of features.npy are not used."""
+    rank, count, n = vit.get_rank(), len(samples), 0
+    labels, index = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    aside = Path(f"{folder}.{os.getpid()}.tmp")
+
+    def begin():
+        aside.mkdir(parents=True)
+        size, free = 4 * count * width, shutil.disk_usage(aside).free
+        if size > free:         # else a full disk would end the process without a word
+            raise UserError(f"features of {count:,} images take {size / 1e9:.3g} GB, but there are "
+                            f"{free / 1e9:.3g} GB left in {folder.parent}")
+        np.lib.format.open_memmap(aside / "features.npy", "w+", np.float32, (count, width))
+
+    vit.on_rank_0(begin)
+    table = np.load(aside / "features.npy", mmap_mode="r+") if rank == 0 else None
     for images, batch in data.validate(samples, args, device):
         with vit.autocast(args, device):
             rows = encoder(images).float().cpu().numpy()                    # [B,D]
         seen = batch["weight"].numpy() > 0
         mine = rows[seen], batch["label"].numpy()[seen], batch["position"].numpy()[seen]
-        for rows_of_rank, *numbers_of_rank in vit.gather_objects(mine) or ():
-            file.write(rows_of_rank.tobytes())
-            numbers.append(numbers_of_rank)
+        for part in vit.gather_objects(mine) or ():
+            end = n + len(part[0])
+            table[n:end], labels[n:end], index[n:end] = part
+            n = end
 
     def finish():
-        file.close()
-        os.replace(aside, path)
-        labels, index = map(np.concatenate, zip(*numbers))
-        return {"labels": labels, "index": index}
-    return vit.on_rank_0(finish)
+        np.save(aside / "labels.npy", labels[:n])
+        np.save(aside / "index.npy", index[:n])
+        table.flush()
+        if folder.exists():     # another process was faster
+            return shutil.rmtree(aside)
+        aside.rename(folder)
+    vit.on_rank_0(finish)
 
 
 def open_features(place, load, source, args, config, choose_box, device):
-    """The "features" of a source's whole images, with their "labels" and "index" (see
-    write_features): kept below `place`, or made now by the encoder that load() returns."""
+    """The arrays that write_features writes, {"features", "labels", "index"}, for a source's whole
+    images: kept below `place`, or made now by the encoder that load() returns."""
     folder = Path(place) / fingerprint(args, config, source, device)
-    path = folder / "features.f32"
-
-    def make():
+    if vit.on_rank_0(folder.exists):
+        rank0_print(f"features of {len(source):,} images are taken from {folder}")
+    else:
         samples = data.evaluation_samples(source, config, choose_box)
-        return write_features(path, load(), samples, args, device)
-
-    table = data.kept_arrays(folder / "index.npz", make)
-    rank0_print(f"features of {len(source):,} images are taken from {folder}")
-    shape = len(table["index"]), config.width
-    return {**table, "features": np.memmap(path, np.float32, "r", shape=shape)}
+        write_features(folder, load(), samples, config.width, args, device)
+        rank0_print(f"features of {len(source):,} images are kept in {folder}")
+    table = {name: np.load(folder / f"{name}.npy") for name in ("labels", "index")}
+    rows = np.load(folder / "features.npy", mmap_mode="r")
+    return {**table, "features": rows[:len(table["index"])]}
 
 
 def features(argv):
@@ -1816,8 +1831,8 @@ class Video(nn.Module):
     def forward(self, clips, scales=None, dropped=None):
         """`scales` as of vit.run_blocks; `dropped` [B,D] multiply what the head gets (dropout). Of
         clips [B,V,T,C,H,W], seen in V views, the result is mean_of_views."""
-        if clips.dim() == 6:
-            return mean_of_views(self.forward(clips.flatten(0, 1)), clips.shape[1])
+        if clips.dim() == 6:                # one view at a time, for the memory
+            return mean_of_views(torch.stack([self.forward(view) for view in clips.unbind(1)], 1))
         x = self.patch_embed(cut_tubelets(clips, self.config.patch))        # [B,T/2*N,D]
         times = self.pos_embed_temporal[:, :, None]                         # [1,T/2,1,D]
         x = x + (times + self.pos_embed[:, None, 1:]).flatten(1, 2)
@@ -1826,11 +1841,10 @@ class Video(nn.Module):
         return self.head(x if dropped is None else x * dropped)             # [B,K]
 
 
-def mean_of_views(logits, views):
+def mean_of_views(logits):
     """The logarithm of the probabilities [B,K] of clips, averaged over their views, from the logits
-    [B*V,K] of these."""
-    probabilities = logits.float().softmax(1).unflatten(0, (-1, views))     # [B,V,K]
-    return probabilities.mean(1).clamp(min=1e-30).log()
+    [B,V,K] of these."""
+    return logits.float().softmax(2).mean(1).clamp(min=1e-30).log()
 
 
 # ======================================================================================
@@ -2751,8 +2765,9 @@ def evaluate_detector(model, val, categories, args, device):
     def score():
         truths, results = [row[1] for row in rows], [one for row in rows for one in row[2]]
         draw_detections(args, rows[::math.ceil(len(rows) / 8)])
-        vit.write_aside(Path(args.out) / "results.json",
-                        lambda aside: aside.write_text(json.dumps(results)))
+        content = json.dumps([{key: one[key] for key in one if key != "category"}
+                              for one in results])
+        vit.write_aside(Path(args.out) / "results.json", lambda aside: aside.write_text(content))
         return {**{kind: coco_scores(truths, results, categories, kind)
                    for kind in ("bbox", "segm")[:1 + args.masks]},
                 "count": len(rows), "bad": len(val) - len(rows)}
@@ -2789,8 +2804,9 @@ def evaluate_results(args):
     try:
         results = json.loads(Path(args.evaluate).read_text())
         unknown = {one["image_id"] for one in results} - {image["id"] for image in truths}
-        if unknown:
-            raise ValueError(f"{len(unknown)} of its images are not in --val, as {min(unknown)}")
+        if unknown or not results:
+            raise ValueError(f"{len(unknown)} of its images are not in --val, as {min(unknown)}"
+                             if unknown else "it is empty")
         masks = all("segmentation" in one for one in results) and source.masks
         boxes = all("bbox" in one for one in results)
         scores = {kind: coco_scores(truths, results, source.categories, kind)
