@@ -92,23 +92,23 @@ MAE_BY_MODEL = {        # of the recipe mae; warmup: 5 epochs; 2b and 6.5b are n
 BETAS = 0.9, 0.999                              # MAE
 HEAD_STD = {"mae": 2e-5, "maws": 0.0, "ours": 2e-5}     # MAE; SWAG; ours
 NO_DECAY = "pos_embed", "cls_token", "pos_embed_temporal"      # no weight decay (MAE)
-
-
-def add_classify_flags(add):
-    add("--recipe", choices=RECIPES, help="mae: at 224 pixels (MAE); maws: at 512 or 518 (paper; "
-        "not published in full); ours: for a classroom; default ours up to small, else mae")
-    add("--loss", choices=("ce", "bce", "softmax"), help="ce: one class per image; softmax: 1/k on "
-        "each of k classes; bce: binary cross-entropy for every class; default ce, but that of "
-        "--init with --predict and --eval-only")
-    add("--pool", choices=("cls", "mean"), help="input of the head: the class token or the mean of "
-        "the patches; default by recipe, but mean if --init has fc_norm")
-    add("--freeze", action="store_true", help="train only the head (and the norm of --pool mean) "
-        "on the encoder of --init; default off")
-    add("--crop", choices=("centre", "squash"), help="for evaluation. centre: the central 7/8, or "
-        "the whole central square above 224 pixels (MAE); squash: the whole image (released MAWS); "
-        "default: that of --init, else by recipe")
-    add("--optimizer", choices=("adamw", "sgd"), help="sgd: nesterov, 0.9; default by recipe")
-    add_training_flags(add)
+BELOW_1 = vit.number(0, 0.999)
+FLAGS_BY_RECIPE = {     # of several tasks: type, unit, meaning
+    "final-lr": (vit.number(0), "RATE", "learning rate at the end, before --layer-decay"),
+    "layer-decay": (vit.number(1e-9, 1), "FACTOR", "learning rate of a layer relative to the layer "
+                    "above it; 1 off"),
+    "drop-path": (BELOW_1, "SHARE", "share of images that skip a branch of the last block; 0 off"),
+    "smallest-crop": (vit.number(1e-9, 1), "SHARE", "smallest area of a random crop, as a share of "
+                      "the image's"),
+    "randaugment": (vit.number(0, 10), "LEVEL", "strength of RandAugment's two operations; 0 off"),
+    "erasing": (vit.share, "SHARE", "share of images with an erased rectangle; 0 off"),
+    "mixup": (vit.share, "ALPHA", "mix pairs of images by Beta(ALPHA, ALPHA); 0 off"),
+    "cutmix": (vit.share, "ALPHA", "paste a part of the partner instead; with mixup each is used "
+               "half of the time; 0 off"),
+    "smoothing": (BELOW_1, "SHARE", "share of the target that is spread over all classes; 0 off"),
+    "ema": (vit.number(0, 0.999999), "DECAY", "evaluate and save an exponential moving average of "
+            "the weights; 0 off"),
+}
 
 
 def add_training_flags(add):
@@ -117,25 +117,12 @@ def add_training_flags(add):
         "separated by commas; default: what the file says, or the classes of the data")
     add("--class-map", metavar="FILE", help="lines of: model's class, TAB, class of --val, where "
         "they differ; several model classes may be correct for one; default: by name")
-    below_1 = vit.number(0, 0.999)
-    for flag, kind, metavar, text in (
-            ("final-lr", vit.number(0), "RATE", "learning rate at the end, before --layer-decay"),
-            ("layer-decay", vit.number(1e-9, 1), "FACTOR", "learning rate of a layer relative to "
-             "the layer above it; 1 off"),
-            ("drop-path", below_1, "SHARE", "share of images that skip a branch of the last "
-             "block; 0 off"),
-            ("smallest-crop", vit.number(1e-9, 1), "SHARE", "smallest area of a random crop, as a "
-             "share of the image's"),
-            ("randaugment", vit.number(0, 10), "LEVEL", "strength of RandAugment's two "
-             "operations; 0 off"),
-            ("erasing", vit.share, "SHARE", "share of images with an erased rectangle; 0 off"),
-            ("mixup", vit.share, "ALPHA", "mix pairs of images by Beta(ALPHA, ALPHA); 0 off"),
-            ("cutmix", vit.share, "ALPHA", "paste a part of the partner instead; with mixup each "
-             "is used half of the time; 0 off"),
-            ("smoothing", below_1, "SHARE", "share of the target that is spread over all classes; "
-             "0 off"),
-            ("ema", vit.number(0, 0.999999), "DECAY", "evaluate and save an exponential moving "
-             "average of the weights; 0 off")):
+    add_flags_by_recipe(add, *FLAGS_BY_RECIPE)
+
+
+def add_flags_by_recipe(add, *flags):
+    for flag in flags:
+        kind, metavar, text = FLAGS_BY_RECIPE[flag]
         add(f"--{flag}", type=kind, metavar=metavar, help=f"{text}; default by recipe")
 
 
@@ -160,10 +147,23 @@ def fill_classify_recipe(args, config, name, file_info):
 def parse_classify_flags(argv):
     """All flags, with the recipe filled in: (args, Config, file_info of --init)."""
     parser = vit.stage_parser("finetune.py classify", __doc__, {
-        **{f"recipe {name}:": recipe for name, recipe in RECIPES.items()},
-        **{f"recipe mae, {name}:": recipe for name, recipe in MAE_BY_MODEL.items()}})
+        **RECIPES, **{f"mae, {name}": recipe for name, recipe in MAE_BY_MODEL.items()}})
     parser.set_defaults(data=["world-labelled"], flip=True, dropout=0.0)
-    add_classify_flags(parser.add_argument_group("classification").add_argument)
+    add = parser.add_argument_group("classification").add_argument
+    add("--recipe", choices=RECIPES, help="mae: at 224 pixels (MAE); maws: at 512 or 518 (paper; "
+        "not published in full); ours: for a classroom; default ours up to small, else mae")
+    add("--loss", choices=("ce", "bce", "softmax"), help="ce: one class per image; softmax: 1/k on "
+        "each of k classes; bce: binary cross-entropy for every class; default ce, but that of "
+        "--init with --predict and --eval-only")
+    add("--pool", choices=("cls", "mean"), help="input of the head: the class token or the mean of "
+        "the patches; default by recipe, but mean if --init has fc_norm")
+    add("--freeze", action="store_true", help="train only the head (and the norm of --pool mean) "
+        "on the encoder of --init; default off")
+    add("--crop", choices=("centre", "squash"), help="for evaluation. centre: the central 7/8, or "
+        "the whole central square above 224 pixels (MAE); squash: the whole image (released MAWS); "
+        "default: that of --init, else by recipe")
+    add("--optimizer", choices=("adamw", "sgd"), help="sgd: nesterov, 0.9; default by recipe")
+    add_training_flags(add)
     args = parser.parse_args(argv)
     config, name, file_info = vit.choose_config(args, "classify")
     fill_classify_recipe(args, config, name, file_info)
@@ -298,9 +298,8 @@ def load_classifier(model, args, names, file_info, new=()):
                     + ("hashtags" if "vocabulary" in file_info else "other classes or pooling"))
 
 
-def train_classifier(args, model, wrapped, logits_of, device, train, val, model_info, flops):
-    """The training of classify and video. `logits_of` is what is evaluated, a function of images
-    [B,C,H,W], of clips [B,V,T,C,H,W]; `model_info` and `flops` as of vit.Run."""
+def train_classifier(args, model, wrapped, device, train, val, model_info, flops):
+    """The training of classify and video; `model_info` and `flops` as of vit.Run."""
     names, mixing = model_info["classes"], bool(args.mixup or args.cutmix)
     schedule = vit.make_schedule(args, len(train), together=2 if mixing else 1)
     if not vit.open_run(args, model_info["stage"], model, train, val,
@@ -310,8 +309,8 @@ def train_classifier(args, model, wrapped, logits_of, device, train, val, model_
 
     def draw_and_evaluate():
         with vit.ema_weights(model, run.ema):
-            data.draw_predictions(args, examples, logits_of, names, device)
-            metrics = evaluate(logits_of, val, args, device, names) if val else {}
+            data.draw_predictions(args, examples, model, names, device)
+            metrics = evaluate(model, val, args, device, names) if val else {}
         score = metrics.get("map", metrics.get("top1", -1.0))
         if score > run.state["best"]:
             run.state["best"] = score
@@ -381,7 +380,7 @@ def classify(argv):
         return vit.report(args, evaluate(model, val, args, device, names))
     model_info = {"config": {**asdict(config), "pool": args.pool, "crop": args.crop,
                              "loss": args.loss}, "stage": "classify", "classes": names}
-    train_classifier(args, model, wrapped, model, device, train, val, model_info, flops)
+    train_classifier(args, model, wrapped, device, train, val, model_info, flops)
 
 
 # ======================================================================================
@@ -403,10 +402,10 @@ def answers(logits, batch, args):
     losses = class_losses(logits, soft_targets(classes, K, 0.0, args.loss), args.loss)      # [B]
     top = logits.topk(min(5, K)).indices                                    # [B,min(5,K)]
     kept = [None] * len(top) if args.loss == "ce" else logits.float().cpu().numpy()
-    rows = zip(batch["position"].tolist(), classes.tolist(), top.tolist(), losses.tolist(), kept)
+    rows = zip(batch["weight"].tolist(), batch["position"].tolist(), classes.tolist(), top.tolist(),
+               losses.tolist(), kept)
     return [Answer(position, [k for k in correct if k >= 0], best, loss, some)
-            for weight, (position, correct, best, loss, some) in zip(batch["weight"].tolist(), rows)
-            if weight]
+            for weight, position, correct, best, loss, some in rows if weight]
 
 
 def summarise(mine, total, args, names):
@@ -666,19 +665,20 @@ def classes_in_file(args, file_info):
         raise UserError(f"{args.init} predicts hashtags, not classes: use it by wsp.py, or "
                         "finetune it first")
     K = file_info["shapes"]["head.weight"][0]
-    if not args.classes and "classes" in file_info:
+    if args.classes:
+        classes = read_classes(args.classes)
+        if len(classes) != K:
+            raise UserError(f"--classes {args.classes} has {len(classes)} lines, but {args.init} "
+                            f"has {K} outputs")
+        return classes
+    if "classes" in file_info:
         return [[name] for name in file_info["classes"]]
-    if not args.classes:        # Hugging Face's config.json beside the file may name its outputs
-        labels = vit.read_json(Path(args.init).with_name("config.json")).get("id2label", {})
-        labels = [labels.get(str(i)) for i in range(K)]
-        if not all(labels) or labels[0] == "LABEL_0":
-            labels = map(str, range(K))
-        return [[label, *re.split(" *, *", label)] for label in labels]
-    classes = read_classes(args.classes)
-    if len(classes) != K:
-        raise UserError(f"--classes {args.classes} has {len(classes)} lines, but {args.init} has "
-                        f"{K} outputs")
-    return classes
+    # Hugging Face's config.json beside the file may name its outputs.
+    labels = vit.read_json(Path(args.init).with_name("config.json")).get("id2label", {})
+    labels = [labels.get(str(i)) for i in range(K)]
+    if not all(labels) or labels[0] == "LABEL_0":
+        labels = map(str, range(K))
+    return [[label, *re.split(" *, *", label)] for label in labels]
 
 
 def open_classes(args, config, file_info, views=None):
@@ -758,6 +758,7 @@ def start_frozen(task, argv):
                             "encoder: leave --parallel out")
         args.parallel = "ddp"
     device = vit.start(args)
+    vit.on_rank_0(lambda: Path(args.out).mkdir(parents=True, exist_ok=True))
 
     @functools.cache
     def load(pool):
@@ -789,7 +790,7 @@ def fingerprint(args, config, source, device):
     names, sizes and times do not make the same images."""
     def compute():
         digest = hashlib.sha256(repr((
-            os.path.getsize(args.init), vit.file_crc(args.init), config, args.pool, args.crop,
+            vit.file_crc(args.init), config, args.pool, args.crop,
             str(vit.autocast_dtype(args, device)), source.fingerprint())).encode())
         files = source.files()
         with ThreadPoolExecutor(32) as threads:     # over a network, each file is a round trip
@@ -867,7 +868,6 @@ def features(argv):
 
     def write():
         names = [source[i]["where"].encode("utf-8", "replace") for i in table["index"]]
-        Path(args.out).mkdir(parents=True, exist_ok=True)
         data.write_arrays(Path(args.out) / "features.npz", {
             **table, "names": np.array(names), "classes": np.array(source.classes, str)})
     vit.on_rank_0(write)
@@ -1019,11 +1019,8 @@ def linear(argv):
     weights = {**vit.whole_weights(encoder), "head.weight": weight.cpu(), "head.bias": bias.cpu()}
     content = {"model": weights, "stage": "linear", "classes": classes, "config": {
         **asdict(config), "pool": encoder.pool, "crop": args.crop, "loss": "ce"}}
-
-    def write():
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        vit.write_aside(Path(args.out) / "model.pt", lambda aside: torch.save(content, aside))
-    vit.on_rank_0(write)
+    vit.on_rank_0(lambda: vit.write_aside(
+        Path(args.out) / "model.pt", lambda aside: torch.save(content, aside)))
     vit.report(args, {"top1": top1, "held_back": max(shares), "penalty": penalty,
                       "count": len(val["labels"]), "train": count})
 
@@ -1066,12 +1063,11 @@ class Prompted(nn.Module):
 def few_of_each(labels, shots, split):
     """The numbers [n] of `shots` images of each class, all of those that have fewer, by chance; a
     pure function of the split's number. `labels` int64 [m], -1: none."""
-    order = np.argsort(data.uniform(split, np.arange(len(labels)), "few", 1)[:, 0], kind="stable")
-    rank = np.zeros(len(labels), np.int64)      # of each image among those of its class
-    for label in np.unique(labels):
-        mine = order[labels[order] == label]
-        rank[mine] = np.arange(len(mine))
-    return np.flatnonzero((labels >= 0) & (rank < shots))
+    chance = data.uniform(split, np.arange(len(labels)), "few", 1)[:, 0]
+    order = np.lexsort((chance, labels))                    # class by class
+    ordered = labels[order]
+    place = np.arange(len(labels)) - np.searchsorted(ordered, ordered)      # in its class
+    return np.sort(order[(ordered >= 0) & (place < shots)])
 
 
 def tune_prompts(encoder, train, val, K, args, seed, device):
@@ -1092,14 +1088,13 @@ def tune_prompts(encoder, train, val, K, args, seed, device):
         F.cross_entropy(logits.float(), part["targets"][:, 0].to(device)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    sums = torch.zeros(2, dtype=torch.float64)
+    right = []
     positions = data.validation_positions(len(val), args.micro_batch, 0, 1)
     for part in data.load(val, positions, args.workers, device):
         with torch.no_grad(), vit.autocast(args, device):
             found = model(data.normalise(part["images"].to(device))).argmax(1).cpu()    # [B]
-        right = (found == part["targets"][:, 0]) * part["weight"]
-        sums += torch.stack([right.sum(), part["weight"].sum()]).double()
-    return float(sums[0] / sums[1])
+        right += (found == part["targets"][:, 0])[part["weight"] > 0].tolist()
+    return sum(right) / len(right)
 
 
 def lowshot(argv):
@@ -1110,11 +1105,9 @@ def lowshot(argv):
     encoder = load("cls")
     tests = data.evaluation_samples(val["source"], config, evaluation_crop(args, config),
                                     val["index"], val["targets_of"])
-    counts = np.bincount(train["labels"], minlength=len(classes))
-    for shots in args.shots:
-        if (few := int((counts < shots).sum())):
-            rank0_print(f"{few} of {len(classes)} classes have fewer than {shots} images: all are "
-                        "used")
+    fewest = np.bincount(train["labels"], minlength=len(classes)).min()
+    if fewest < max(args.shots):
+        rank0_print(f"NOTE: a class has only {fewest} images: if --shots is more, all are used")
     crop = functools.partial(data.random_resized_crop, scale=(SMALLEST_CROP, 1.0))
     queries = torch.tensor(val["features"], device=device)                  # [m,D]
     truth, results = torch.tensor(val["labels"], device=device), []         # [m]
@@ -1404,8 +1397,8 @@ def text_part(tensors):
 
 def tower_names(tensors):
     """The tensors of a zero-shot file under the names of Towers."""
-    vision = {name: tensor for name, tensor in tensors.items() if "text_encoder." not in name}
-    vision = vit.our_names(vision)
+    vision = vit.our_names({name: tensor for name, tensor in tensors.items()
+                            if "text_encoder." not in name})
     shared = {name: vision.pop(name) for name in (
         "vision_projection", "text_projection", "logit_scale") if name in vision}
     if "logit_scale" in shared:
@@ -1496,11 +1489,9 @@ def class_weights(model, classes, templates, encode, args, device):
 
     The vector of a class is the mean over its names in all templates, brought to length 1 (CLIP,
     section 3.1.4; released evaluation)."""
-    texts, owners = [], []
-    for number, names in enumerate(classes):
-        for name in names:
-            texts += [template.replace("{}", name) for template in templates]
-            owners += [number] * len(templates)
+    pairs = [(template.replace("{}", name), number) for number, names in enumerate(classes)
+             for name in names for template in templates]
+    texts, owners = zip(*pairs)
     vectors = embed_all(model, texts, encode, args, device)                 # [n,E]
     sums = torch.zeros(len(classes), vectors.shape[1])                      # [K,E]
     sums.index_add_(0, torch.tensor(owners), vectors)
@@ -1512,25 +1503,25 @@ def evaluate_towers(model, val, args, device, names, weights, encode):
     """The metrics of a source, every image once: zero-shot top-1 and top-5 and OUT/classes.txt
     where there are classes, with their `names` and class_weights [K,E], else None; retrieval where
     there are captions."""
-    rows, vectors, captions = [], [], []
+    rows, pairs, count = [], [], torch.zeros(1, dtype=torch.int64)
     for images, batch in data.validate(val, args, device):
         with vit.autocast(args, device):
             x = model.embed_images(images)                                  # [B,E]
             if weights is not None:
                 rows += answers(x @ weights.T, batch, args)
         seen = batch["weight"] > 0
-        vectors.append(x.cpu()[seen])
-        captions += [val.sample(i).get("caption", "") for i in batch["position"][seen].tolist()]
-    count = int(vit.all_reduce_sum(torch.tensor(len(captions))))
+        count += seen.sum()
+        for i, vector in zip(batch["position"][seen].tolist(), x.cpu()[seen].numpy()):
+            if caption := val.sample(i).get("caption"):
+                pairs.append((caption, vector))
+    count = int(vit.all_reduce_sum(count))
     metrics = {"count": count, "bad": len(val) - count}
     if weights is not None:
         metrics = summarise(rows, len(val), args, names)
-    known = [i for i, caption in enumerate(captions) if caption]
-    parts = vit.all_gather_objects(
-        ([captions[i] for i in known], torch.cat(vectors)[known].numpy()))
-    captions = [caption for some, _ in parts for caption in some]
-    if captions:
-        images = torch.from_numpy(np.concatenate([part for _, part in parts])).to(device)   # [n,E]
+    pairs = sum(vit.all_gather_objects(pairs), [])
+    if pairs:
+        captions, vectors = zip(*pairs)
+        images = torch.tensor(np.stack(vectors), device=device)             # [n,E]
         texts = sorted({*captions})
         number = {text: i for i, text in enumerate(texts)}
         own = torch.tensor([number[caption] for caption in captions], device=device)    # [n]
@@ -1585,8 +1576,7 @@ def parse_zeroshot_flags(argv):
     add("--unlock", action="store_true", help="train the image tower, too; default off (LiT)")
     add("--cache-features", metavar="DIR", help="compute the locked image tower's features of each "
         "image once, without augmentation, and keep them there; default off")
-    add("--smallest-crop", type=vit.number(1e-9, 1), metavar="SHARE",
-        help="smallest area of a random crop, as a share of the image's; default by model")
+    add_flags_by_recipe(add, "smallest-crop")
     add("--classes", metavar="FILE", help="to choose from: a line for each class, its names "
         "separated by commas; default: the classes of --val")
     add("--templates", metavar="FILE", help="lines with {} in the place of a name; default: the "
@@ -1832,7 +1822,10 @@ class Video(nn.Module):
         vit.init_weights(self, seed, {"head.weight": 1e-3, "pos_embed_temporal": 0.0})
 
     def forward(self, clips, scales=None, dropped=None):
-        """`scales` as of vit.run_blocks; `dropped` [B,D] multiply what the head gets (dropout)."""
+        """`scales` as of vit.run_blocks; `dropped` [B,D] multiply what the head gets (dropout). Of
+        clips [B,V,T,C,H,W], seen in V views, the result is mean_of_views."""
+        if clips.dim() == 6:                # one view at a time, for the memory
+            return mean_of_views(torch.stack([self.forward(view) for view in clips.unbind(1)], 1))
         x = self.patch_embed(cut_tubelets(clips, self.config.patch))        # [B,T/2*N,D]
         times = self.pos_embed_temporal[:, :, None]                         # [1,T/2,1,D]
         x = x + (times + self.pos_embed[:, None, 1:]).flatten(1, 2)
@@ -1841,11 +1834,10 @@ class Video(nn.Module):
         return self.head(x if dropped is None else x * dropped)             # [B,K]
 
 
-def mean_of_views(model, clips, micro_batch):
-    """The logarithm of the probabilities of clips [B,V,T,C,H,W], averaged over V views: [B,K]."""
-    parts = clips.flatten(0, 1).split(micro_batch)
-    probabilities = torch.cat([model(part) for part in parts]).float().softmax(1)   # [B*V,K]
-    return probabilities.unflatten(0, clips.shape[:2]).mean(1).clamp(min=1e-30).log()
+def mean_of_views(logits):
+    """The logarithm of the probabilities [B,K] of clips, averaged over their views, from the logits
+    [B,V,K] of these."""
+    return logits.float().softmax(2).mean(1).clamp(min=1e-30).log()
 
 
 # ======================================================================================
@@ -1899,7 +1891,7 @@ def add_video_flags(add):
     add("--flip", action=yes_or_no, help="mirror half of the clips; default by recipe")
     add("--views", type=read_views, metavar="TxS", help="views of an evaluation: T parts of the "
         "clip times S crops; default by recipe")
-    add("--dropout", type=vit.number(0, 0.999), metavar="SHARE", help="share of the head's inputs "
+    add("--dropout", type=BELOW_1, metavar="SHARE", help="share of the head's inputs "
         "that are set to 0; 0 off; default by recipe")
     add_training_flags(add)
 
@@ -1907,8 +1899,8 @@ def add_video_flags(add):
 def parse_video_flags(argv):
     """All flags, with the recipe filled in: (args, Config, file_info of --init, data.Views)."""
     parser = vit.stage_parser("finetune.py video", __doc__, {
-        **{f"recipe {name}:": recipe for name, recipe in VIDEO_RECIPES.items()},
-        **{f"k400 and ssv2, {name}:": recipe for name, recipe in SLOWFAST_BY_MODEL.items()}})
+        **VIDEO_RECIPES,
+        **{f"k400, ssv2, {name}": recipe for name, recipe in SLOWFAST_BY_MODEL.items()}})
     parser.set_defaults(data=["world-clips"], micro_batch=16, optimizer="adamw", loss="ce",
                         pool="mean", crop="centre")
     add_video_flags(parser.add_argument_group("video").add_argument)
@@ -1948,15 +1940,14 @@ def video(argv):
     model, wrapped = vit.build(lambda: make(len(names)), args, device)
     if args.init:
         load_classifier(model, args, names, file_info, NEW_IN_VIDEO)
-    logits_of = functools.partial(mean_of_views, model, micro_batch=args.micro_batch)
     if args.predict:
-        return data.print_predictions(args, config, logits_of, names, device, views=views)
+        return data.print_predictions(args, config, model, names, device, views=views)
     if args.eval_only:
-        return vit.report(args, evaluate(logits_of, val, args, device, names))
+        return vit.report(args, evaluate(model, val, args, device, names))
     model_info = {"config": {**asdict(config), "pool": args.pool, "loss": args.loss,
                              **{flag: getattr(args, flag) for flag in CLIP_FLAGS}},
                   "stage": "video", "classes": names}
-    train_classifier(args, model, wrapped, logits_of, device, train, val, model_info, flops)
+    train_classifier(args, model, wrapped, device, train, val, model_info, flops)
 
 
 # ======================================================================================
@@ -2009,8 +2000,8 @@ MASK_SIDE = 112         # of objects' masks in their boxes: four times that of p
 def parse_detect_flags(argv):
     """All flags, with the recipe filled in: (args, Config, Heads, file_info of --init)."""
     parser = vit.stage_parser("finetune.py detect", __doc__, {
-        **{f"recipe {name}:": recipe for name, recipe in DETECT_RECIPES.items()},
-        **{f"recipe vitdet, {name}:": recipe for name, recipe in DETECT_BY_MODEL.items()}})
+        **DETECT_RECIPES,
+        **{f"vitdet, {name}": recipe for name, recipe in DETECT_BY_MODEL.items()}})
     parser.set_defaults(data=["world-boxes"], micro_batch=16)
     add = parser.add_argument_group("detection").add_argument
     add("--images", metavar="DIR", help="folder of --data's images; default: that of its .json")
@@ -2023,10 +2014,7 @@ def parse_detect_flags(argv):
         "blocks attend in; default 14, or as --init")
     add("--jitter", type=vit.number(0.01, 10), nargs=2, metavar="SIZE", help="smallest and largest "
         "size of images in training, relative to what fits; 1 1 is off; default by recipe")
-    add("--layer-decay", type=vit.number(1e-9, 1), metavar="FACTOR", help="learning rate of a "
-        "layer relative to the one above it; 1 off; default by recipe")
-    add("--drop-path", type=vit.number(0, 0.999), metavar="SHARE", help="share of images that skip "
-        "a branch of the last block; 0 off; default by recipe")
+    add_flags_by_recipe(add, "layer-decay", "drop-path")
     add("--evaluate", metavar="RESULTS", help="print the scores of a file of COCO's results on "
         "--val's .json and stop")
     args = parser.parse_args(argv)
@@ -2184,12 +2172,11 @@ def roi_align(maps, boxes, strides, side):
     weight = ((place >= -1) & (place <= last + 1)).all(1) / in_bin[box]     # nothing outside
     place = torch.minimum(place.clamp(min=0), last)
     low = place.floor().long()
-    (x0, y0), (x1, y1) = low.unbind(1), torch.minimum(low + 1, last).unbind(1)
-    fx, fy = (place - low).unbind(1)
-    index = first[box, None] + torch.stack([y0, y0, y1, y1], 1) * columns[box, None] + torch.stack(
-        [x0, x1, x0, x1], 1)                                                # [points,4]
-    weight = weight[:, None] * torch.stack([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy,
-                                            fx * fy], 1)
+    high, above = torch.minimum(low + 1, last), place - low
+    xs, ys = ([(low[:, k], 1 - above[:, k]), (high[:, k], above[:, k])] for k in (0, 1))
+    corners = [(first[box] + y * columns[box] + x, weight * (of_x * of_y))
+               for y, of_y in ys for x, of_x in xs]
+    index, weight = (torch.stack(part, 1) for part in zip(*corners))        # [points,4]
     bags = 4 * (begin[:, None] + in_bin[:, None] * torch.arange(side ** 2, device=device))
     pooled = F.embedding_bag(index.flatten(), table.to(boxes.dtype), bags.flatten(), mode="sum",
                              per_sample_weights=weight.flatten())           # [R*side*side,C]
@@ -2505,22 +2492,21 @@ def see_objects(sample, uniforms, size, channels, numbers, most=0, side=0, jitte
     pixels = np.full((*size, channels), 116, np.uint8)          # about ImageNet's mean
     pixels[:h, :w] = data.read_pixels(sample["image"], choose_box, (h, w), channels)[:, turn]
     row["classes"], row["seen"], row["scale"] = -1, (h, w), scale[:2]
+    inside = np.zeros((height, width), bool)
+    inside[int(top):math.ceil(bottom), int(left):math.ceil(right)] = True
     for one in sample["objects"]:
         x, y, dx, dy = one["bbox"]
+        box = x, y, x + dx, y + dy
         if side:            # the box is that of what can be seen of the mask
-            mask = mask_of_runs(read_runs(one["segmentation"], height, width), height, width)
-            mask[:int(top)], mask[math.ceil(bottom):] = False, False
-            mask[:, :int(left)], mask[:, math.ceil(right):] = False, False
-            if not mask.any():
-                continue
-            xs, ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-            x, y, dx, dy = xs[0], ys[0], np.ptp(xs) + 1, np.ptp(ys) + 1
-        box = np.clip((x, y, x + dx, y + dy), corner, last)
+            mask = read_mask(one["segmentation"], height, width) & inside
+            mask = Image.fromarray(mask.astype(np.uint8) * 255)
+            box = mask.getbbox() or (0, 0, 0, 0)
+        box = np.clip(box, corner, last)
         if one["iscrowd"] or (box[2:] <= box[:2]).any():
             continue
         if side:
-            row["masks"][n] = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(
-                (side, side), Image.Resampling.BILINEAR, tuple(box.tolist())))[:, turn]
+            mask = mask.resize((side, side), Image.Resampling.BILINEAR, tuple(box.tolist()))
+            row["masks"][n] = np.asarray(mask)[:, turn]
         x0, y0, x1, y1 = (box - corner) * scale
         row["boxes"][n] = (w - x1, y0, w - x0, y1) if flip else (x0, y0, x1, y1)
         row["classes"][n], n = numbers[one["category"]], n + 1
@@ -2537,9 +2523,9 @@ def objects_layout(most=0, side=0):
 
 def mask_of_runs(runs, H, W):
     """Run lengths [n] (see data.runs_of_mask) as a mask, bool [H,W]. Raises ValueError."""
-    if min(runs, default=0) < 0 or np.sum(runs) != H * W:
-        raise ValueError(f"a mask of {np.sum(runs)} pixels in an image of {W} x {H}")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(W, H).T.copy()
+    if min(runs, default=0) < 0 or sum(runs) != H * W:
+        raise ValueError(f"a mask of {sum(runs)} pixels in an image of {W} x {H}")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(W, H).T
 
 
 def runs_of_polygon(polygon, H, W):
@@ -2569,39 +2555,40 @@ def runs_of_polygon(polygon, H, W):
 def text_of_runs(runs):
     """Run lengths as COCO's text: each less the one two before it, in digits of 5 bits, the lowest
     first; a sixth bit says that more follow; a digit's letter is number 48 on."""
-    rest, digits = np.concatenate([runs[:3], runs[3:] - runs[1:-2]]), []
-    going = np.ones(len(rest), bool)
-    while going.any():
-        low, rest = rest & 31, rest >> 5
-        more = rest != -(low >> 4)          # the top bit of the last digit is the sign
-        digits.append(np.where(going, low + 32 * more + 48, 0))
-        going = going & more
-    letters = np.stack(digits, 1).ravel()
-    return letters[letters > 0].astype(np.uint8).tobytes().decode()
+    letters = []
+    for run, before in zip(runs.tolist(), [0, 0, 0, *runs[1:].tolist()]):
+        rest, more = run - before, True
+        while more:
+            low, rest = rest & 31, rest >> 5
+            more = rest != -(low >> 4)          # the top bit of the last digit is the sign
+            letters.append(chr(48 + low + 32 * more))
+    return "".join(letters)
 
 
 def runs_of_text(text):
-    """The inverse of text_of_runs. Raises ValueError for a damaged text."""
-    digits = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero(digits < 32)
-    if not len(ends) or ends[-1] + 1 != len(digits) or digits.min() < 0 or digits.max() > 63:
-        raise ValueError("its mask does not decode")
-    lengths = np.diff(ends, prepend=-1)
-    begins = ends + 1 - lengths
-    place = np.arange(len(digits)) - np.repeat(begins, lengths)
-    runs = np.add.reduceat((digits & 31) << 5 * place, begins)
-    runs -= np.where(digits[ends] & 16, 1 << 5 * lengths, 0)
-    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
+    """The inverse of text_of_runs, as a list. Raises ValueError for a damaged text."""
+    runs, value, bits = [], 0, 0
+    for digit in (ord(letter) - 48 for letter in text):
+        if not 0 <= digit < 64:
+            raise ValueError("its mask does not decode")
+        value, bits = value + ((digit & 31) << bits), bits + 5
+        if digit < 32:      # the last digit of a number; its top bit is the sign
+            value -= (digit & 16) << (bits - 4)
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value, bits = 0, 0
+    if bits:
+        raise ValueError("its mask ends within a number")
     return runs
 
 
-def read_runs(segmentation, H, W):
-    """A "segmentation" of COCO's as run lengths: polygons, or runs as a list or as a text."""
+def read_mask(segmentation, H, W):
+    """A "segmentation" of COCO's, polygons or run lengths, as a mask, bool [H,W]. Raises
+    ValueError."""
     if isinstance(segmentation, list):
-        masks = [mask_of_runs(runs_of_polygon(one, H, W), H, W) for one in segmentation]
-        return data.runs_of_mask(np.logical_or.reduce(masks))
+        parts = [runs_of_polygon(polygon, H, W) for polygon in segmentation]
+        return np.logical_or.reduce([mask_of_runs(runs, H, W) for runs in parts])
     runs = segmentation["counts"]
-    return runs_of_text(runs) if isinstance(runs, str) else np.array(runs, np.int64)
+    return mask_of_runs(runs_of_text(runs) if isinstance(runs, str) else runs, H, W)
 
 
 # ======================================================================================
@@ -2615,30 +2602,22 @@ OVERLAPS, RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
 AREAS = np.array([(0, 1e10), (0, 32 ** 2), (32 ** 2, 96 ** 2), (96 ** 2, 1e10)])    # all, s, m, l
 
 
-def box_overlaps(found, truth, crowd):
-    """The IoU [D,G] of boxes [D,4] and [G,4] (left, top, width, height). Of a crowd, bool [G], it
-    is the share of the found box that is inside."""
-    found, truth = found[:, None], truth[None]                              # [D,1,4] [1,G,4]
-    first = np.maximum(found[..., :2], truth[..., :2])                      # [D,G,2]
-    last = np.minimum(found[..., :2] + found[..., 2:], truth[..., :2] + truth[..., 2:])
-    common, area = (last - first).clip(0).prod(-1), found[..., 2:].prod(-1)     # [D,G] [D,1]
-    return common / np.where(crowd, area, area + truth[..., 2:].prod(-1) - common).clip(1e-12)
-
-
-def mask_overlaps(found, truth, crowd):
-    """The same of D and G masks as run lengths."""
-    ends = [np.cumsum(runs) for runs in found]
-    starts, stops = (np.concatenate([some[k::2][:len(some) // 2] for some in ends]) for k in (0, 1))
-    owner = np.repeat(np.arange(len(found)), [len(some) // 2 for some in ends])
-    areas, overlaps = np.array([runs[1::2].sum() for runs in found]), []
-    for runs, is_crowd in zip(truth, crowd):
-        # How much of the mask is above a pixel: linear between the ends of runs
-        places, above = np.append(0, np.cumsum(runs)), np.append(0, np.cumsum(
-            runs * (np.arange(len(runs)) % 2)))
-        common = np.interp(stops, places, above) - np.interp(starts, places, above)
-        common = np.bincount(owner, common, len(found))                     # [D]
-        overlaps.append(common / np.where(is_crowd, areas, areas + above[-1] - common).clip(1e-12))
-    return np.stack(overlaps, 1)
+def overlaps_of(found, truths, crowd, kind, H, W):
+    """The areas [D] of found boxes ("bbox") or masks ("segm") in an image of H x W, and their IoU
+    [D,G] with the true ones. With a crowd, bool [G], it is the share of the found one inside."""
+    if kind == "bbox":
+        a, b = (np.array([one["bbox"] for one in some], float).reshape(-1, 4)
+                for some in (found, truths))
+        first = np.maximum(a[:, None, :2], b[:, :2])                        # [D,G,2]: left, top
+        last = np.minimum((a[:, :2] + a[:, 2:])[:, None], b[:, :2] + b[:, 2:])
+        common = (last - first).clip(0).prod(-1)                            # [D,G]
+        area, other = a[:, 2:].prod(1), b[:, 2:].prod(1)                    # [D] [G]
+    else:
+        a, b = ([read_mask(one["segmentation"], H, W) for one in some] for some in (found, truths))
+        area, other = (np.array([np.count_nonzero(mask) for mask in some]) for some in (a, b))
+        common = np.array([[np.count_nonzero(x & y) for y in b] for x in a]).reshape(len(a), len(b))
+    cover = np.where(crowd, area[:, None], area[:, None] + other - common)
+    return area, common / cover.clip(1e-12)
 
 
 def match_truths(overlaps, crowd, ignored):
@@ -2661,25 +2640,15 @@ def match_truths(overlaps, crowd, ignored):
 
 
 def compare(found, truths, kind, image, lvis):
-    """The results and truths of one image and category: (scores [D], hits and misses, bool [4,10,D]
-    each, numbers of truths that count [4])."""
-    found = sorted(found, key=lambda one: -one["score"])[:300]
+    """The results, the surest first, and truths of one image and category: (scores [D], hits and
+    misses, bool [4,10,D] each, numbers of truths that count [4])."""
     crowd = np.array([one["iscrowd"] for one in truths], bool)              # [G]
-    area = np.array([one["area"] for one in truths])                        # [G]
+    true_area = np.array([one["area"] for one in truths])                   # [G]
     outside = lambda area: (area < AREAS[:, :1]) | (area > AREAS[:, 1:])    # [4,n]
-    ignored = outside(area) | crowd
-    if kind == "bbox":
-        boxes = [np.array([one["bbox"] for one in some], float).reshape(-1, 4)
-                 for some in (found, truths)]
-        areas, overlaps = boxes[0][:, 2:].prod(1), box_overlaps(*boxes, crowd)
-    else:
-        masks = [[read_runs(one["segmentation"], image["height"], image["width"]) for one in some]
-                 for some in (found, truths)]
-        areas = np.array([runs[1::2].sum() for runs in masks[0]])
-        overlaps = mask_overlaps(*masks, crowd) if found and truths else np.zeros(
-            (len(found), len(truths)))
+    ignored = outside(true_area) | crowd
+    area, overlaps = overlaps_of(found, truths, crowd, kind, image["height"], image["width"])
     matched, wasted = match_truths(overlaps, crowd, ignored)
-    misses = ~matched & ~outside(areas)[:, None] & (areas > 0 if lvis else True)
+    misses = ~matched & ~outside(area)[:, None] & (area > 0 if lvis else True)
     return np.array([one["score"] for one in found]), matched & ~wasted, misses, (~ignored).sum(1)
 
 
@@ -2707,26 +2676,23 @@ def coco_scores(truths, results, categories, kind):
     Of LVIS, an image knows only some of the categories: results of others do not count, nor misses
     of those that are not exhaustive; AP is also given for rare, common and frequent ones."""
     lvis = any("neg_category_ids" in image for image in truths)
-    found = {}
-    for one in results:
-        found.setdefault(one["image_id"], []).append(one)
-    rows = {one["id"]: [] for one in categories}
+    rows, found = {one["id"]: [] for one in categories}, {image["id"]: [] for image in truths}
     ids = {one["name"]: one["id"] for one in categories}
+    for one in sorted(results, key=lambda one: -one["score"]):
+        found[one["image_id"]].append(one)
     for image in sorted(truths, key=lambda image: image["id"]):
-        here, some = {}, found.get(image["id"], [])
-        if lvis:
-            some = sorted(some, key=lambda one: -one["score"])[:300]
-        for k, one in ((ids[one["category"]], one) for one in image["objects"]):
-            here.setdefault(k, ([], []))[1].append(one)
-        for one in some:
+        here = {k: ([], []) for k in rows}      # of each category the results and the truths
+        for one in image["objects"]:
+            here[ids[one["category"]]][1].append(one)
+        for one in found[image["id"]][:300 if lvis else None]:
             k = one["category_id"]
-            if k in rows and (not lvis or k in here or k in image["neg_category_ids"]):
-                here.setdefault(k, ([], []))[0].append(one)
+            if k in rows and (not lvis or here[k][1] or k in image["neg_category_ids"]):
+                here[k][0].append(one)
         for k, (mine, objects) in here.items():
-            row = compare(mine, objects, kind, image, lvis)
-            if lvis and k in image["not_exhaustive_category_ids"]:
-                row[2][:] = False
-            rows[k].append(row)
+            if mine or objects:
+                rows[k].append(compare(mine, objects, kind, image, lvis))
+                if lvis and k in image["not_exhaustive_category_ids"]:
+                    rows[k][-1][2][:] = False           # its misses
     most = 300 if lvis else 100
     found = {(area, n): {k: curve for k in rows if (curve := curves(rows[k], area, n))}
              for area, n in ((0, most), (1, most), (2, most), (3, most), (0, 1), (0, 10))}
@@ -2752,14 +2718,17 @@ def results_of(found, sample, scale, categories):
     [n], boxes [n,4] and masks [n,28,28] or None; `scale` [2] is objects_layout's."""
     (scores, classes, boxes, masks), H, W = found, sample["height"], sample["width"]
     boxes = torch.minimum(boxes / scale.repeat(2), torch.tensor([W, H, W, H]))      # [n,4]
-    results = [{"image_id": sample["id"], "category_id": categories[k]["id"], "score": score,
-                "bbox": [x0, y0, x1 - x0, y1 - y0]} for k, score, (x0, y0, x1, y1) in zip(
-                    classes.tolist(), scores.tolist(), boxes.tolist()) if score]
-    for k, one in enumerate(results if masks is not None else ()):
-        places = (torch.arange(side)[None, None] + 0.5 for side in (W, H))
-        mask = read_masks(masks[None, k:k + 1], boxes[None, k:k + 1], *places) >= 0.5
-        runs = data.runs_of_mask(mask[0, 0].numpy())
-        one["segmentation"] = {"size": [H, W], "counts": text_of_runs(runs)}
+    xs, ys = (torch.arange(side)[None, None] + 0.5 for side in (W, H))
+    results = []
+    for k, number in enumerate(classes[scores > 0].tolist()):       # the surest come first
+        x0, y0, x1, y1 = boxes[k].tolist()
+        results.append({"image_id": sample["id"], "category_id": categories[number]["id"],
+                        "category": categories[number]["name"], "score": float(scores[k]),
+                        "bbox": [x0, y0, x1 - x0, y1 - y0]})
+        if masks is not None:
+            mask = read_masks(masks[None, k:k + 1], boxes[None, k:k + 1], xs, ys)[0, 0] >= 0.5
+            runs = data.runs_of_mask(mask.numpy())
+            results[-1]["segmentation"] = {"size": [H, W], "counts": text_of_runs(runs)}
     return results
 
 
@@ -2785,9 +2754,10 @@ def evaluate_detector(model, val, categories, args, device):
 
     def score():
         truths, results = [row[1] for row in rows], [one for row in rows for one in row[2]]
-        draw_detections(args, rows[::math.ceil(len(rows) / 8)], categories)
-        vit.write_aside(Path(args.out) / "results.json",
-                        lambda aside: aside.write_text(json.dumps(results)))
+        draw_detections(args, rows[::math.ceil(len(rows) / 8)])
+        content = json.dumps([{key: one[key] for key in one if key != "category"}
+                              for one in results])
+        vit.write_aside(Path(args.out) / "results.json", lambda aside: aside.write_text(content))
         return {**{kind: coco_scores(truths, results, categories, kind)
                    for kind in ("bbox", "segm")[:1 + args.masks]},
                 "count": len(rows), "bad": len(val) - len(rows)}
@@ -2797,7 +2767,7 @@ def evaluate_detector(model, val, categories, args, device):
 
 def predict_objects(model, categories, args, config, device):
     """Print what is in --predict's pictures, and draw it. Raises UserError."""
-    samples, names = [], {one["id"]: one["name"] for one in categories}
+    samples = []
     for path in args.predict:
         try:
             with data.open_image(path) as image:
@@ -2811,10 +2781,10 @@ def predict_objects(model, categories, args, config, device):
                        rows=np.arange(len(samples)), layout=objects_layout())
     rows = find_objects(model, val, categories, args, device)
     for _, sample, found in rows or ():
-        objects = [f"{names[one['category_id']]} {one['score']:.2f} at {[*map(round, one['bbox'])]}"
+        objects = [f"{one['category']} {one['score']:.2f} at {[*map(round, one['bbox'])]}"
                    for one in found if one["score"] >= 0.5]
         rank0_print(f"{sample['id']}: " + (", ".join(objects) or "nothing"))
-    vit.on_rank_0(lambda: draw_detections(args, rows, categories))
+    vit.on_rank_0(lambda: draw_detections(args, rows))
 
 
 def evaluate_results(args):
@@ -2828,27 +2798,26 @@ def evaluate_results(args):
             raise ValueError(f"{len(unknown)} of its images are not in --val, as {min(unknown)}"
                              if unknown else "it is empty")
         masks = all("segmentation" in one for one in results) and source.masks
-        kinds = [kind for kind, given in (("bbox", "bbox" in results[0]), ("segm", masks)) if given]
-        scores = {kind: coco_scores(truths, results, source.categories, kind) for kind in kinds}
+        boxes = all("bbox" in one for one in results)
+        scores = {kind: coco_scores(truths, results, source.categories, kind)
+                  for kind, given in (("bbox", boxes), ("segm", masks)) if given}
     except (OSError, *data.RECORD_ERRORS) as error:
         raise UserError(f"--evaluate {args.evaluate} cannot be scored as COCO's results: "
                         f"{type(error).__name__}: {error}") from error
     rank0_print(json.dumps(scores))
 
 
-def draw_objects(sample, objects, categories):
+def draw_objects(sample, objects):
     """A sample with objects on it, as a PIL image: results of a score of 0.5 or more, or truths."""
-    H, W = sample["height"], sample["width"]
+    H, W, labels = sample["height"], sample["width"], []
+    zoom = max(1, 320 // max(H, W))
     pixels = data.read_pixels(sample["image"], data.whole, (H, W)).astype(float)
-    names, zoom = {one["id"]: one["name"] for one in categories}, max(1, 320 // max(H, W))
-    labels = []
     for one in objects:
-        name = one.get("category") or names[one["category_id"]]
-        colour = ImageColor.getrgb(f"hsl({zlib.crc32(name.encode()) % 360},90%,50%)")
+        colour = ImageColor.getrgb(f"hsl({zlib.crc32(one['category'].encode()) % 360},90%,50%)")
         if one.get("score", 1) >= 0.5:
-            labels.append((one["bbox"], colour, f"{name} {one.get('score', 1):.2f}"))
+            labels.append((one["bbox"], colour, f"{one['category']} {one.get('score', 1):.2f}"))
             if "segmentation" in one:
-                mask = mask_of_runs(read_runs(one["segmentation"], H, W), H, W)
+                mask = read_mask(one["segmentation"], H, W)
                 pixels[mask] = 0.6 * pixels[mask] + 0.4 * np.array(colour)
     picture = Image.fromarray(pixels.astype(np.uint8)).resize((zoom * W, zoom * H), 0)
     pen = ImageDraw.Draw(picture)
@@ -2858,16 +2827,16 @@ def draw_objects(sample, objects, categories):
     return picture
 
 
-def draw_detections(args, rows, categories):
+def draw_detections(args, rows):
     """Draw find_objects' rows and, but for --predict, the truths beside them, in
     OUT/detections.png."""
-    rows = [[draw_objects(sample, objects, categories) for objects in
-             (found, sample["objects"])[:1 if args.predict else 2]] for _, sample, found in rows]
-    sheet = Image.new("RGB", (max(len(row) * (row[0].width + 4) for row in rows),
-                              sum(row[0].height + 4 for row in rows)), "white")
-    for i, row in enumerate(rows):
-        for k, one in enumerate(row):
-            sheet.paste(one, (k * (one.width + 4), sum(row[0].height + 4 for row in rows[:i])))
+    columns = 1 if args.predict else 2
+    pictures = [draw_objects(sample, objects) for _, sample, found in rows
+                for objects in (found, sample["objects"])[:columns]]
+    width, height = (4 + max(sides) for sides in zip(*(picture.size for picture in pictures)))
+    sheet = Image.new("RGB", (width * columns, height * len(rows)), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * width, i // columns * height))
     Path(args.out).mkdir(parents=True, exist_ok=True)
     vit.write_aside(Path(args.out) / "detections.png", lambda aside: sheet.save(aside, "PNG"))
 

@@ -3573,7 +3573,7 @@ def test_video_leaves_what_others_rely_on():
 def test_views_are_averaged_as_probabilities():
     model = torch.nn.Linear(6, 3)
     views = torch.randn(2, 5, 6)
-    found = finetune.mean_of_views(model, views, micro_batch=3)
+    found = finetune.mean_of_views(model(views))
     assert close(found.exp().detach(), model(views).softmax(2).mean(1).detach(), 1e-6)
 
 
@@ -3788,8 +3788,10 @@ def test_run_lengths_agree_with_coco():
 def test_masks_overlap_as_pixels_do():
     rng = np.random.default_rng(1)
     masks = [rng.random((9, 13)) < share for share in (0, 0.2, 0.7, 1, 0.5)]
-    runs, crowd = [data.runs_of_mask(mask) for mask in masks], np.array([0, 1, 0, 0, 1], bool)
-    found = finetune.mask_overlaps(runs, runs, crowd)
+    some = [{"segmentation": {"counts": data.runs_of_mask(mask)}} for mask in masks]
+    crowd = np.array([0, 1, 0, 0, 1], bool)
+    areas, found = finetune.overlaps_of(some, some, crowd, "segm", 9, 13)
+    assert areas.tolist() == [mask.sum() for mask in masks]
     for i, j in itertools.product(range(5), range(5)):
         common, cover = (masks[i] & masks[j]).sum(), (masks[i] | masks[j]).sum()
         cover = masks[i].sum() if crowd[j] else cover
