@@ -3577,7 +3577,7 @@ def test_roi_align_is_the_mean_of_points_between_places():
         x = x0 + (x1 - x0) * (torch.arange(3 * nx) + 0.5) / (3 * nx)
         _, h, w = plane.shape
         inside = (y >= -1) & (y <= h) & (x >= -1) & (x <= w)
-        points = torch.broadcast_tensors(2 * x / (w - 1) - 1, 2 * y / (h - 1) - 1)     # from -1 to 1
+        points = torch.broadcast_tensors(2 * x / (w - 1) - 1, 2 * y / (h - 1) - 1)  # from -1 to 1
         values = F.grid_sample(plane[None], torch.stack(points, -1)[None],
                                padding_mode="border", align_corners=True)[0]
         expected = F.avg_pool2d(values * inside, (ny, nx))
