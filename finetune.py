@@ -2807,8 +2807,9 @@ def evaluate_results(args):
     rank0_print(json.dumps(scores))
 
 
-def draw_objects(sample, objects):
-    """A sample with objects on it, as a PIL image: results of a score of 0.5 or more, or truths."""
+def draw_objects(sample, objects, masks):
+    """A sample with objects on it, with `masks` or without, as a PIL image: results of a score of
+    0.5 or more, or truths."""
     H, W, labels = sample["height"], sample["width"], []
     zoom = max(1, 320 // max(H, W))
     pixels = data.read_pixels(sample["image"], data.whole, (H, W)).astype(float)
@@ -2816,7 +2817,7 @@ def draw_objects(sample, objects):
         colour = ImageColor.getrgb(f"hsl({zlib.crc32(one['category'].encode()) % 360},90%,50%)")
         if one.get("score", 1) >= 0.5:
             labels.append((one["bbox"], colour, f"{one['category']} {one.get('score', 1):.2f}"))
-            if "segmentation" in one:
+            if masks and "segmentation" in one:
                 mask = read_mask(one["segmentation"], H, W)
                 pixels[mask] = 0.6 * pixels[mask] + 0.4 * np.array(colour)
     picture = Image.fromarray(pixels.astype(np.uint8)).resize((zoom * W, zoom * H), 0)
@@ -2831,12 +2832,14 @@ def draw_detections(args, rows):
     """Draw find_objects' rows and, but for --predict, the truths beside them, in
     OUT/detections.png."""
     columns = 1 if args.predict else 2
-    pictures = [draw_objects(sample, objects) for _, sample, found in rows
+    pictures = [draw_objects(sample, objects, args.masks) for _, sample, found in rows
                 for objects in (found, sample["objects"])[:columns]]
     width, height = (4 + max(sides) for sides in zip(*(picture.size for picture in pictures)))
-    sheet = Image.new("RGB", (width * columns, height * len(rows)), "white")
+    sheet = Image.new("RGB", (width * columns, 20 + height * len(rows)), "white")
+    for k, title in enumerate(("found", "true")[:columns]):
+        ImageDraw.Draw(sheet).text((k * width + 4, 4), title, "black")
     for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * width, i // columns * height))
+        sheet.paste(picture, (i % columns * width, 20 + i // columns * height))
     Path(args.out).mkdir(parents=True, exist_ok=True)
     vit.write_aside(Path(args.out) / "detections.png", lambda aside: sheet.save(aside, "PNG"))
 

@@ -3175,6 +3175,29 @@ def test_good_pictures_are_answered_beside_a_bad_one():
         assert run.stderr.count("\n") == 1 and f"--predict {bad} cannot be read" in run.stderr
 
 
+def rounds(counts):
+    """What this rank gets of evaluations of so many images: [[(position, weight, targets)]]."""
+    vit.start(mae.parse_flags(["--device", "cpu"])[0])
+    args, found = argparse.Namespace(micro_batch=4, workers=0, out=str(folder())), []
+    with contextlib.redirect_stdout(io.StringIO()):
+        for count in counts:
+            val = data.Samples(data.open_data(f"world-val:{count}"), (8, 8), 3, data.whole,
+                               shuffle=False, targets_of=lambda sample: [sample["label"]])
+            batches = [batch for _, batch in data.validate(val, args, torch.device("cpu"))]
+            assert all(batch["targets"].shape == (len(batch["position"]), 1) for batch in batches)
+            found.append([list(zip(batch["position"].tolist(), batch["weight"].tolist()))
+                          for batch in batches])
+    return found
+
+
+def test_every_rank_takes_part_in_every_round_of_an_evaluation():
+    counts = range(1, 41)
+    for count, ranks in zip(counts, zip(*(found for found, _ in on_ranks(3, rounds, counts)))):
+        assert len({len(batches) for batches in ranks}) == 1, count
+        rows = sorted(row for batches in ranks for batch in batches for row in batch)
+        assert [position for position, weight in rows if weight] == list(range(count)), count
+
+
 def test_few_images_keep_no_rank_waiting():
     lines = thirteen()[0].read_text().splitlines()
     words, init = tagged_photos()[0].read_text().splitlines(), ("--init", model_of("mae"))
@@ -3775,6 +3798,10 @@ def test_faulty_annotations_are_counted_and_named():
         assert why in bad
     scores = vit.read_json(out / "metrics.json")
     assert scores["count"] + scores["bad"] == 8 and scores["bad"] == 3
+    boxes = folder() / "boxes"          # without masks, one that does not decode does no harm
+    train(boxes, "--data", annotated(), "--val", annotated(), "--max-bad", 1, "--no-masks",
+          "--steps", 1, stage="detect")
+    assert vit.read_json(boxes / "metrics.json")["bad"] == 2
     results = json.loads((out / "results.json").read_text())
     assert {one["image_id"] for one in results} <= {*range(10, 17)} - {14, 15}
     assert {one["category_id"] for one in results} <= {5, 7}

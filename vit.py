@@ -1439,7 +1439,7 @@ class Run:
                 "".join(json.dumps(record) + "\n" for record in kept)))
         self.bar = tqdm(total=schedule.steps, initial=self.state["step"], unit="step",
                         dynamic_ncols=True, disable=self.rank > 0 or not sys.stderr.isatty())
-        self.saved_at, self.stop = time.monotonic(), False
+        self.saved_at, self.stop, self.best_speed = time.monotonic(), False, 0.0
         self.restart_clock()
 
     # ---- the loop
@@ -1639,6 +1639,12 @@ class Run:
         self.write_record({**values, "images_per_second": round(speed, 1),
                            "data_wait": round(self.waited / seconds, 4),
                            "mfu": self.peak_speed and round(speed / self.peak_speed, 4)})
+        self.best_speed = max(self.best_speed, speed)
+        if self.device.type == "cpu" and speed < self.best_speed / 4:
+            rank0_print(f"NOTE: {speed:.0f} images/s, after {self.best_speed:.0f}: do others use "
+                        "the CPU? Threads that wait for each other cost most of the time then; "
+                        "with GOMP_SPINCOUNT=0 in the environment, less")
+            self.best_speed = speed
         text = (f"loss {values['loss']:.4f}, {speed:.0f} images/s, "
                 f"{100 * self.waited / seconds:.0f}% waiting for data")
         self.bar.set_postfix_str(text)
@@ -1698,6 +1704,8 @@ def draw_curves(records, path):
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
         for k in range(5):
             y, x = y1 + (y0 - y1) * k / 4, x0 + (x1 - x0) * k / 4
+            draw.line((x0 - 4, y, x0, y), "#999999")
+            draw.line((x, y1, x, y1 + 4), "#999999")
             draw.text((x0 - 6, y), f"{low + (high - low) * k / 4:.3g}", "black", anchor="rm")
             draw.text((x, y1 + 12), f"{right * k / 4:,.0f}", "black", anchor="mm")
         draw.text(((x0 + x1) / 2, y1 + 26), "images seen", "black", anchor="mm")
