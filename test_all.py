@@ -4150,6 +4150,18 @@ def draw_claims(rows, path):
     sheet.save(path)
 
 
+def test_claims_go_on_where_they_were_stopped_and_are_tabled_and_drawn():
+    runs = {"mae": (None, "mae.py --image-size 32 --samples 64 --data world:64 --val world-val:8"),
+            "mae/knn": ("mae", "finetune.py knn --data world-labelled:80 --val world-val:40")}
+    rows = [("nothing is better than itself: knn", "knn20", ("mae/knn", "mae/knn"))]
+    with mock.patch.dict(globals(), claim_runs=lambda: runs, claim_rows=lambda: rows, SEEDS=(3, 4)):
+        root = folder() / "claims"
+        first, again = (quietly(claims, root)[1] for _ in range(2))
+    assert "seed 4, mae/knn: " in first and "seed" not in again
+    assert "| nothing is better than itself: knn | MAE " in again and "| **no** |" in again
+    assert "0 of 1 comparisons come out" in again and Image.open(root / "claims.png").width > 800
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("-k", default="", metavar="NAME", help="only tests with this in their name")
