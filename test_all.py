@@ -4103,13 +4103,18 @@ def claims(root):
         values = np.array([[claim_result(root, seed, run, metric) for seed in SEEDS]
                            for run in names])                               # [runs,seeds]
         rows.append((claim, metric, names, values, bool((np.diff(values.mean(1)) > 0).all())))
-    print("| the paper's claim | measured, in % | holds |\n|---|---|---|")
+    print("| the paper's claim | measured (losses, else %) | holds |\n|---|---|---|")
     for claim, metric, names, values, holds in rows:
-        cells = [f"{label_of_run(run)} {100 * value.mean():.1f} ± {100 * value.std(ddof=1):.1f}"
-                 for run, value in zip(names, values)]
-        print(f"| {claim} | {', '.join(cells)} | {'yes' if holds else '**no**'} |")
+        cells = [f"{label_of_run(run)} {number_in(metric, value.mean())} ± "
+                 f"{number_in(metric, value.std(ddof=1))}" for run, value in zip(names, values)]
+        print(f"| {claim} | {'; '.join(cells)} | {'yes' if holds else '**no**'} |")
     print(f"{sum(row[-1] for row in rows)} of {len(rows)} comparisons come out as in the paper")
     draw_claims(rows, root / "claims.png")
+
+
+def number_in(metric, value):
+    """A loss, or a share in percent, as text."""
+    return f"{value:.3f}" if metric == "loss" else f"{100 * value:.1f}"
 
 
 def label_of_run(run):
@@ -4117,7 +4122,7 @@ def label_of_run(run):
     if isinstance(run, tuple):
         return f"gain, {label_of_run(run[0])}"
     start = run.rsplit("/", 1)[0] if run.rsplit("/", 1)[-1] in TASKS else run
-    return start.replace("mae", "MAE").replace("wsp", "WSP").replace("/", " → ")
+    return start.replace("mae", "MAE").replace("wsp", "WSP").replace("/", ", then ")
 
 
 def draw_claims(rows, path):
@@ -4144,7 +4149,8 @@ def draw_claims(rows, path):
             for k, dot in enumerate(value):
                 x = middle + 10 * (k - (len(value) - 1) / 2)
                 pen.ellipse((x - 2, y_of(dot) - 2, x + 2, y_of(dot) + 2), "black")
-            pen.text((middle, y0 + 58), f"{100 * mean:.1f}", "black", anchor="mb", font_size=13)
+            pen.text((middle, y0 + 58), number_in(metric, mean), "black", anchor="mb",
+                     font_size=13)
             pen.text((middle, y0 + 206), label_of_run(run), "black", anchor="mt", font_size=12)
         pen.line((x0, y_of(0), x0 + width - 40, y_of(0)), "black")
     sheet.save(path)
