@@ -3971,20 +3971,17 @@ def test_readmes_commands_do_what_they_say():
 
 MAE_IMAGES, WSP_IMAGES, SEEDS = 96_000, 48_000, (0, 1, 2)
 SHORT_MAE, DATA_SIZES = 36_000, (32, 128, 500)      # for the claims about data and size
-TASKS = {
-    "classify": "finetune.py classify --image-size 48 --batch 32 --epochs 4",
-    "linear": "finetune.py linear", "knn": "finetune.py knn",
-    "lowshot": "finetune.py lowshot --shots 5 --splits 2 --epochs 20",
-    "zeroshot": "finetune.py zeroshot --image-size 48 --samples 12000",
-    "video": "finetune.py video --image-size 48",
-    "detect": "finetune.py detect --image-size 64 --steps 200 --val world-boxes-val:200 "
-              "--no-masks --box-heads one"}
-NAMES = {
-    "classify": "full finetuning", "linear": "linear probe", "knn": "nearest neighbours",
-    "lowshot": "5 images per class", "zeroshot": "zero-shot", "video": "video",
-    "detect": "detection, box AP50"}
-METRICS = {"classify": "top1", "linear": "top1", "knn": "knn20", "lowshot": "vpt5",
-           "zeroshot": "top1", "video": "top1", "detect": "bbox.AP50"}
+TASKS = {       # command, name, metric
+    "classify": ("finetune.py classify --image-size 48 --batch 32 --epochs 4",
+                 "full finetuning", "top1"),
+    "linear": ("finetune.py linear", "linear probe", "top1"),
+    "knn": ("finetune.py knn", "nearest neighbours", "knn20"),
+    "lowshot": ("finetune.py lowshot --shots 5 --splits 2 --epochs 20",
+                "5 images per class", "vpt5"),
+    "zeroshot": ("finetune.py zeroshot --image-size 48 --samples 12000", "zero-shot", "top1"),
+    "video": ("finetune.py video --image-size 48", "video", "top1"),
+    "detect": ("finetune.py detect --image-size 64 --steps 200 --val world-boxes-val:200 "
+               "--no-masks --box-heads one", "detection, box AP50", "bbox.AP50")}
 
 
 def claim_runs():
@@ -4003,10 +4000,10 @@ def claim_runs():
             "tenth of mae": (None, f"{masking} {MAE_IMAGES // 10}"),
             "tenth of mae/wsp": ("tenth of mae", f"{hashtags} {WSP_IMAGES}")}
     for start in ("wsp", "mae/wsp"):
-        runs |= {f"{start}/{task}": (start, command) for task, command in TASKS.items()}
+        runs |= {f"{start}/{task}": (start, TASKS[task][0]) for task in TASKS}
     for start, tasks in (("mae", ("linear", "lowshot", "detect")), ("long wsp", ("linear",)),
                          ("tenth of mae/wsp", ("linear",))):
-        runs |= {f"{start}/{task}": (start, TASKS[task]) for task in tasks}
+        runs |= {f"{start}/{task}": (start, TASKS[task][0]) for task in tasks}
     for count in (*DATA_SIZES, SHORT_MAE):
         runs[f"mae of {count}"] = None, f"{masking} {SHORT_MAE} --data world:{count}"
     runs["tiny mae"] = None, (
@@ -4018,8 +4015,8 @@ def claim_runs():
 def claim_rows():
     """The claims: [(what the paper says, metric, runs)]. The metric should rise from each run to
     the next; a pair of runs stands for the gain of the second over the first."""
-    helps = [(f"MAE before WSP helps: {NAMES[task]}", METRICS[task],
-              (f"wsp/{task}", f"mae/wsp/{task}")) for task in TASKS]
+    helps = [(f"MAE before WSP helps: {name}", metric, (f"wsp/{task}", f"mae/wsp/{task}"))
+             for task, (_, name, metric) in TASKS.items()]
     return [
         *helps,
         ("MAE before WSP beats longer WSP of equal FLOPs: linear probe", "top1",
@@ -4104,14 +4101,14 @@ def claims(root):
         rows.append((claim, metric, names, values, bool((np.diff(values.mean(1)) > 0).all())))
     print("| the paper's claim | measured (losses, else %) | holds |\n|---|---|---|")
     for claim, metric, names, values, holds in rows:
-        cells = [f"{label_of_run(run)} {number_in(metric, value.mean())} ± "
-                 f"{number_in(metric, value.std(ddof=1))}" for run, value in zip(names, values)]
+        cells = [f"{label_of_run(run)} {as_text(metric, value.mean())} ± "
+                 f"{as_text(metric, value.std(ddof=1))}" for run, value in zip(names, values)]
         print(f"| {claim} | {'; '.join(cells)} | {'yes' if holds else '**no**'} |")
     print(f"{sum(row[-1] for row in rows)} of {len(rows)} comparisons come out as in the paper")
     draw_claims(rows, root / "claims.png")
 
 
-def number_in(metric, value):
+def as_text(metric, value):
     """A loss, or a share in percent, as text."""
     return f"{value:.3f}" if metric == "loss" else f"{100 * value:.1f}"
 
@@ -4148,7 +4145,7 @@ def draw_claims(rows, path):
             for k, dot in enumerate(value):
                 x = middle + 10 * (k - (len(value) - 1) / 2)
                 pen.ellipse((x - 2, y_of(dot) - 2, x + 2, y_of(dot) + 2), "black")
-            pen.text((middle, y0 + 58), number_in(metric, mean), "black", anchor="mb",
+            pen.text((middle, y0 + 58), as_text(metric, mean), "black", anchor="mb",
                      font_size=13)
             pen.text((middle, y0 + 206), label_of_run(run), "black", anchor="mt", font_size=12)
         pen.line((x0, y_of(0), x0 + width - 40, y_of(0)), "black")
