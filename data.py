@@ -1571,9 +1571,11 @@ class Samples(Dataset):
                 **{name: torch.tensor(notes[name]) for name in notes.dtype.names or ()}}
 
 
-def training_samples(source, args, config, choose_box=random_resized_crop, rows=None,
-                     targets_of=None, augment=None, views=None):
-    """The images of a source in random crops and in shuffled order, for a run with --seed."""
+def training_samples(source, args, config, smallest_crop, rows=None, targets_of=None, augment=None,
+                     views=None):
+    """The images of a source in shuffled order, for a run with --seed, in random crops of at least
+    this share of their area."""
+    choose_box = functools.partial(random_resized_crop, scale=(smallest_crop, 1.0))
     return Samples(source, config.image, config.channels, choose_box, args.seed, rows=rows,
                    targets_of=targets_of, augment=augment, views=views)
 

@@ -3,8 +3,8 @@
 Each task is a command of its own, `finetune.py TASK` (`finetune.py TASK --help`), and a section of
 this file that can be read alone. The first, classify, is full finetuning on labelled images ("The
 effectiveness of MAE pre-pretraining for billion-scale pretraining", arXiv 2303.13496, section 4;
-the recipe at 224 pixels is that of "Masked Autoencoders Are Scalable Vision Learners", arXiv
-2111.06377, table 9, "MAE" below).
+the recipe at 224 pixels is that of the code of "Masked Autoencoders Are Scalable Vision Learners",
+arXiv 2111.06377, "MAE" below).
 
     torchrun finetune.py classify --init runs/wsp/model.pt        # built-in world: minutes on a CPU
     torchrun finetune.py classify --init runs/mae/model.pt --data photos/train --val photos/val
@@ -18,12 +18,9 @@ Expected of the first: 46% of the world's images classified correctly, 43% from 
 
 features, knn, linear, lowshot leave the encoder as it is ("frozen"): they compute its features once
 and judge them by nearest neighbours, a linear classifier, or a few labelled images per class.
+lowshot also trains prompts, through the frozen encoder.
 
     torchrun finetune.py linear --init runs/wsp/model.pt --data photos/train --val photos/val
-
-detect trains a detector on an encoder: boxes, classes and masks of objects.
-
-    torchrun finetune.py detect --init runs/wsp/model.pt
 
 zeroshot trains a text tower for an encoder, or uses a released one: classes are given in words.
 
@@ -33,6 +30,10 @@ zeroshot trains a text tower for an encoder, or uses a released one: classes are
 video finetunes an image encoder on clips: folders of frames, or animated files.
 
     torchrun finetune.py video --init runs/wsp/model.pt         # motions of the built-in world
+
+detect trains a detector on an encoder: boxes, classes and masks of objects.
+
+    torchrun finetune.py detect --init runs/wsp/model.pt
 """
 
 import argparse
@@ -68,11 +69,14 @@ from vit import UserError, ViT, rank0_print
 # ======================================================================================
 
 RECIPES = {
-    "mae": dict(        # MAE's table 9, at the encoder's own image size, 224
+    # MAE's code, FINETUNE.md, at the encoder's own image size, 224; the values of the paper's table
+    # 9 are for encoders that have predicted pixels without --norm-pix
+    "mae": dict(
         optimizer="adamw", batch=1024, weight_decay=0.05, clip_grad=0.0, final_lr=1e-6,
         pool="mean", crop="centre", smallest_crop=0.08, randaugment=9.0, erasing=0.25, mixup=0.8,
         cutmix=1.0, smoothing=0.1, ema=0.0),
-    "maws": dict(       # crop: paper; warmup, smallest crop: ours; others: SWAG's issues 8 and 9
+    # crop: released files; warmup, smallest crop, drop path: ours; others: SWAG's issues 8 and 9
+    "maws": dict(
         optimizer="sgd", batch=512, weight_decay=0.0, clip_grad=0.0, final_lr=0.0,
         pool="cls", crop="squash", smallest_crop=0.08, randaugment=0.0, erasing=0.0, mixup=0.1,
         cutmix=0.0, smoothing=0.0, ema=0.9999,
@@ -83,7 +87,7 @@ RECIPES = {
         cutmix=0.0, smoothing=0.1, ema=0.0,
         epochs=12, base_lr=2e-3, layer_decay=1.0, drop_path=0.0, warmup=0.1),
 }
-MAE_BY_MODEL = {        # of the recipe mae; warmup: 5 epochs; 2b and 6.5b are not published
+MAE_BY_MODEL = {        # FINETUNE.md too; warmup: 5 epochs; 2b and 6.5b are not published
     "base": dict(epochs=100, base_lr=5e-4, layer_decay=0.65, drop_path=0.1, warmup=0.05),
     "large": dict(epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2, warmup=0.1),
     **dict.fromkeys(("huge", "2b", "6.5b"), dict(
@@ -113,8 +117,8 @@ FLAGS_BY_RECIPE = {     # of several tasks: type, unit, meaning
 
 def add_training_flags(add):
     """What classify and video share."""
-    add("--classes", metavar="FILE", help="meaning of --init's outputs: a line each, names "
-        "separated by commas; default: what the file says, or the classes of the data")
+    add("--classes", metavar="FILE", help="the model's outputs in words: a line each, names "
+        "separated by commas; default: what --init says, or the classes of the data")
     add("--class-map", metavar="FILE", help="lines of: model's class, TAB, class of --val, where "
         "they differ; several model classes may be correct for one; default: by name")
     add_flags_by_recipe(add, *FLAGS_BY_RECIPE)
@@ -148,7 +152,7 @@ def parse_classify_flags(argv):
     """All flags, with the recipe filled in: (args, Config, file_info of --init)."""
     parser = vit.stage_parser("finetune.py classify", __doc__, {
         **RECIPES, **{f"mae, {name}": recipe for name, recipe in MAE_BY_MODEL.items()}})
-    parser.set_defaults(data=["world-labelled"], flip=True, dropout=0.0)
+    parser.set_defaults(data=["world-labelled"], flip=True, dropout=0.0)     # flags of video
     add = parser.add_argument_group("classification").add_argument
     add("--recipe", choices=RECIPES, help="mae: at 224 pixels (MAE); maws: at 512 or 518 (paper; "
         "not published in full); ours: for a classroom; default ours up to small, else mae")
@@ -156,7 +160,8 @@ def parse_classify_flags(argv):
         "each of k classes; bce: binary cross-entropy for every class; default ce, but that of "
         "--init with --predict and --eval-only")
     add("--pool", choices=("cls", "mean"), help="input of the head: the class token or the mean of "
-        "the patches; default by recipe, but mean if --init has fc_norm")
+        "the patches; default by recipe, but mean if --init has fc_norm; with --predict and "
+        "--eval-only that of --init")
     add("--freeze", action="store_true", help="train only the head (and the norm of --pool mean) "
         "on the encoder of --init; default off")
     add("--crop", choices=("centre", "squash"), help="for evaluation. centre: the central 7/8, or "
@@ -287,8 +292,8 @@ def load_classifier(model, args, names, file_info, new=()):
     """Load --init into the model of `classify`, with its head if that is for the same classes and
     pooling. The file may lack `new` tensors, where the model is to be trained."""
     in_use = args.predict or args.eval_only
-    same = file_info.get("classes") == names and \
-        file_info.get("config", {}).get("pool", "cls") == args.pool
+    pool = file_info.get("config", {}).get("pool", "cls")
+    same = file_info.get("classes") == names and pool == args.pool
     keep_head = in_use or same
     vit.load_weights(model, args.init, new=() if in_use else ("norm.*", "fc_norm.*", *new),
                      renew=() if keep_head else ("head.*",))
@@ -331,7 +336,8 @@ def train_classifier(args, model, wrapped, device, train, val, model_info, flops
             position, images = batch["position"], batch["images"]           # [B] [B,H,W,C]
             if args.flip:
                 images = data.flip(images, data.uniform(args.seed, position, "flip", 1))
-            images, scales, dropped = data.normalise(images), None, ()      # [B,C,H,W]
+            images = data.normalise(images)                                 # [B,C,H,W]
+            scales, dropped = None, ()
             if args.erasing:
                 images = erase(images, position, args.seed, args.erasing)
             targets = soft_targets(batch["targets"], len(names), args.smoothing, args.loss)  # [B,K]
@@ -347,8 +353,8 @@ def train_classifier(args, model, wrapped, device, train, val, model_info, flops
             with vit.autocast(args, device):
                 logits = wrapped(images, scales, *dropped)                  # [B,K]
             run.backward(class_losses(logits, targets, args.loss).mean())
-            for name in counts:
-                counts[name] += batch["short"].sum()
+            if counts:
+                counts["short_clips"] += batch["short"].sum()
         run.update(counts)
         if run.state.get("short_clips"):
             data.say_once(f"NOTE: some clips of --data have fewer than {train.views.span} frames: "
@@ -357,19 +363,19 @@ def train_classifier(args, model, wrapped, device, train, val, model_info, flops
 
 def classify(argv):
     args, config, file_info = parse_classify_flags(argv)
-    towers = [(config.depth, config.width, 1 + config.num_patches)]
-    flops = (vit.forward_flops if args.freeze else vit.training_flops)(towers)
+    stacks = [(config.depth, config.width, 1 + config.num_patches)]
+    flops = (vit.forward_flops if args.freeze else vit.training_flops)(stacks)
     if args.plan:
         outputs = len(file_info.get("classes", range(1000)))
         if args.freeze:     # nothing is kept for a backward pass: one block's activations at a time
-            towers = [(1, config.width, 1 + config.num_patches)]
-        return vit.plan(args, lambda: make_classifier(args, config, outputs), towers, flops)
-    device = vit.start(args, towers)
+            stacks = [(1, config.width, 1 + config.num_patches)]
+        return vit.plan(args, lambda: make_classifier(args, config, outputs), stacks, flops)
+    device = vit.start(args, stacks)
 
-    # ---- data and classes
+    # ---- data, their classes, and the crops and RandAugment of training
     train, val, names = open_classes(args, config, file_info)
 
-    # ---- model: a checkpoint in --out, else --init, else random weights
+    # ---- model: random weights, or --init; a run that goes on replaces them (vit.Run)
     model, wrapped = vit.build(lambda: make_classifier(args, config, len(names)), args, device)
     if args.init:
         load_classifier(model, args, names, file_info)
@@ -697,9 +703,8 @@ def open_classes(args, config, file_info, views=None):
                             "softmax")
         if args.randaugment and config.channels == 4:
             raise UserError("--randaugment knows no alpha channel; give --randaugment 0")
-        crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
         augment = functools.partial(rand_augment, magnitude=args.randaugment)
-        train = data.training_samples(source, args, config, crop, rows, targets_of,
+        train = data.training_samples(source, args, config, args.smallest_crop, rows, targets_of,
                                       augment if args.randaugment else None, views)
     if args.val and not args.predict:
         source = data.open_data(*args.val, index_dir=args.index_dir, clips=bool(views))
@@ -1927,16 +1932,16 @@ def parse_video_flags(argv):
 def video(argv):
     args, config, file_info, views = parse_video_flags(argv)
     make = lambda classes: Video(config, args.frames, classes, args.relative_positions)
-    towers = [(config.depth, config.width, args.frames // TUBELET * config.num_patches)]
-    flops = vit.training_flops(towers)
+    stacks = [(config.depth, config.width, args.frames // TUBELET * config.num_patches)]
+    flops = vit.training_flops(stacks)
     if args.plan:
-        return vit.plan(args, lambda: make(len(file_info.get("classes", range(400)))), towers)
-    device = vit.start(args, towers)
+        return vit.plan(args, lambda: make(len(file_info.get("classes", range(400)))), stacks)
+    device = vit.start(args, stacks)
 
-    # ---- data and classes
+    # ---- data, their classes, and the crops and RandAugment of training
     train, val, names = open_classes(args, config, file_info, views)
 
-    # ---- model: a checkpoint in --out, else --init, else random weights
+    # ---- model: random weights, or --init; a run that goes on replaces them (vit.Run)
     model, wrapped = vit.build(lambda: make(len(names)), args, device)
     if args.init:
         load_classifier(model, args, names, file_info, NEW_IN_VIDEO)
@@ -2908,7 +2913,7 @@ def detect(argv):
         categories = [known.get(one["name"], {**one, "id": -one["id"]}) for one in categories]
         val = object_samples(val, "--val", classes, args, config)
 
-    # ---- model: a checkpoint in --out, else --init, else random weights
+    # ---- model: random weights, or --init; a run that goes on replaces them (vit.Run)
     make = lambda: Detector(config, heads, len(classes), args.window, STAGES[args.box_heads],
                             args.masks, args.seed, images_of)
     with torch.device("meta"):

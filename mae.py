@@ -8,7 +8,8 @@ Are Scalable Vision Learners", arXiv 2111.06377, section 3, called "the MAE pape
 
     torchrun mae.py                                       # built-in world, nano: minutes on a CPU
     torchrun mae.py --data photos/ --val more-photos/     # your own images
-    torchrun --nproc-per-node gpu mae.py --model large --data imagenet/train --epochs 1600
+    torchrun --nproc-per-node gpu mae.py --model large --data imagenet/train --epochs 1600 \
+        --warmup 0.025                                    # the MAE paper's run
     torchrun --nnodes 8 --nproc-per-node 8 … mae.py --model 2b --data '/data/{00000..29999}.tar'
     python mae.py --model 2b --plan 64                    # memory and time on 64 GPUs
     python mae.py --init runs/mae/model.pt --predict cat.jpg dog.jpg
@@ -88,7 +89,7 @@ class MAE(nn.Module):
         self.recompute = False
         D, d, N = config.width, decoder_width, config.num_patches
         self.patch_embed = PatchEmbed(config)
-        # No loss depends on the class token here. It takes part in attention, so that the later
+        # Nothing is predicted from the class token here. It takes part in attention, so that later
         # stages, which read it, start from an encoder that is used to it (the MAE paper, A.1).
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
         self.register_buffer("pos_embed", torch.empty(1, 1 + N, D))
@@ -174,6 +175,7 @@ RECIPES = {
 ALL_MODELS = dict(mask_ratio=0.75, norm_pix=True, weight_decay=0.05, clip_grad=0.0,     # MAE
                   warmup=0.05)                          # not published for one epoch: ours
 BETAS = 0.9, 0.95                                       # of AdamW: MAE
+SMALLEST_CROP = 0.2                                     # share of an image's area: MAE
 MODEL_FLAGS = "decoder_width", "decoder_depth", "decoder_heads", "norm_pix", "mask_ratio"
 
 
@@ -182,11 +184,13 @@ def parse_flags(argv):
     parser = vit.stage_parser("mae.py", __doc__, {**RECIPES, "all": ALL_MODELS})
     add = parser.add_argument_group("masked autoencoder").add_argument
     add("--mask-ratio", type=vit.number(0, 0.999), metavar="SHARE",
-        help="share of the patches that are masked; default 0.75 (MAE)")
+        help="share of the patches that are masked; default that of --init, else 0.75 (MAE)")
     add("--norm-pix", action=argparse.BooleanOptionalAction, default=None,
-        help="predict pixels minus their patch's mean, divided by its deviation; default on (MAE)")
+        help="predict pixels minus their patch's mean, divided by its standard deviation; default "
+        "as --init, else on (MAE)")
     for part in ("width", "depth", "heads"):
-        add(f"--decoder-{part}", type=vit.positive, help="default by model, see the end")
+        add(f"--decoder-{part}", type=vit.positive, help="default that of --init, else by "
+            "model, see the end")
     args = parser.parse_args(argv)
     config, name, file_info = vit.choose_config(args, "mae")
     in_file = {flag: value for flag, value in file_info.get("config", {}).items()
@@ -218,7 +222,8 @@ def evaluate(model, val, args, device):
                              model.config.num_patches)                      # [B,N]
         with vit.autocast(args, device):
             losses = model(images, noise).cpu().double()                    # [B]
-        sums += torch.stack([(losses * batch["weight"]).sum(), batch["weight"].sum().double()])
+        weight = batch["weight"].double()                                   # [B]
+        sums += torch.stack([losses * weight, weight]).sum(1)
     total, count = vit.all_reduce_sum(sums).tolist()
     return {"loss": total / count, "count": int(count), "bad": len(val) - int(count)}
 
@@ -229,7 +234,7 @@ def draw_reconstruction(model, pixels, positions, args, device, names=()):
     norm_pix, the true mean of each masked patch; the prediction; the original.
 
     With norm_pix the model does not predict a patch's mean and deviation, so the true ones are
-    used. The means already show outlines: only what the prediction adds to them is the model's.
+    used. They already show outlines and contrast: only what the prediction adds is the model's.
     `names` are written beside the rows. Every rank has to call this; rank 0 writes."""
     config = model.config
     images = data.normalise(pixels.to(device))                              # [B,C,H,W]
@@ -287,13 +292,13 @@ def main(argv):
     model_flags = {flag: getattr(args, flag) for flag in MODEL_FLAGS}
     make = lambda: MAE(config, **model_flags)
     visible = num_visible(config.num_patches, args.mask_ratio)
-    towers = [(config.depth, config.width, 1 + visible),
+    stacks = [(config.depth, config.width, 1 + visible),        # depth, width, tokens
               (args.decoder_depth, args.decoder_width, 1 + config.num_patches)]
     if args.plan:
-        return vit.plan(args, make, towers)
-    device = vit.start(args, towers)
+        return vit.plan(args, make, stacks)
+    device = vit.start(args, stacks)
 
-    # ---- model: a checkpoint in --out, else --init, else random weights
+    # ---- model: random weights, or --init; a run that goes on replaces them (vit.Run, below)
     model, wrapped = vit.build(make, args, device, methods=("predict",))
     if args.init:
         loaded = vit.load_weights(model, args.init, new=("decoder_*", "mask_token"))
@@ -312,7 +317,7 @@ def main(argv):
     if args.eval_only:
         return vit.report(args, evaluate(model, val, args, device))
     source = data.open_data(*args.data, index_dir=args.index_dir)
-    train = data.training_samples(source, args, config)
+    train = data.training_samples(source, args, config, SMALLEST_CROP)
     schedule = vit.make_schedule(args, len(train))
     if not vit.open_run(args, "mae", model, train, val):
         return
@@ -327,7 +332,7 @@ def main(argv):
                                   fused=True)
     model_info = {"config": {**asdict(config), **model_flags}, "stage": "mae"}
     run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info,
-                  vit.training_flops(towers))
+                  vit.training_flops(stacks))
     batches = data.training_batches(train, args, run.state["step"], schedule, device)
     for _ in run.steps(draw_and_evaluate):
         for batch in run.micro_batches(batches):

@@ -4077,7 +4077,10 @@ def do_claim_run(root, seed, name, start, command, cores):
 def claims(root):
     """--claims: do all runs below `root`, one on each CPU core at a time, those that exist already
     excepted; print the table of claims and draw claims.png."""
-    (root / "features").mkdir(parents=True, exist_ok=True)
+    try:
+        (root / "features").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"--claims {root} cannot be made: {error.strerror}")
     cores, jobs = queue.Queue(), {}
     for core in range(vit.cpu_cores()):
         cores.put(core)

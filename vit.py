@@ -67,9 +67,9 @@ class UserError(ValueError):
 # Part 1: the Vision Transformer
 # ======================================================================================
 
-# The last two columns are billions of multiply-adds of one forward pass at 224 pixels: of the
-# encoder on all patches, and of MAE, whose encoder sees a quarter of them and whose decoder is
-# small. Their ratio is why MAE is cheap enough for billions of images.
+# "full / MAE" are billions of multiply-adds of one forward pass at 224 pixels: of the encoder on
+# all patches, and of MAE, whose encoder sees a quarter of them and whose decoder is small (in its
+# own code; here 1% less). Their ratio is why MAE is cheap enough for billions of images.
 SIZES = {
     # name:  width depth heads patch image     parameters, full / MAE,  source
     "nano":  (128,   6,   4,    8,   64),    # 1.2M                     ours, for a laptop
@@ -244,11 +244,12 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)     # [B,N,3,h,D/h]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # 3 x [B,h,N,D/h]
         scale = None
-        if self.grid:
+        if self.grid:       # for video and detection; skip it at a first reading
             q, k = relative_positions(q, k, self.rel_pos, self.grid)
             # The fast kernels want values as wide as queries and keys.
             v, scale = F.pad(v, (0, q.shape[-1] - v.shape[-1])), 1.0
-        if q.is_cuda or q.dtype == torch.float32 or N > 1024:       # the same, where it is faster
+        # The same, fused. CPUs in half precision are faster without, up to some 1,024 tokens.
+        if q.is_cuda or q.dtype == torch.float32 or N > 1024:
             x = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         else:
             x = attention(q, k, v, mask, scale)                             # [B,h,N,D/h]
@@ -365,20 +366,21 @@ class ViT(nn.Module):
 # --------------------------------------------------------------------------------------
 
 def initial_value(name, shape, grid, seed, starts):
-    """The initial value of one tensor: a pure function of its name, its shape and `seed`.
+    """The initial value of one tensor, a pure function of these arguments.
 
     | tensor                                | initial value                                       |
     |---------------------------------------|-----------------------------------------------------|
+    | pos_embed, decoder_pos_embed          | sine-cosine table on the `grid`                     |
+    | rel_pos                               | 0 (ViTDet)                                          |
     | 1-D, in `starts` {name: value}        | that value                                          |
-    | 2-D or more, in `starts` {name: std}  | N(0, std); a std of 0 gives zeros                   |
-    | pos_embed, decoder_pos_embed          | sine-cosine table                                   |
-    | cls_token, mask_token                 | N(0, 0.02)                                          |
-    | rel_pos                               | 0                                                   |
     | other 1-D: LayerNorm weights, biases  | 1, 0                                                |
+    | 2-D or more, in `starts` {name: std}  | N(0, std); a std of 0 gives zeros                   |
+    | cls_token, mask_token                 | N(0, 0.02)                                          |
     | other weights                         | xavier uniform; the patch kernel as a map [D,P]     |
 
-    All but `starts` are MAE's. A generator per name, not one for the model, makes the value
-    independent of the order of construction: every rank and layout starts from the same weights."""
+    Values without a source are MAE's, but for `starts`. A generator per name, not one for the
+    model, makes the value independent of the order of construction: every rank and layout starts
+    from the same weights."""
     if name.endswith("pos_embed"):
         return sincos_pos_embed(shape[-1], grid)
     if "rel_pos" in name:
@@ -571,18 +573,21 @@ def stage_parser(program, doc, recipes=None):
         help="side, or height and width; default by model, or that of --init")
     add("--heads", type=positive, help="attention heads; default by model, or those of --init; "
         "files of other projects often do not say it")
-    add("--patch-size", type=positive, metavar="PIXELS", help="side of a patch; default by model")
+    add("--patch-size", type=positive, metavar="PIXELS", help="side of a patch; default that of "
+        "--init, else by model")
     add("--channels", type=int, choices=(1, 3, 4),
-        help="1 grey, 3 colour, 4 colour and alpha; default 3")
+        help="1 grey, 3 colour, 4 colour and alpha; default that of --init, else 3")
     add("--data", nargs="+", action=Join, default=["world"], metavar="SPEC",
         help="images to train on: world, world:COUNT, a folder, .tar shards ('x-{000..127}.tar', "
-        "'dir/*.tar'), a .jsonl or .csv; several are joined; default: the built-in world (stage 2: "
-        "100,000 images of it; stage 3: its labelled part)")
+        "'dir/*.tar'), a .jsonl or .csv; for video clips, for detect a .json of COCO or LVIS; "
+        "several are joined; default: the built-in world (stage 2: 100,000 images of it; stage 3: "
+        "what is labelled for the task)")
     add("--val", nargs="+", action=Join, metavar="SPEC",
         help="images to evaluate on; default world-val where --data is the world, else none")
     add("--index-dir", metavar="DIR", help="folder for the indexes of shards; default: beside them")
     add("--init", metavar="FILE", help="start from these weights; default: random weights")
-    add("--out", metavar="DIR", help="folder for all results; default runs/ and the stage's name")
+    add("--out", metavar="DIR", help="folder for all results; default runs/ and the name of "
+        "the stage or task, with -predict or -eval behind it")
 
     add = parser.add_argument_group("machine").add_argument
     add("--micro-batch", type=positive, metavar="IMAGES",
@@ -606,8 +611,7 @@ def stage_parser(program, doc, recipes=None):
     if not recipes:
         parser.set_defaults(predict=None, eval_only=False, activation_checkpoint=False, seed=0)
         return parser
-    lines = [f"  {name:6} " + " ".join(f"--{flag.replace('_', '-')} {value}"
-                                       for flag, value in recipe.items())
+    lines = [f"  {name:6} {' '.join(as_flag(*item) for item in recipe.items())}"
              for name, recipe in recipes.items()]
     parser.epilog = "\n".join(["defaults (the code has their sources):", *lines])
 
@@ -623,11 +627,13 @@ def stage_parser(program, doc, recipes=None):
     rate("--lr", type=number(0), help="peak learning rate")
     rate("--base-lr", type=number(0), help="peak learning rate per 256 images of --batch; the rate "
          "does not depend on the number of ranks")
-    add("--weight-decay", type=number(0), help="on parameters of 2 or more dimensions, but in wsp "
-        "and classify not on positions and class token; 0 is off")
-    add("--warmup", type=share, metavar="SHARE", help="share of the steps; 0 is off")
+    add("--weight-decay", type=number(0), help="on parameters of 2 or more dimensions; in wsp, "
+        "classify, video and detect not on positions and class token; 0 is off")
+    add("--warmup", type=share, metavar="SHARE", help="share of the steps in which the learning "
+        "rate rises to its peak; 0 is off")
     add("--clip-grad", type=number(0), metavar="NORM", help="largest gradient norm; 0 is off")
-    add("--seed", type=int, default=0, help="seed of weights, order and augmentation; default 0")
+    add("--seed", type=int, default=0, help="seed of weights, order, augmentation and "
+        "masks; default 0")
 
     add = parser.add_argument_group("run").add_argument
     add("--allow-changed", action="store_true",
@@ -650,6 +656,14 @@ def stage_parser(program, doc, recipes=None):
     add("--activation-checkpoint", action="store_true",
         help="save memory: compute activations again in the backward pass; default off")
     return parser
+
+
+def as_flag(name, value):
+    """A setting as one writes it on the command line."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} " + " ".join(map(str, value if isinstance(value, list) else [value]))
 
 
 def fill_recipe(args, recipe):
@@ -797,9 +811,9 @@ def join_process_group(env, device):
     gloo_group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
 
 
-def start(args, towers=()):
+def start(args, stacks=()):
     """Join torchrun's process group, if there is one, and return the device of this process. Flags
-    whose default depends on the machine get their values; `towers` (as of forward_flops) are what
+    whose default depends on the machine get their values; `stacks` (as of forward_flops) are what
     will be trained.
 
     Raises UserError where the device is missing or the ranks were started differently."""
@@ -808,8 +822,8 @@ def start(args, towers=()):
     cores = max(1, cpu_cores() // env.local_world_size)
     micro_batch, workers = 64, 1
     if device.type == "cuda":
-        if towers:
-            micro_batch = choose_micro_batch(args, towers, device_memory(device))
+        if stacks:
+            micro_batch = choose_micro_batch(args, stacks, device_memory(device))
         workers = min(16, max(1, cores - 2))    # two are left for the process that feeds the GPU
         if cores < 4:
             rank0_print(f"NOTE: {cores} CPU cores per GPU will not decode images fast enough; on "
@@ -1716,20 +1730,20 @@ def draw_curves(records, path):
 # --plan
 # --------------------------------------------------------------------------------------
 
-def forward_flops(towers):
+def forward_flops(stacks):
     """Floating-point operations of one image's forward pass, two per multiply-add.
 
-    `towers` are stacks of blocks, (depth L, width D, tokens N) each. Per token a block multiplies
-    by 12 D^2 weights (qkv 3, projection 1, MLP 8) and by 2 N D numbers in attention."""
-    return sum(2 * L * N * (12 * D ** 2 + 2 * N * D) for L, D, N in towers)
+    `stacks` of blocks are (depth L, width D, tokens N) each. Per token a block multiplies by
+    12 D^2 weights (qkv 3, projection 1, MLP 8) and by 2 N D numbers in attention."""
+    return sum(2 * L * N * (12 * D ** 2 + 2 * N * D) for L, D, N in stacks)
 
 
-def training_flops(towers):
+def training_flops(stacks):
     """Operations of forward and backward: the backward pass costs two forwards."""
-    return 3 * forward_flops(towers)
+    return 3 * forward_flops(stacks)
 
 
-def activation_bytes(towers, number_bytes, recompute):
+def activation_bytes(stacks, number_bytes, recompute):
     """Bytes that the forward pass of one image keeps for the backward pass.
 
     Per token a block keeps the residual stream before each of its two branches, in fp32 (2 D
@@ -1737,16 +1751,16 @@ def activation_bytes(towers, number_bytes, recompute):
     and value (3), the result of attention (1), the MLP before and after the GELU (8). With
     `recompute` only the input of each block is kept; while one block is computed again, its
     activations and about half as much for their gradients are needed too."""
-    per_block = [N * D * (8 + 14 * number_bytes) for _, D, N in towers]
+    per_block = [N * D * (8 + 14 * number_bytes) for _, D, N in stacks]
     if recompute:
-        return sum(4 * L * N * D for L, D, N in towers) + 1.5 * max(per_block)
-    return sum(L * size for (L, _, _), size in zip(towers, per_block))
+        return sum(4 * L * N * D for L, D, N in stacks) + 1.5 * max(per_block)
+    return sum(L * size for (L, _, _), size in zip(stacks, per_block))
 
 
-def choose_micro_batch(args, towers, memory):
+def choose_micro_batch(args, stacks, memory):
     """The number of images whose activations fill half of the memory, at most 256 (ours)."""
     number_bytes = 4 if args.precision == "fp32" else 2
-    image = activation_bytes(towers, number_bytes, args.activation_checkpoint)
+    image = activation_bytes(stacks, number_bytes, args.activation_checkpoint)
     return max(1, min(256, int(memory / 2 / image)))
 
 
@@ -1754,7 +1768,7 @@ def choose_micro_batch(args, towers, memory):
 GPU_MEMORY, MFU = 80e9, 0.4
 
 
-def plan(args, make, towers, flops=None):
+def plan(args, make, stacks, flops=None):
     """--plan: print memory and time of a run on args.plan H100s, in nodes of 8, by formulas: as a
     table and as one line of JSON. Opens no data and uses no device.
 
@@ -1770,7 +1784,7 @@ def plan(args, make, towers, flops=None):
     largest_block = max(sum(p.numel() for p in block.parameters()) for block in blocks_of(model))
     number_bytes = 4 if args.precision == "fp32" else 2
     per_rank = max(1, args.batch // args.plan)
-    micro = min(args.micro_batch or choose_micro_batch(args, towers, GPU_MEMORY), per_rank)
+    micro = min(args.micro_batch or choose_micro_batch(args, stacks, GPU_MEMORY), per_rank)
     rows = []
     for mode, shards in (("ddp", 1), ("hsdp", min(8, args.plan)), ("fsdp", args.plan)):
         states = (4 * count + 8 * trained) / shards
@@ -1778,7 +1792,7 @@ def plan(args, make, towers, flops=None):
         copies = (2 * count * (number_bytes == 2) if mode == "ddp"
                   else number_bytes * count + 2 * 4 * largest_block)
         for recompute in (False, True):
-            image = activation_bytes(towers, number_bytes, recompute)
+            image = activation_bytes(stacks, number_bytes, recompute)
             together = max if micro == per_rank else sum
             total = states + copies + together([gradients, micro * image])
             sizes = {"states": states, "gradients": gradients, "copies": copies,
@@ -1786,8 +1800,8 @@ def plan(args, make, towers, flops=None):
             rows.append({"parallel": mode, "recompute": recompute,
                          **{name: round(size / 1e9, 3) for name, size in sizes.items()},
                          "largest": max(0, int((GPU_MEMORY - total + micro * image) / image))})
-    flops = flops or training_flops(towers)
-    flops += forward_flops(towers) * args.activation_checkpoint
+    flops = flops or training_flops(stacks)
+    flops += forward_flops(stacks) * args.activation_checkpoint
     seconds = args.batch * flops / (args.plan * MFU * PEAK_FLOPS["H100"])
     million = seconds / args.batch * 1e6 / 3600
     samples = args.samples or (args.steps or 0) * args.batch

@@ -16,9 +16,10 @@ that of either stage alone.
     python wsp.py --init runs/wsp/model.pt --predict cat.jpg dog.jpg               # their tags
 
 Expected of the first, in ten minutes: a validation loss of about 3.41 (the entropy of the tags,
-3.78, is the loss of a model that ignores the picture), and 0.41 of an image's tags among the five
-most probable; of the second 3.47 and 0.39. The recipe of this stage is not published: our choices
-are marked. The next stage is finetune.py, which starts from runs/wsp/model.pt.
+3.78, is the lowest loss that is possible without looking at the picture), and 0.41 of an image's
+tags among the five most probable; of the second 3.47 and 0.39. The recipe of this stage is not
+published: our choices are marked. The next stage is finetune.py, which starts from
+runs/wsp/model.pt.
 """
 
 import functools
@@ -36,50 +37,6 @@ import torch.nn.functional as F
 import data
 import vit
 from vit import UserError, ViT, rank0_print
-
-RECIPES = {     # not published; base and up: 4e-4 at a batch of 8192, usual values for such runs
-    "nano": dict(batch=64, samples=100_000, base_lr=0.004, smallest_crop=0.5),      # ours
-    "tiny": dict(batch=256, samples=2_000_000, base_lr=1e-3, smallest_crop=0.35),   # ours
-    "small": dict(batch=1024, epochs=30, base_lr=2.5e-4, smallest_crop=0.2),        # ours
-    **dict.fromkeys(("base", "large", "huge", "2b", "6.5b"), dict(
-        batch=8192, epochs=1, base_lr=1.25e-5, smallest_crop=0.08)),        # one epoch: paper
-}
-ALL_MODELS = dict(loss="softmax", weight_decay=0.1, clip_grad=1.0, warmup=0.05)
-BETAS = 0.9, 0.999                      # not published; AdamW's own
-NO_DECAY = "pos_embed", "cls_token"     # no weight decay, as in MAE's finetuning
-EPOCH_REPEAT = 5 / 3                    # 3 billion images make an epoch of 5 billion (paper)
-MAX_REPEAT = 10                         # most repeats of an image in an epoch (ours)
-
-
-def parse_flags(argv):
-    """All flags, with the recipe filled in: (args, Config, file_info of --init)."""
-    parser = vit.stage_parser("wsp.py", __doc__, {**RECIPES, "all": ALL_MODELS})
-    parser.set_defaults(data=["world:100000"])          # all tags are counted first
-    add = parser.add_argument_group("hashtags").add_argument
-    add("--synonyms", metavar="FILE", help="lines of: alias, TAB, canonical tag; the paper merges "
-        "by WordNet, see README; default: none, but the world's own for the world")
-    add("--min-count", type=vit.positive, default=5, metavar="IMAGES",
-        help="leave out tags of fewer images; default %(default)s (ours)")
-    add("--vocabulary-size", type=vit.positive, default=28_000, metavar="TAGS",
-        help="the most frequent tags are kept; default %(default)s (paper)")
-    add("--vocabulary-only", action="store_true", help="print the vocabulary and stop")
-    add("--resample", choices=("sqrt", "none"), default="sqrt", help="sqrt (default): repeat "
-        "images of rare tags, by the inverse square root of their rarest tag's frequency, so that "
-        "an epoch has 5/3 as many samples as images (its length: paper; the rule: ours); none: "
-        "show each image once")
-    add("--loss", choices=("softmax", "bce"), help="softmax (default; SWAG's authors): "
-        "cross-entropy with 1/k on each of k tags; bce: binary cross-entropy for every tag")
-    add("--smallest-crop", type=vit.number(1e-9, 1), metavar="SHARE",
-        help="smallest area of a random crop, as a share of the image's; default by model")
-    args = parser.parse_args(argv)
-    config, name, file_info = vit.choose_config(args, "wsp")
-    recipe = {**ALL_MODELS, **RECIPES[name]}
-    if args.predict or args.eval_only:
-        recipe["loss"] = file_info.get("config", {}).get("loss", "softmax")
-    vit.fill_recipe(args, recipe)
-    data.choose_val(args)
-    return args, config, file_info
-
 
 # ======================================================================================
 # Hashtags: from what people write to a vocabulary
@@ -175,14 +132,15 @@ def repeats(frequency, t):
     """r(tag) = clip(sqrt(t / f), 1, MAX_REPEAT): float64 [K]. `frequency` [K] is f, the number of
     images that have the tag.
 
-    An epoch shows an image r(its rarest tag) times, on average. The inverse square root is that of
-    the paper's predecessors (SWAG); its own rule is not published."""
+    Images whose rarest tag it is are shown r(tag) times in an epoch, on average over these images.
+    The inverse square root is that of the paper's predecessors (SWAG); the paper's own rule is not
+    published."""
     return np.clip(np.sqrt(t / frequency), 1, MAX_REPEAT)
 
 
 def solve_t(frequency, by_rarest):
     """The t for which an epoch has 5/3 as many samples as there are images with a known tag (paper:
-    5B of 3B), or the largest useful t if MAX_REPEAT does not allow so many.
+    5B of 3B). There is one, since MAX_REPEAT is more.
 
     `by_rarest` [K] is the number of images whose rarest tag is each tag, so an epoch shows the sum
     of by_rarest x r(tag). This sum grows with t: bisection, from a t that repeats no image to one
@@ -253,7 +211,7 @@ def resample(args, source, synonyms):
         times = times_shown(c, source, number_of, r, (rows, tags))          # [n]
         shown[c] = int(times.sum())
         k = np.bincount(rows, minlength=len(times))     # known tags of each image, [n]
-        mass += torch.from_numpy(np.bincount(tags, (times / k.clip(1))[rows], K))
+        mass += torch.from_numpy(np.bincount(tags, times[rows] / k[rows], K))
         images += torch.from_numpy(np.bincount(tags, times[rows], K))
     shown, mass, images = (vit.all_reduce_sum(part) for part in (shown, mass, images))
     return {"vocabulary": np.array(vocabulary), "counts": frequency, "r": r,
@@ -272,20 +230,20 @@ def open_tags(args, source):
                          args.resample, args.vocabulary_size]))
     path = Path(args.index_dir or args.out) / f"tags-{key:08x}.npz"
     found = data.kept_arrays(path, lambda: resample(args, source, synonyms))
-    tags = {name: np.asarray(value).tolist() for name, value in found.items()}
-    tags["synonyms"] = sorted(synonyms.items())
-    number_of = number_in(tags["vocabulary"], synonyms)
+    tag_info = {name: np.asarray(value).tolist() for name, value in found.items()}
+    tag_info["synonyms"] = sorted(synonyms.items())
+    number_of = number_in(tag_info["vocabulary"], synonyms)
     times = functools.partial(times_shown, source=source, number_of=number_of, r=found["r"])
     rows = data.Rows(source.chunks, times, found["shown"])
-    rank0_print(f"{len(tags['vocabulary']):,} tags on {tags['tagged']:,} of {len(source):,} "
-                f"images, the others are left out; an epoch shows {len(rows):,}; entropy of the "
-                f"tags {tags[args.loss]:.4f}")
-    return rows, functools.partial(tag_targets, number_of=number_of), tags
+    rank0_print(f"{len(tag_info['vocabulary']):,} tags on {tag_info['tagged']:,} of "
+                f"{len(source):,} images, the others are left out; an epoch shows {len(rows):,}; "
+                f"entropy of the tags {tag_info[args.loss]:.4f}")
+    return rows, functools.partial(tag_targets, number_of=number_of), tag_info
 
 
-def show_vocabulary(tags):
+def show_vocabulary(tag_info):
     """--vocabulary-only: the most frequent and the rarest tags."""
-    pairs = [f"{tag} ({count:,})" for tag, count in zip(tags["vocabulary"], tags["counts"])]
+    pairs = [f"{tag} ({count:,})" for tag, count in zip(tag_info["vocabulary"], tag_info["counts"])]
     rank0_print("most frequent: " + " ".join(pairs[:40]))
     if pairs[40:]:
         rank0_print("rarest: " + " ".join(pairs[40:][-40:]))
@@ -310,17 +268,65 @@ def tag_losses(logits, targets, kind="softmax"):
 
 
 # ======================================================================================
+# Flags and recipes
+# ======================================================================================
+
+RECIPES = {     # not published; base and up: 4e-4 at a batch of 8192, usual values for such runs
+    "nano": dict(batch=64, samples=100_000, base_lr=0.004, smallest_crop=0.5),      # ours
+    "tiny": dict(batch=256, samples=2_000_000, base_lr=1e-3, smallest_crop=0.35),   # ours
+    "small": dict(batch=1024, epochs=30, base_lr=2.5e-4, smallest_crop=0.2),        # ours
+    **dict.fromkeys(("base", "large", "huge", "2b", "6.5b"), dict(
+        batch=8192, epochs=1, base_lr=1.25e-5, smallest_crop=0.08)),        # one epoch: paper
+}
+ALL_MODELS = dict(loss="softmax", weight_decay=0.1, clip_grad=1.0, warmup=0.05)
+BETAS = 0.9, 0.999                      # not published; AdamW's own
+NO_DECAY = "pos_embed", "cls_token"     # no weight decay, as in MAE's finetuning
+EPOCH_REPEAT = 5 / 3                    # 3 billion images make an epoch of 5 billion (paper)
+MAX_REPEAT = 10                         # most repeats of an image in an epoch (ours)
+
+
+def parse_flags(argv):
+    """All flags, with the recipe filled in: (args, Config, file_info of --init)."""
+    parser = vit.stage_parser("wsp.py", __doc__, {**RECIPES, "all": ALL_MODELS})
+    parser.set_defaults(data=["world:100000"])          # all tags are counted first
+    add = parser.add_argument_group("hashtags").add_argument
+    add("--synonyms", metavar="FILE", help="lines of: alias, TAB, canonical tag; the paper merges "
+        "by WordNet, see README; default: none, but the world's own for the world")
+    add("--min-count", type=vit.positive, default=5, metavar="IMAGES",
+        help="leave out tags of fewer images; default %(default)s (ours)")
+    add("--vocabulary-size", type=vit.positive, default=28_000, metavar="TAGS",
+        help="the most frequent tags are kept; default %(default)s (paper)")
+    add("--vocabulary-only", action="store_true", help="print the vocabulary and stop")
+    add("--resample", choices=("sqrt", "none"), default="sqrt", help="sqrt (default): repeat "
+        "images of rare tags, by the inverse square root of their rarest tag's frequency, so that "
+        "an epoch has 5/3 as many samples as images (its length: paper; the rule: ours); none: "
+        "show each image once")
+    add("--loss", choices=("softmax", "bce"), help="softmax (default; SWAG's authors): "
+        "cross-entropy with 1/k on each of k tags; bce: binary cross-entropy for every tag")
+    add("--smallest-crop", type=vit.number(1e-9, 1), metavar="SHARE",
+        help="smallest area of a random crop, as a share of the image's; default by model")
+    args = parser.parse_args(argv)
+    config, name, file_info = vit.choose_config(args, "wsp")
+    recipe = {**ALL_MODELS, **RECIPES[name]}
+    if args.predict or args.eval_only:
+        recipe["loss"] = file_info.get("config", {}).get("loss", "softmax")
+    vit.fill_recipe(args, recipe)
+    data.choose_val(args)
+    return args, config, file_info
+
+
+# ======================================================================================
 # Evaluation
 # ======================================================================================
 
 @torch.no_grad()
-def evaluate(model, val, args, device, tags):
+def evaluate(model, val, args, device, tag_info):
     """Loss and recall over a source, every image with a known tag once at any number of ranks;
-    "entropy" is the loss of the best constant prediction.
+    "entropy" is the lowest loss that is possible without looking at the picture.
 
     Recall at n is the share of an image's tags that are among the n most probable, averaged over
     images. OUT/tags.txt gets each tag's recall at 5."""
-    K, tops = len(tags["vocabulary"]), (1, 5, 10)
+    K, tops = len(tag_info["vocabulary"]), (1, 5, 10)
     sums = torch.zeros(5, dtype=torch.float64)          # images, their losses, their 3 recalls
     by_tag = torch.zeros(3, K, dtype=torch.float64)     # images with it, found in top 5, sum of 1/k
     for images, batch in data.validate(val, args, device):
@@ -341,17 +347,17 @@ def evaluate(model, val, args, device, tags):
         by_tag[2].index_add_(0, targets[known], share[known].double())
     (count, *sums), by_tag = vit.all_reduce_sum(sums).tolist(), vit.all_reduce_sum(by_tag)
     if vit.get_rank() == 0:
-        write_tags(Path(args.out) / "tags.txt", tags, *by_tag[:2].tolist())
+        write_tags(Path(args.out) / "tags.txt", tag_info, *by_tag[:2].tolist())
     metrics = {name: value / count for name, value in zip(
         ("loss", *(f"recall{n}" for n in tops)), sums)}
     return {**metrics, "entropy": constant_loss(by_tag[2], by_tag[0], count)[args.loss],
             "count": int(count), "bad": len(val) - int(count)}
 
 
-def write_tags(path, tags, images, found):
+def write_tags(path, tag_info, images, found):
     """Write tags.txt: each tag with its recall at 5, the worst first, those without images last."""
     rows = sorted((hits / n if n else math.inf, tag, count, int(n)) for tag, count, n, hits in zip(
-        tags["vocabulary"], tags["counts"], images, found))
+        tag_info["vocabulary"], tag_info["counts"], images, found))
     lines = ["# tag, images of --data, images of --val, recall at 5 on them: the worst first",
              *(f"{tag}\t{count}\t{n}\t{recall if n else math.nan:.3f}"
                for recall, tag, count, n in rows)]
@@ -372,69 +378,69 @@ def open_all(args, config, file_info):
         if file_info.get("stage") != "wsp":
             raise UserError(f"{args.init} has no vocabulary: --predict and --eval-only need a file "
                             "of this stage, as runs/wsp/model.pt")
-        tags = file_info
+        tag_info = file_info
     else:
         source = data.open_data(*args.data, index_dir=args.index_dir)
-        rows, targets_of, tags = open_tags(args, source)
-        crop = functools.partial(data.random_resized_crop, scale=(args.smallest_crop, 1.0))
-        train = data.training_samples(source, args, config, crop, rows, targets_of)
+        rows, targets_of, tag_info = open_tags(args, source)
+        train = data.training_samples(source, args, config, args.smallest_crop, rows, targets_of)
     if args.val and not args.predict and not args.vocabulary_only:
         source = data.open_data(*args.val, index_dir=args.index_dir)
-        number_of = number_in(tags["vocabulary"], dict(tags["synonyms"]))
-        rows = data.Rows(source.chunks, functools.partial(      # each image with a known tag once
-            times_shown, source=source, number_of=number_of, r=np.ones(len(tags["vocabulary"]))))
+        number_of = number_in(tag_info["vocabulary"], dict(tag_info["synonyms"]))
+        once = np.ones(len(tag_info["vocabulary"]))         # each image with a known tag
+        rows = data.Rows(source.chunks, functools.partial(
+            times_shown, source=source, number_of=number_of, r=once))
         if not len(rows):
             raise UserError("no image of --val has a tag of the vocabulary, "
-                            f"{' '.join(tags['vocabulary'][:8])} …")
+                            f"{' '.join(tag_info['vocabulary'][:8])} …")
         targets_of = functools.partial(tag_targets, number_of=number_of)
         val = data.evaluation_samples(source, config, rows=rows, targets_of=targets_of)
-    return train, val, tags
+    return train, val, tag_info
 
 
 def main(argv):
     args, config, file_info = parse_flags(argv)
-    towers = [(config.depth, config.width, 1 + config.num_patches)]
+    stacks = [(config.depth, config.width, 1 + config.num_patches)]         # depth, width, tokens
     if args.plan:
         rank0_print(f"planned for {args.vocabulary_size:,} tags: see --vocabulary-size")
-        return vit.plan(args, lambda: ViT(config, args.vocabulary_size), towers)
-    device = vit.start(args, towers)
+        return vit.plan(args, lambda: ViT(config, args.vocabulary_size), stacks)
+    device = vit.start(args, stacks)
 
     # ---- data, and the vocabulary, which decides how many outputs the model has
-    train, val, tags = open_all(args, config, file_info)
+    train, val, tag_info = open_all(args, config, file_info)
     if args.vocabulary_only:
-        return show_vocabulary(tags)
+        return show_vocabulary(tag_info)
 
-    # ---- model: a checkpoint in --out, else --init, else random weights
-    make = lambda: ViT(config, len(tags["vocabulary"]), pool="cls", head_std=0.0)   # head: SWAG
+    # ---- model: random weights, or --init; a run that goes on replaces them (vit.Run, below)
+    make = lambda: ViT(config, len(tag_info["vocabulary"]), pool="cls", head_std=0.0)   # head: SWAG
     model, wrapped = vit.build(make, args, device)
     if args.init:
         # The paper's idea. A file of stage 1 has an encoder, which is loaded, a decoder, which is
         # not used, and no head: the head keeps its zeros, as without --init. So it does if the file
         # is of this stage but for other tags.
-        same = file_info.get("vocabulary") == tags["vocabulary"]
+        same = file_info.get("vocabulary") == tag_info["vocabulary"]
         vit.load_weights(model, args.init, renew=() if same else ("head.*",))
     if args.predict:
-        return data.print_predictions(args, config, model, tags["vocabulary"], device)
+        return data.print_predictions(args, config, model, tag_info["vocabulary"], device)
     if args.eval_only:
-        return vit.report(args, evaluate(model, val, args, device, tags))
+        return vit.report(args, evaluate(model, val, args, device, tag_info))
     schedule = vit.make_schedule(args, len(train))
-    vocabulary_crc = data.crc(json.dumps([tags["vocabulary"], tags["synonyms"]]))
+    vocabulary_crc = data.crc(json.dumps([tag_info["vocabulary"], tag_info["synonyms"]]))
     if not vit.open_run(args, "wsp", model, train, val, {
-            "vocabulary": f"{len(tags['vocabulary'])} tags (CRC {vocabulary_crc:08x})"}):
+            "vocabulary": f"{len(tag_info['vocabulary'])} tags (CRC {vocabulary_crc:08x})"}):
         return
     examples = data.examples(val or train, device)
 
     def draw_and_evaluate():
-        data.draw_predictions(args, examples, model, tags["vocabulary"], device)
-        return evaluate(model, val, args, device, tags) if val else {}
+        data.draw_predictions(args, examples, model, tag_info["vocabulary"], device)
+        return evaluate(model, val, args, device, tag_info) if val else {}
 
     # ---- loop
     optimizer = torch.optim.AdamW(vit.decay_groups(model, args.weight_decay, NO_DECAY),
                                   betas=BETAS, fused=True)
     model_info = {"config": {**asdict(config), "loss": args.loss}, "stage": "wsp",
-                  **{name: tags[name] for name in ("vocabulary", "counts", "synonyms")}}
+                  **{name: tag_info[name] for name in ("vocabulary", "counts", "synonyms")}}
     run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info,
-                  vit.training_flops(towers), constants={"entropy": tags[args.loss]})
+                  vit.training_flops(stacks), constants={"entropy": tag_info[args.loss]})
     batches = data.training_batches(train, args, run.state["step"], schedule, device)
     for _ in run.steps(draw_and_evaluate):
         for batch in run.micro_batches(batches):
