@@ -52,8 +52,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from vit import (
-    Parser, RankError, UserError, all_gather_objects, all_reduce_sum, cpu_cores, environment,
-    get_rank, get_world_size, list_bad, number, on_rank_0, positive, probabilities, rank0_print,
+    Parser, RankError, UserError, all_gather_objects, all_reduce_sum, autocast, cpu_cores,
+    environment, get_rank, get_world_size, list_bad, number, on_rank_0, positive, rank0_print,
     read_json, run, stop_signals, write_aside)
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif",
@@ -114,9 +114,10 @@ class Order:
 
     `chunks` are the numbers of samples that are stored together: the shards. Each epoch is another
     permutation of all samples. It permutes the chunks, deals them to windows of about a million
-    samples (64 chunks or more), and permutes the samples inside each window. So reads stay within
-    a window's shards, and memory holds no list longer than that of the chunks. Inside a window the
-    order does not depend on how the data are cut into chunks.
+    samples (of 64 chunks or more, 128 at most: so many shards are kept open), and permutes the
+    samples inside each window. So reads stay within a window's shards, and memory holds no list
+    longer than that of the chunks. Inside a window the order does not depend on how the data are
+    cut into chunks.
 
     Example: chunks of [2, 2, 1, 1] samples and two windows. The permuted chunks are 2 0 | 3 1, in
     the order of the listing 0 2 | 1 3, with the samples 0 1 4 | 2 3 5. The samples inside each
@@ -125,7 +126,8 @@ class Order:
     def __init__(self, chunks, seed):
         self.chunks, self.key = np.asarray(chunks, np.int64), zlib.crc32(f"{seed}/order".encode())
         self.starts, self.total = np.cumsum(self.chunks) - self.chunks, int(np.sum(chunks))
-        self.windows = max(1, min(self.total >> 20, len(self.chunks) // 64))
+        self.windows = max(1, min(self.total >> 20, len(self.chunks) // 64),
+                           math.ceil(len(self.chunks) / 128))
 
     @lru_cache(16)      # a batch, and what replaces its bad images, needs fewer
     def epoch(self, number):
@@ -528,7 +530,9 @@ def string_at(columns, name, i):
 
 
 def all_strings(columns, name):
-    return [string_at(columns, name, i) for i in range(len(columns[f"{name}_ends"]))]
+    content, ends = columns[name].tobytes(), columns[f"{name}_ends"].tolist()
+    return [content[begin:end].decode("utf-8", "surrogateescape")
+            for begin, end in zip([0, *ends], ends)]
 
 
 def class_names_of(names):
@@ -925,13 +929,13 @@ class Shards:
         self.classes = class_names_of({*all_strings(catalogue, "classes")})
         self.mark = crc(catalogue["counts"], catalogue["marks"])
 
-    @lru_cache(128)     # so many are read at a time: a window of Order, in shards of 10,000 samples
+    @lru_cache(130)     # a window of Order, and what goes over its edges
     def shard(self, s):
         """(path, open file, columns) of shard s. Raises UserError where it has changed."""
         path = string_at(self.catalogue, "paths", s)
         file = open(path, "rb")
         if [*size_and_time(file.fileno())] != self.catalogue["stats"][s].tolist():
-            raise UserError(f"{path} is not the file that was indexed: it has changed since, or "
+            raise RankError(f"{path} is not the file that was indexed: it has changed since, or "
                             "differs between nodes; start again")
         return path, file, open_index(path, self.index_dir, self.clips)
 
@@ -977,23 +981,23 @@ def index_shards(paths, index_dir, clips):
             found.update(zip(mine, results))
     except (UserError, OSError) as error:
         problem = str(error)
+    classes = set().union(*(shard[3] for shard in found.values()))
+    found = {s: shard[:3] for s, shard in found.items()}
     # The first message between ranks: whoever has less to index waits here.
-    problems, parts = zip(*all_gather_objects((problem, found)))
+    problems, parts, classes = zip(*all_gather_objects((problem, found, classes)))
     if any(problems):
         raise UserError(next(filter(None, problems)))
     found = {s: shard for part in parts for s, shard in part.items()}
-    counts, marks, left_out, classes = zip(*(found[s] for s in range(len(paths))))
+    counts, marks, left_out = zip(*(found[s] for s in range(len(paths))))
     return {"counts": np.array(counts), "marks": np.array(marks), "left_out": np.sum(left_out, 0),
             **pack_strings("classes", sorted(set().union(*classes)))}
 
 
 def sizes_and_times(paths):
     """int64 [n,2]: size and time of change of every file. Raises UserError where one is missing."""
-    parts = [paths[at:at + 256] for at in range(0, len(paths), 256)]
     try:
         with ThreadPoolExecutor(32) as threads:     # over a network, each look is a round trip
-            return np.concatenate(list(threads.map(
-                lambda part: [size_and_time(path) for path in part], parts)))
+            return np.array([*threads.map(size_and_time, paths)])
     except OSError as error:
         raise UserError(f"no shard {error.filename}: {error.strerror}") from error
 
@@ -1748,7 +1752,7 @@ def validation_positions(count, micro_batch, rank, world_size):
         yield np.arange(at + rank * micro_batch, at + (rank + 1) * micro_batch)
 
 
-def prepare_worker(number):
+def prepare_worker(_):
     """In a worker: leave signals to the training process, use one thread, keep Pillow quiet."""
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
@@ -1756,7 +1760,7 @@ def prepare_worker(number):
     warnings.simplefilter("ignore")
 
 
-POLL, PATIENCE = 5, 600     # seconds between looks at the workers, and until a batch must be there
+POLL, PATIENCE = 5, 600     # seconds: how often workers are looked at; how late a batch may be
 
 
 def load(samples, positions, workers, device):
@@ -1815,20 +1819,21 @@ def validate(val, args, device):
 
     Those that cannot be read have no weight; at the end they are listed in
     OUT/bad_val_samples.txt. Raises UserError where none can be read."""
-    seen, short, bad, world_size = torch.zeros(1), torch.zeros(1), [], get_world_size()
+    sums, bad, world_size = torch.zeros(2), [], get_world_size()    # sums: read; too short
     micro_batch = max(1, args.micro_batch // (val.views.count if val.views else 1))
     batches = load(val, validation_positions(len(val), micro_batch, get_rank(), world_size),
                    args.workers, device)
     total = math.ceil(len(val) / (micro_batch * world_size))
     for batch in progress(batches, "evaluating", "batch", total):
-        seen, bad = seen + batch["weight"].sum(), bad + batch["bad"]
-        short += batch["short"].sum() if val.views else 0
+        short = batch["short"].sum() if val.views else torch.tensor(0)
+        sums, bad = sums + torch.stack([batch["weight"].sum(), short]), bad + batch["bad"]
         yield normalise(batch["images"].to(device)), batch
     bad = list_bad(args, bad, "bad_val_samples.txt", "w")
-    if all_reduce_sum(short):
+    read, short = all_reduce_sum(sums).tolist()
+    if short:
         say_once(f"NOTE: {int(short)} of {len(val)} clips of --val have fewer than "
                  f"{val.views.span} frames: the last one is repeated")
-    if not all_reduce_sum(seen):
+    if not read:
         raise UserError(f"none of {len(bad)} images can be read; the last: "
                         f"{bad[-1][1]}: {bad[-1][2]}")
     if bad:
@@ -1886,10 +1891,14 @@ def read_pictures(args, config, choose_box=WHOLE_WIDTH, views=None):
     return [args.predict[i] for i in good], batch["images"][good], problem
 
 
+@torch.no_grad()
 def most_probable(logits_of, pixels, names, args, device):
     """The five most probable names of each picture uint8 [B,H,W,C] or clip [B,V,T,H,W,C]:
     [[(name, probability)]]. logits_of(normalised images) is [B,K]. Every rank has to call it."""
-    chances = probabilities(logits_of, normalise(pixels), args, device)     # [B,K]
+    with autocast(args, device):
+        parts = normalise(pixels).split(args.micro_batch)
+        logits = torch.cat([logits_of(part.to(device)) for part in parts]).float()      # [B,K]
+    chances = logits.sigmoid() if args.loss == "bce" else logits.softmax(1)
     top = chances.topk(min(5, len(names)))
     return [[(names[i], chance) for i, chance in zip(*row)]
             for row in zip(top.indices.tolist(), top.values.tolist())]
@@ -2061,7 +2070,7 @@ def pack(args):
 
 
 def bench(args):
-    """Measure how many images per second this rank's workers read, crop and normalise."""
+    """Measure how many images per second the workers read, crop and normalise."""
     source, size = open_data(*args.spec, index_dir=args.index_dir), (args.image_size,) * 2
     torch.set_num_threads(1)
     batches = load(Samples(source, size, 3, random_resized_crop),
@@ -2093,33 +2102,34 @@ def world(args):
 def main(argv):
     parser = Parser(prog="data.py", allow_abbrev=False, description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    # The flags that several commands have
-    source, workers, size = (Parser(add_help=False) for _ in range(3))
-    source.add_argument("spec", nargs="+", metavar="SPEC",
-                        help="world, world:COUNT, a folder, .tar shards, a .jsonl or .csv")
-    source.add_argument("--index-dir", metavar="DIR",
-                        help="where indexes of shards are kept; default: beside the shards")
-    workers.add_argument("--workers", type=number(0, kind=int), default=cpu_cores(),
-                         help="processes; 0: this one alone; default: the CPU cores")
-    size.add_argument("--image-size", type=positive, default=224, metavar="PIXELS",
-                      help="height and width; default 224")
     commands = parser.add_subparsers(required=True, metavar="info | verify | pack | bench | world")
-    flags = {}
-    for command, shared in ((info, [source]), (verify, [source, workers]),
-                            (pack, [source, workers]), (bench, [source, workers, size]),
-                            (world, [size])):
+    for command in (info, verify, pack, bench, world):
         sub = commands.add_parser(command.__name__, help=(command.__doc__ or "").split("\n")[0],
-                                  description=command.__doc__, parents=shared, allow_abbrev=False)
+                                  description=command.__doc__, allow_abbrev=False)
         sub.set_defaults(command=command)
-        flags[command] = sub.add_argument
-    flags[pack]("out", metavar="OUT", help="the folder for the shards")
-    flags[pack]("--shard-size", type=positive, default=10_000, metavar="SAMPLES",
+        add = sub.add_argument
+        if command != world:
+            add("spec", nargs="+", metavar="SPEC",
+                help="world, world:COUNT, a folder, .tar shards, a .jsonl or .csv")
+            add("--index-dir", metavar="DIR",
+                help="where indexes of shards are kept; default: beside the shards")
+        if command in (verify, pack, bench):
+            add("--workers", type=number(0, kind=int), default=cpu_cores(),
+                help="processes; 0: this one alone (pack: one); default: the CPU cores")
+        if command in (bench, world):
+            add("--image-size", type=positive, default=224, metavar="PIXELS",
+                help="height and width; default 224")
+        if command == pack:
+            add("out", metavar="OUT", help="the folder for the shards")
+            add("--shard-size", type=positive, default=10_000, metavar="SAMPLES",
                 help="samples a shard; default 10,000")
-    flags[pack]("--resize", type=positive, metavar="PIXELS", help="make the shorter side this long "
+            add("--resize", type=positive, metavar="PIXELS", help="make the shorter side this long "
                 "where it is longer; default: keep the files")
-    flags[bench]("--seconds", type=float, default=20, help="length of the timing; default 20")
-    flags[world]("--split", choices=WORLD_COUNTS, default="world", help="default world")
-    flags[world]("--out", default="world.png", help="the sheet; default world.png")
+        elif command == bench:
+            add("--seconds", type=float, default=20, help="length of the timing; default 20")
+        elif command == world:
+            add("--split", choices=WORLD_COUNTS, default="world", help="default world")
+            add("--out", default="world.png", help="the sheet; default world.png")
     args = parser.parse_args(argv)
     args.command(args)
 

@@ -306,7 +306,7 @@ def load_classifier(model, args, names, file_info, new=()):
 def train_classifier(args, model, wrapped, device, train, val, model_info, flops):
     """The training of classify and video; `model_info` and `flops` as of vit.Run."""
     names, mixing = model_info["classes"], bool(args.mixup or args.cutmix)
-    schedule = vit.make_schedule(args, len(train), together=2 if mixing else 1)
+    schedule = vit.make_schedule(args, len(train), multiple=2 if mixing else 1)
     if not vit.open_run(args, model_info["stage"], model, train, val,
                         {"classes": names, "ema": bool(args.ema)}):
         return
@@ -416,7 +416,7 @@ def answers(logits, batch, args):
 
 def summarise(mine, total, args, names):
     """The metrics of all ranks' Answers; `total` images were tried. Writes OUT/classes.txt."""
-    parts = vit.gather_objects(mine)
+    parts = [*vit.objects_in_turn(mine)]
 
     def compute():      # in the order of positions: the same sums at any number of ranks
         rows = sorted(sum(parts, []), key=lambda row: row.position)
@@ -830,12 +830,13 @@ def write_features(folder, encoder, samples, width, args, device):
     table = np.load(aside / "features.npy", mmap_mode="r+") if rank == 0 else None
     for images, batch in data.validate(samples, args, device):
         with vit.autocast(args, device):
-            rows = encoder(images).float().cpu().numpy()                    # [B,D]
-        seen = batch["weight"].numpy() > 0
-        mine = rows[seen], batch["label"].numpy()[seen], batch["position"].numpy()[seen]
-        for part in vit.gather_objects(mine) or ():
-            end = n + len(part[0])
-            table[n:end], labels[n:end], index[n:end] = part
+            rows = vit.gather_rows(encoder(images).float().cpu())           # [ranks*B,D]
+        weight, label, position = (vit.gather_rows(batch[name])
+                                   for name in ("weight", "label", "position"))
+        if rank == 0:
+            seen = weight > 0
+            end = n + int(seen.sum())
+            table[n:end], labels[n:end], index[n:end] = rows[seen], label[seen], position[seen]
             n = end
 
     def finish():
@@ -2748,8 +2749,8 @@ def find_objects(model, val, categories, args, device):
                                          batch["weight"].tolist()):
             if weight:          # not past the end, and it can be read
                 rows.append((i, val.sample(i), results_of(one, val.sample(i), scale, categories)))
-    rows = vit.gather_objects(rows)
-    return rows and sorted(sum(rows, []), key=lambda row: row[0])
+    rows = sum(vit.objects_in_turn(rows), [])
+    return sorted(rows, key=lambda row: row[0])
 
 
 def evaluate_detector(model, val, categories, args, device):

@@ -537,6 +537,7 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing():
              "missing: cls_token"),
             (MAE(Config(32, 2, 4, 8, 32), 48, 1, 4).state_dict(), model,
              "other shapes: cls_token [1, 1, 32] instead of [1, 1, 64]"),
+            ({0: torch.ones(64)}, model, "missing: cls_token"),
             # half a network
             ({**own, "blocks.0.ls1.gamma": torch.ones(64)}, encoder,
              "unknown tensors in the file: blocks.0.ls1.gamma"),
@@ -1578,12 +1579,13 @@ def sharded_positions():
 def test_ranks_share_a_model_by_memory():
     """auto: ddp where 18 bytes a parameter fit into half of the memory; the largest micro-batch
     whose activations fill half of it; tables of one row are cut along their width."""
-    one, node, nodes = (vit.Environment(0, 0, world, local)
-                        for world, local in ((1, 1), (8, 8), (64, 8)))
+    one, node, nodes, single = (vit.Environment(0, 0, world, local)
+                                for world, local in ((1, 1), (8, 8), (64, 8), (16, 1)))
     auto, fsdp = argparse.Namespace(parallel="auto"), argparse.Namespace(parallel="fsdp")
     for args, count, env, how in (
             (auto, 2e9, one, "one process"), (auto, 2e9, node, "ddp"), (auto, 2e9, nodes, "ddp"),
-            (auto, 6.5e9, node, "fsdp"), (auto, 6.5e9, nodes, "hsdp"), (fsdp, 1e6, node, "fsdp")):
+            (auto, 6.5e9, node, "fsdp"), (auto, 6.5e9, nodes, "hsdp"), (fsdp, 1e6, node, "fsdp"),
+            (auto, 6.5e9, single, "fsdp")):     # hsdp would shard among the one GPU of a node
         assert vit.choose_parallel(args, count, 80e9, env) == how, (count, env)
     args = argparse.Namespace(precision="bf16", activation_checkpoint=False)
     towers = [(24, 2560, 65), (8, 512, 257)]
@@ -1705,11 +1707,11 @@ def test_gradients_are_scaled_clipped_and_checked():
     assert not math.isfinite(vit.clip_gradients(model, limit=1.0))
 
 
-def small_run(precision="fp32"):
+def small_run(precision="fp32", out=None):
     """A vit.Run of a linear layer: batches of 8 rows."""
     args = argparse.Namespace(
         batch=8, precision=precision, warmup=0.0, clip_grad=0.0, eval_every=0, log_every=1000,
-        save_every=15, out=folder(), keep=2, max_bad=0.01)
+        save_every=15, out=out or folder(), keep=2, max_bad=0.01)
     model = torch.nn.Linear(4, 1)
     optimizer = torch.optim.AdamW([{"params": [*model.parameters()], "lr_scale": 1.0}], fused=True)
     return vit.Run(args, model, model, optimizer, torch.device("cpu"),
@@ -1788,6 +1790,23 @@ def test_nan_on_one_rank_skips_the_step_on_all():
         missing = [record["loss"] is None for record in records(out, "loss")]
         assert missing == [step == 3 for step in range(10)]
         assert [int(path.name[5:]) for path in vit.checkpoints(out)] == [10, 9, 8, 7, 6, 5, 3, 2, 1]
+
+
+def test_a_run_whose_last_step_is_skipped_leaves_its_model():
+    out = folder() / "run"
+    on_ranks(1, poisoned, short_run(out, "--eval-every", 0), 9)
+    assert records(out, "loss")[-1]["loss"] is None and (out / "finished").exists()
+    assert (out / "model.pt").exists() and vit.checkpoints(out)[0].name == "step-00000010"
+
+
+def test_bad_samples_are_listed_once_after_a_resume():
+    run = small_run()
+    listed = Path(run.args.out) / "bad_samples.txt"
+    run.optimizer.step()
+    vit.save(run.args, run.model, run.optimizer, {**run.state, "step": 2}, {})
+    listed.write_text("3\ta.jpg\tempty\n15\tb.jpg\tempty\n16\tc.jpg\tempty\n")
+    assert small_run(out=run.args.out).state["step"] == 2
+    assert listed.read_text() == "3\ta.jpg\tempty\n15\tb.jpg\tempty\n"
 
 
 def started(*flags, launcher=(sys.executable,)):
@@ -1978,6 +1997,7 @@ classify --data {cat} => there is nothing to tell apart
 classify --data {cats} => there is nothing to tell apart
 classify --data {several} => labels of --data are lists
 classify {both} --batch 3 --mixup 1 => cannot be divided among 1 ranks, 2 or more images at a time
+classify {both} --micro-batch 1 --mixup 1 => --micro-batch 1: give 2 or more, since mixup and cutmix
 classify {both} --channels 4 --randaugment 9 => no alpha channel
 classify {trunk} --eval-only --val {photos()} => has no head
 classify {hashtags} => predicts hashtags, not classes
@@ -2037,7 +2057,7 @@ detect --evaluate {found} --data {annotated()} => need --val
             disagree, "--batch", "12", "24")
     refused("--batch 13 cannot be divided among 2 ranks, 1 or more images at a time within "
             "--micro-batch 64; try 12 or 14", train, folder() / "x", "--batch", "13", world=2)
-    refused("but there is one node; use fsdp", train, folder() / "x", "--parallel", "hsdp", world=2)
+    refused("found 1 nodes of 2 ranks: use fsdp", train, folder() / "x", "--parallel", "hsdp", world=2)
     refused("there is no model 'giant'", Config.named, "giant")
 
 

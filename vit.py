@@ -719,20 +719,23 @@ class Schedule(NamedTuple):
     images: int
 
 
-def make_schedule(args, images, together=1):
+def make_schedule(args, images, multiple=1):
     """The Schedule of a run over `images` images, printed as a sentence.
 
     The micro-batch is the largest divisor of a rank's images within --micro-batch that is a
-    multiple of `together`. Raises UserError where --batch cannot be divided so."""
+    multiple of `multiple`. Raises UserError where --batch cannot be divided so."""
     world_size = get_world_size()
     per_rank = args.batch // world_size
-    sizes = [size for size in range(together, min(per_rank, args.micro_batch) + 1, together)
+    sizes = [size for size in range(multiple, min(per_rank, args.micro_batch) + 1, multiple)
              if per_rank % size == 0]
+    if args.micro_batch < multiple:
+        raise UserError(f"--micro-batch {args.micro_batch}: give {multiple} or more, since mixup "
+                        "and cutmix need pairs")
     if args.batch % world_size or not sizes:
-        unit = world_size * together
+        unit = world_size * multiple
         below, above = args.batch // unit * unit, (args.batch // unit + 1) * unit
         raise UserError(f"--batch {args.batch} cannot be divided among {world_size} ranks, "
-                        f"{together} or more images at a time within --micro-batch "
+                        f"{multiple} or more images at a time within --micro-batch "
                         f"{args.micro_batch}; try {f'{below} or ' if below else ''}{above}")
     micro_batch = max(sizes)
     if 2 * micro_batch < min(per_rank, args.micro_batch):
@@ -771,8 +774,8 @@ def choose_device(args, env):
         raise UserError(f"--device {kind} is not available here; found: {', '.join(kinds)}")
     if kind == "cpu" and args.device == "auto" and os.path.exists("/dev/nvidia0"):
         raise UserError("there is a GPU but torch cannot use it: this torch is built for CUDA "
-                        f"{torch.version.cuda}, nvidia-smi says what the driver supports; install "
-                        "a torch for it, or give --device cpu")
+                        f"{torch.version.cuda or '(no)'}, nvidia-smi says what the driver "
+                        "supports; install a torch for it, or give --device cpu")
     if kind != "cuda":
         return torch.device(kind)
     gpus = torch.cuda.device_count()
@@ -789,11 +792,13 @@ def join_process_group(env, device):
     dead."""
     global gloo_group
     gloo_group = None
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         # If torchrun dies, its ranks get SIGTERM: before the loop it ends them, inside the loop
-        # they save and stop (Linux only). If it is dead already, its store does not answer, and
-        # init_process_group would wait half an hour for it.
+        # they save and stop (Linux only).
         torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # If it is dead already, its store does not answer, and init_process_group would wait for it
+        # for many minutes.
         try:
             dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
                           is_master=False, timeout=timedelta(seconds=10))
@@ -805,9 +810,10 @@ def join_process_group(env, device):
     if not dist.is_initialized():
         # With device_id NCCL connects here and not in the first step. Not run on a GPU.
         dist.init_process_group(**(
-            {"backend": "nccl", "device_id": device, "timeout": timedelta(minutes=10)}
+            # Longer than data.PATIENCE: a rank without images says so before NCCL gives up.
+            {"backend": "nccl", "device_id": device, "timeout": timedelta(minutes=15)}
             if device.type == "cuda" else {"backend": "gloo"}))
-    # Patient, since some ranks wait here while others index data or write a checkpoint.
+    # Patient, since its messages wait for ranks that index data or write a checkpoint.
     gloo_group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
 
 
@@ -822,8 +828,6 @@ def start(args, stacks=()):
     cores = max(1, cpu_cores() // env.local_world_size)
     micro_batch, workers = 64, 1
     if device.type == "cuda":
-        if stacks:
-            micro_batch = choose_micro_batch(args, stacks, device_memory(device))
         workers = min(16, max(1, cores - 2))    # two are left for the process that feeds the GPU
         if cores < 4:
             rank0_print(f"NOTE: {cores} CPU cores per GPU will not decode images fast enough; on "
@@ -832,11 +836,12 @@ def start(args, stacks=()):
         torch.set_float32_matmul_precision("high")      # TF32 where --precision is fp32
     else:
         torch.set_num_threads(cores)
-    fill_recipe(args, {"compile": device.type == "cuda", "micro_batch": micro_batch,
-                       "workers": workers})
     join_process_group(env, device)
-    flags = {f"--{flag.replace('_', '-')}": value for flag, value in vars(args).items()}
-    mine = {**flags, "device": device.type, "precision": str(autocast_dtype(args, device))}
+    if device.type == "cuda" and stacks:
+        micro_batch = choose_micro_batch(args, stacks, device_memory(device))
+    mine = {**flags_of(args), "device": device.type, "precision": str(autocast_dtype(args, device))}
+    fill_recipe(args, {"compile": device.type == "cuda", "micro_batch": micro_batch,
+                       "workers": workers})     # the cores of nodes may differ
     if args.parallel in ("auto", "hsdp"):
         mine["ranks on a node"] = env.local_world_size
     for rank, theirs in enumerate(all_gather_objects(mine)):
@@ -847,20 +852,27 @@ def start(args, stacks=()):
     return device
 
 
+def flags_of(args, without=()):
+    """Settings by the names of their flags: {"--flag": value}."""
+    return {f"--{flag.replace('_', '-')}": value for flag, value in vars(args).items()
+            if flag not in without}
+
+
 def listen_for_signals():
     """From now on, treat SIGTERM, SIGINT and SIGUSR1 as requests to stop after the current step."""
-    def note(number, frame):
-        if number == signal.SIGINT and number in stop_signals:
+    def note(received, frame):
+        if received == signal.SIGINT and received in stop_signals:
             raise KeyboardInterrupt         # a second Ctrl-C: stop at once
-        stop_signals.append(number)
+        stop_signals.append(received)
 
     stop_signals.clear()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, note)
+    for awaited in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(awaited, note)
 
 
 def cpu_cores():
-    """CPU cores that this process may use (a container or SLURM may allow fewer than exist)."""
+    """CPU cores that this process may use: SLURM or taskset may allow fewer than exist. Quotas of
+    containers are not seen."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -895,9 +907,14 @@ def objects_in_turn(value):
         yield received.pop()
 
 
-def gather_objects(value):
-    """The values of all ranks as a list, on rank 0; [] on the others."""
-    return list(objects_in_turn(value))
+def gather_rows(tensor):
+    """The rows of all ranks' CPU tensors [n,…], in the order of ranks, on rank 0; none of them on
+    the others. n must be equal on all."""
+    if not dist.is_initialized():
+        return tensor
+    parts = None if get_rank() else [torch.empty_like(tensor) for _ in range(get_world_size())]
+    dist.gather(tensor.contiguous(), parts, 0, group=gloo_group)
+    return torch.cat(parts) if parts else tensor[:0]
 
 
 def all_reduce_sum(tensor):
@@ -984,10 +1001,10 @@ def run(main):
 def build(make, args, device, methods=(), frozen=False):
     """Make a model on the device(s), initialised by --seed: returns (model, callable for training).
 
-    `make()` constructs it; `methods` are those that are called besides forward. A `frozen` model
-    has no gradients; ddp does not wrap it. The model is built on the meta device first, so that a
-    rank never holds more than its share of a sharded model and one whole tensor. Parameters have
-    the same names in every mode."""
+    `make()` constructs it; `methods` are the names of those that are called besides forward. A
+    `frozen` model has no gradients, so that it needs no DDP. The model is built on the meta device
+    first, so that a rank never holds more than its share of a sharded model and one whole tensor.
+    Parameters have the same names in every mode."""
     env = environment()
     with torch.device("meta"):
         model = make()
@@ -1001,6 +1018,7 @@ def build(make, args, device, methods=(), frozen=False):
             raise UserError("--compile: torch has no working compiler here "
                             f"({str(error).strip().splitlines()[0]}); install one (gcc) or give "
                             "--no-compile") from error
+        torch._dynamo.config.optimize_ddp = False       # True cuts blocks at DDP's buckets
         for block in blocks_of(model):  # in place: torch.compile(model) would rename parameters
             block.compile(dynamic=False)
     mode = choose_parallel(args, count, device_memory(device), env)
@@ -1022,21 +1040,24 @@ def build(make, args, device, methods=(), frozen=False):
 
 
 def device_memory(device):
-    """The bytes of a GPU; for other devices 36e9, with which auto shards from 1B parameters on."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 36e9
+    """The bytes of the smallest GPU of all ranks, which have to call it; for other devices 36e9,
+    with which auto shards from 1B parameters on."""
+    return min(all_gather_objects(torch.cuda.get_device_properties(device).total_memory)) \
+        if device.type == "cuda" else 36e9
 
 
 def choose_parallel(args, count, memory, env):
-    """How ranks share a model of `count` parameters, by --parallel; auto is ddp where weights,
-    gradients and Adam's moments in fp32 and weights in bf16 (18 bytes a parameter) fit into half of
-    the memory, else hsdp across nodes and fsdp on one."""
+    """How ranks share a model of `count` parameters, by --parallel; auto is the first of ddp, hsdp
+    and fsdp with which a rank's part of weights, gradients and Adam's moments in fp32 and weights
+    in bf16 (18 bytes a parameter) fits into half of its memory; hsdp across nodes only."""
     if env.world_size == 1:
         return "one process"
     if args.parallel != "auto":
         return args.parallel
-    if 18 * count < memory / 2:
-        return "ddp"
-    return "hsdp" if env.local_world_size < env.world_size else "fsdp"
+    for mode, shards in (("ddp", 1), ("hsdp", env.local_world_size)):
+        if shards < env.world_size and 18 * count / shards < memory / 2:
+            return mode
+    return "fsdp"
 
 
 def shard(model, mode, args, device, env):
@@ -1046,9 +1067,9 @@ def shard(model, mode, args, device, env):
     if mode == "hsdp":
         shape = env.world_size // env.local_world_size, env.local_world_size
         names = "replicate", "shard"
-        if shape[0] == 1:
-            raise UserError("--parallel hsdp shards inside a node and replicates across nodes, but "
-                            "there is one node; use fsdp")
+        if 1 in shape:
+            raise UserError("--parallel hsdp shards inside a node and replicates across nodes; "
+                            f"found {shape[0]} nodes of {shape[1]} ranks: use fsdp")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     # The weights of blocks are gathered in half precision. What is outside of blocks (patches,
     # positions, norms, head) is sharded in fp32, and inputs are not cast, so that the residual
@@ -1098,15 +1119,6 @@ def autocast(args, device):
     """The context in which forward passes are computed in --precision."""
     dtype = autocast_dtype(args, device)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-@torch.no_grad()
-def probabilities(model, images, args, device):
-    """The model's probabilities [B,K] for images [B,C,H,W], computed in micro-batches: by sigmoid
-    with --loss bce, else by softmax. Every rank has to call it."""
-    with autocast(args, device):
-        logits = torch.cat([model(part.to(device)) for part in images.split(args.micro_batch)])
-    return logits.float().sigmoid() if args.loss == "bce" else logits.float().softmax(1)
 
 
 def accumulating(wrapped, last):
@@ -1204,11 +1216,12 @@ def free_space(folder):
 
 
 def read_json(path):
-    """The content of one of our JSON files, a dict; {} where it is missing or damaged."""
+    """The content of a JSON file, a dict; {} where it is missing, damaged or no dict."""
     try:
-        return json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text())
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def file_crc(path):
@@ -1243,8 +1256,7 @@ def open_run(args, stage, model, train, val, fixed=None):
     What is in `fixed` {name: value} may never change."""
     out = Path(args.out)
     shapes = repr([(name, list(value.shape)) for name, value in model.state_dict().items()])
-    settings = {f"--{flag.replace('_', '-')}": value for flag, value in vars(args).items()
-                if flag not in FREE_FLAGS}
+    settings = flags_of(args, without=FREE_FLAGS)
     # A checkpoint fits one model and the state of one optimizer, and its step counts batches.
     fixed = {**(fixed or {}), "stage": stage, "weights": f"CRC {zlib.crc32(shapes.encode()):08x}"}
     settings |= {"--data content": train.source.fingerprint(),
@@ -1260,15 +1272,16 @@ def open_run(args, stage, model, train, val, fixed=None):
                             "folder") from error
         for torn in (*out.glob("*.tmp"), *out.glob("checkpoints/*.tmp")):
             shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
-        finished, begun = (out / "finished").exists(), bool(checkpoints(out))
+        finished = (out / "finished").exists()
+        begun = finished or bool(checkpoints(out))
         before = read_json(out / "config.json").get("settings", {})
-        if (finished or begun) and not before:
+        if begun and not before:
             raise UserError(f"{out}/config.json is missing or damaged; choose another --out")
         changed = [name for name in settings if before.get(name) != settings[name]]
         changes = ", ".join(f"{name} {before.get(name)} → {settings[name]}" for name in changed)
         never = {*changed} & {*fixed, "--batch", "--optimizer", "--layer-decay", "--freeze",
                               "--unlock"}
-        if (finished or begun) and changed and (never or not args.allow_changed):
+        if begun and changed and (never or not args.allow_changed):
             raise UserError(f"{out} holds a run with other flags or data: {changes}; choose "
                             f"another --out (or move {out} away)"
                             + ("" if never else ", or resume it with --allow-changed"))
@@ -1326,12 +1339,7 @@ def save(args, model, optimizer, state, ema):
         for old in checkpoints(args.out)[args.keep:]:
             shutil.rmtree(old, ignore_errors=True)
 
-    no_step_yet = not optimizer.state
     weights, moments = get_state_dict(model, optimizer)
-    # To have a state to save, get_state_dict has made an empty optimizer step: do not count it.
-    for values in optimizer.state.values() if no_step_yet else ():
-        if "step" in values:
-            values["step"].zero_()
     try:
         dcp.save({"model": weights, "optimizer": moments, "ema": ema}, checkpoint_id=aside,
                  process_group=gloo_group)
@@ -1341,8 +1349,8 @@ def save(args, model, optimizer, state, ema):
         if isinstance(cause, KeyboardInterrupt):
             raise KeyboardInterrupt from error
         raise UserError(f"{folder} could not be written, {free_space(args.out)}: "
-                        f"{str(cause).splitlines()[0]}; the same command resumes from the previous "
-                        "checkpoint, if there is one") from error
+                        f"{(str(cause) or repr(cause)).splitlines()[0]}; the same command resumes "
+                        "from the previous checkpoint, if there is one") from error
     rank = get_rank()
     mine = [*aside.glob(f"__{rank}_*"), *(aside.glob(".metadata") if rank == 0 else ())]
     crcs = all_gather_objects([(path.name, file_crc(path)) for path in mine])
@@ -1354,10 +1362,10 @@ def restore(args, model, optimizer, state, ema):
     `state`. It may come from any number of ranks and any --parallel.
 
     Raises UserError where a file of it is damaged, before anything is changed."""
-    folder = on_rank_0(lambda: next(iter(checkpoints(args.out)), None))
+    folder, complete = on_rank_0(lambda: next(
+        ((path, read_json(path / "complete.json")) for path in checkpoints(args.out)), (None, {})))
     if not folder:
         return
-    complete = on_rank_0(lambda: read_json(folder / "complete.json"))
     crcs = complete.get("crc", {})
     mine = sorted(crcs)[get_rank()::get_world_size()]
     damaged = [name for name in mine
@@ -1451,6 +1459,10 @@ class Run:
                     or record["step"] == step and "loss" in record]
             write_aside(self.log, lambda path: path.write_text(
                 "".join(json.dumps(record) + "\n" for record in kept)))
+            listed = Path(args.out) / "bad_samples.txt"
+            lines = listed.read_bytes().splitlines(True) if listed.exists() else []
+            lines = [line for line in lines if int(line.split(b"\t")[0]) < step * args.batch]
+            write_aside(listed, lambda path: path.write_bytes(b"".join(lines)))
         self.bar = tqdm(total=schedule.steps, initial=self.state["step"], unit="step",
                         dynamic_ncols=True, disable=self.rank > 0 or not sys.stderr.isatty())
         self.saved_at, self.stop, self.best_speed = time.monotonic(), False, 0.0
@@ -1476,7 +1488,7 @@ class Run:
             done = state["step"] == schedule.steps
             model_due = done or self.stop or self.evaluation_due()
             # While steps are skipped the weights may be what makes gradients infinite.
-            if (model_due or self.save_due) and not state["skipped_in_a_row"]:
+            if done or (model_due or self.save_due) and not state["skipped_in_a_row"]:
                 if model_due:
                     self.write_model()
                 save(args, self.model, self.optimizer, state, self.ema)
@@ -1683,10 +1695,9 @@ def draw_curves(records, path):
     """Draw the log over the number of images seen, a panel per quantity: training in blue,
     validation in red, and in grey and orange the losses of a constant prediction for the two."""
     width, height, left, top = 480, 300, 70, 40
-    metrics = dict.fromkeys(name[4:] for record in records for name in record
-                            if name.startswith("val_"))
-    for name in ("loss", "best", "count", "bad", "entropy", "captions"):
-        metrics.pop(name, None)
+    hidden = {"val_loss", "val_best", "val_count", "val_bad", "val_entropy", "val_captions"}
+    metrics = [name[4:] for name in dict.fromkeys(itertools.chain(*records))
+               if name.startswith("val_") and name not in hidden]
     fields = ["loss", *metrics, "lr", "grad_norm", "images_per_second"]
     sheet = Image.new("RGB", (2 * width, (len(fields) + 1) // 2 * height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -1793,13 +1804,14 @@ def plan(args, make, stacks, flops=None):
                   else number_bytes * count + 2 * 4 * largest_block)
         for recompute in (False, True):
             image = activation_bytes(stacks, number_bytes, recompute)
-            together = max if micro == per_rank else sum
-            total = states + copies + together([gradients, micro * image])
+            combine = max if micro == per_rank else sum
+            total = states + copies + combine([gradients, micro * image])
+            free = GPU_MEMORY - states - copies - gradients * (micro < per_rank)
             sizes = {"states": states, "gradients": gradients, "copies": copies,
                      "activations": micro * image, "total": total}
             rows.append({"parallel": mode, "recompute": recompute,
                          **{name: round(size / 1e9, 3) for name, size in sizes.items()},
-                         "largest": max(0, int((GPU_MEMORY - total + micro * image) / image))})
+                         "largest": max(0, int(free / image))})
     flops = flops or training_flops(stacks)
     flops += forward_flops(stacks) * args.activation_checkpoint
     seconds = args.batch * flops / (args.plan * MFU * PEAK_FLOPS["H100"])
@@ -1880,7 +1892,7 @@ def read_weights(path):
         if len(inside) > 1:
             file_info["chosen"] = f" ({inside[0]}; it also has {', '.join(inside[1:])})"
         content = content[inside[0]]
-    tensors = {name: value for name, value in content.items() if torch.is_tensor(value)} \
+    tensors = {str(name): value for name, value in content.items() if torch.is_tensor(value)} \
         if isinstance(content, dict) else {}
     if not tensors:
         raise UserError(f"{path} holds no tensors; give a file of model weights")

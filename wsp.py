@@ -42,6 +42,7 @@ from vit import UserError, ViT, rank0_print
 # Hashtags: from what people write to a vocabulary
 # ======================================================================================
 
+@functools.lru_cache(1 << 18, typed=True)      # most tags of a shard are on many others too
 def canonical(tag):
     """The form in which hashtags are compared: Unicode NFKC, casefold, no # and no separators.
 
