@@ -208,7 +208,7 @@ SPELLINGS |= {word: [word] for word in CHATTER}
 SYNONYMS = {name: word for word, names in SPELLINGS.items() for name in names}
 
 
-def class_names(which="seen"):
+def world_classes(which="seen"):
     """The names of the 40 seen or the 8 novel classes, in the order of their labels."""
     return [f"{TEXTURES[t]} {SHAPES[s]}" for s, t in PAIRS[which]]
 
@@ -535,7 +535,7 @@ def all_strings(columns, name):
             for begin, end in zip([0, *ends], ends)]
 
 
-def class_names_of(names):
+def in_label_order(names):
     """Names in the order of their labels: sorted; whole numbers below 100,000 are their own."""
     if names and all(re.fullmatch("0|[1-9][0-9]{0,4}", name) for name in names):
         return [str(i) for i in range(1 + max(map(int, names)))]
@@ -586,7 +586,7 @@ class World:
     def __init__(self, split, count):
         self.split, self.chunks, self.mark = split, even_chunks(count), crc(f"{split} {count}")
         self.scene = clip_scene if split.startswith("clips") else scene
-        self.classes = [*MOTIONS] if split.startswith("clips") else class_names(
+        self.classes = [*MOTIONS] if split.startswith("clips") else world_classes(
             "novel" if split == "novel" else "seen")
 
     def __getitem__(self, i):
@@ -610,7 +610,7 @@ class Files:
     def __init__(self, root, columns):
         self.root, self.columns, self.mark = root, columns, crc(*columns.values())
         self.chunks = even_chunks(len(columns["labels"]))
-        self.classes = class_names_of({*all_strings(columns, "label_words")})
+        self.classes = in_label_order({*all_strings(columns, "label_words")})
 
     def __getitem__(self, i):
         name, found = sample_at(self.columns, i)
@@ -866,8 +866,8 @@ def write_arrays(path, arrays):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_aside(Path(path), write)
     except (OSError, UserError) as error:
-        raise UserError(f"{error}; indexes of shards are kept beside these, or in --index-dir: "
-                        "give a folder where you may write") from error
+        raise UserError(f"{error}; give a folder where you may write (for indexes of shards as "
+                        "--index-dir)") from error
 
 
 def read_arrays(path):
@@ -926,7 +926,7 @@ class Shards:
     def __init__(self, catalogue, index_dir, clips):
         self.catalogue, self.index_dir, self.clips = catalogue, index_dir, clips
         self.chunks, self.ends = catalogue["counts"], np.cumsum(catalogue["counts"])
-        self.classes = class_names_of({*all_strings(catalogue, "classes")})
+        self.classes = in_label_order({*all_strings(catalogue, "classes")})
         self.mark = crc(catalogue["counts"], catalogue["marks"])
 
     @lru_cache(130)     # a window of Order, and what goes over its edges
@@ -960,7 +960,7 @@ def process_pool(count):
                                initargs=(signal.SIGINT, signal.SIG_DFL))
 
 
-def summarise(path, index_dir, clips):
+def catalogue_row(path, index_dir, clips):
     """What a catalogue has of a shard, which is indexed if it was not: (number of samples, CRC,
     what was left out, classes)."""
     columns = open_index(path, index_dir, clips)
@@ -975,7 +975,7 @@ def index_shards(paths, index_dir, clips):
     cores = cpu_cores() // environment().local_world_size
     try:
         with process_pool(cores) as processes:
-            work = (functools.partial(summarise, index_dir=index_dir, clips=clips),
+            work = (functools.partial(catalogue_row, index_dir=index_dir, clips=clips),
                     paths[get_rank()::get_world_size()])
             results = processes.map(*work) if len(mine) > 16 else map(*work)
             found.update(zip(mine, results))
@@ -1030,7 +1030,7 @@ class Joined:
         self.sources = sources
         self.ends = np.cumsum([source.chunks.sum() for source in sources])
         self.chunks = np.concatenate([source.chunks for source in sources])
-        self.classes = sources[0].classes if len(sources) == 1 else class_names_of(
+        self.classes = sources[0].classes if len(sources) == 1 else in_label_order(
             {name for source in sources for name in source.classes})
         self.numbers = {name: i for i, name in enumerate(self.classes)}
 
@@ -1072,10 +1072,10 @@ def is_world(spec):
     return str(spec).partition(":")[0] in WORLD_COUNTS
 
 
-def choose_val(args):
+def choose_val(args, default="world-val"):
     """Give --val its default. Raises UserError where it is needed and has none."""
     if args.val is None and all(map(is_world, args.data)):
-        args.val = ["world-val"]
+        args.val = [default]
     if args.eval_only and not args.val:
         raise UserError("--eval-only needs --val: the images to evaluate on")
 
@@ -1230,15 +1230,91 @@ def runs_of_mask(mask):
     return np.diff(np.flatnonzero(np.diff(pixels, prepend=False)), prepend=0, append=pixels.size)
 
 
+def mask_of_runs(runs, H, W):
+    """Run lengths [n] (see runs_of_mask) as a mask, bool [H,W]. Raises ValueError."""
+    if min(runs, default=0) < 0 or sum(runs) != H * W:
+        raise ValueError(f"a mask of {sum(runs)} pixels in an image of {W} x {H}")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(W, H).T
+
+
+def runs_of_polygon(polygon, H, W):
+    """The run lengths [n] of a polygon [x0, y0, x1, y1, …], of the pixels that COCO takes.
+
+    COCO draws the outline on a grid five times as fine. Where it passes the middle of a column of
+    pixels, what is below changes sides."""
+    x, y = np.trunc(5 * np.reshape(polygon, (-1, 2)).T + 0.5).astype(np.int64)
+    dx, dy = np.roll(x, -1) - x, np.roll(y, -1) - y
+    steps = np.maximum(abs(dx), abs(dy))
+    edge = np.repeat(np.arange(len(x)), steps + 1)
+    t = np.arange(len(edge)) - np.repeat(np.cumsum(steps + 1) - steps - 1, steps + 1)
+    x, y, dx, dy, steps = (values[edge] for values in (x, y, dx, dy, steps))
+    # An edge is drawn from its lower end, on the axis on which it is longer.
+    back = np.where(abs(dx) >= abs(dy), dx, dy) < 0
+    x, y, dx, dy = np.where(back, (x + dx, y + dy, -dx, -dy), (x, y, dx, dy))
+    x, y = (np.trunc(start + d / np.maximum(steps, 1) * np.where(back, steps - t, t) + 0.5)
+            .astype(np.int64) for start, d in ((x, dx), (y, dy)))
+    column, row = np.minimum(x[1:], x[:-1]), np.minimum(y[1:], y[:-1])
+    passed = (x[1:] != x[:-1]) & (column % 5 == 2) & (column >= 0) & (column // 5 < W)
+    row = np.ceil(np.clip((row[passed] + 0.5) / 5 - 0.5, 0, H)).astype(np.int64)
+    changes, times = np.unique(column[passed] // 5 * H + row, return_counts=True)
+    changes = changes[(times % 2 == 1) & (changes < H * W)]     # twice is not at all
+    return np.diff(changes, prepend=0, append=H * W)
+
+
+def text_of_runs(runs):
+    """Run lengths as COCO's text: each less the one two before it, in digits of 5 bits, the lowest
+    first; a sixth bit says that more follow; a digit's letter is number 48 on."""
+    letters = []
+    for length, before in zip(runs.tolist(), [0, 0, 0, *runs[1:].tolist()]):
+        rest, more = length - before, True
+        while more:
+            low, rest = rest & 31, rest >> 5
+            more = rest != -(low >> 4)          # the top bit of the last digit is the sign
+            letters.append(chr(48 + low + 32 * more))
+    return "".join(letters)
+
+
+def runs_of_text(text):
+    """The inverse of text_of_runs, as a list. Raises ValueError for a damaged text."""
+    runs, value, bits = [], 0, 0
+    for digit in (ord(letter) - 48 for letter in text):
+        if not 0 <= digit < 64:
+            raise ValueError("its mask does not decode")
+        value, bits = value + ((digit & 31) << bits), bits + 5
+        if digit < 32:      # the last digit of a number; its top bit is the sign
+            value -= (digit & 16) << (bits - 4)
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value, bits = 0, 0
+    if bits:
+        raise ValueError("its mask ends within a number")
+    return runs
+
+
+def read_mask(segmentation, H, W):
+    """A "segmentation" of COCO's, polygons or run lengths, as a mask, bool [H,W]. Raises
+    ValueError."""
+    if isinstance(segmentation, list):
+        parts = [runs_of_polygon(polygon, H, W) for polygon in segmentation]
+        return np.logical_or.reduce([mask_of_runs(runs, H, W) for runs in parts])
+    runs = segmentation["counts"]
+    return mask_of_runs(runs_of_text(runs) if isinstance(runs, str) else runs, H, W)
+
+
+IMAGE_KEYS = ("id", "height", "width", "file_name", "coco_url",     # and of LVIS:
+              "neg_category_ids", "not_exhaustive_category_ids")
+
+
 def read_coco(path):
     """A COCO or LVIS file: (columns with a record of each image and its objects, categories). What
     is left out is counted and named. Raises UserError."""
     left_out = {}
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        categories = sorted(content["categories"], key=lambda one: one["id"])
-        names = {one["id"]: word_of(one["name"]) for one in categories}
-        images = {one["id"]: {**one, "objects": []} for one in content["images"]}
+        categories = sorted(({**one, "name": str(one["name"]).strip()}
+                             for one in content["categories"]), key=lambda one: one["id"])
+        names = {one["id"]: one["name"] for one in categories}
+        images = {one["id"]: {**{key: one[key] for key in IMAGE_KEYS if key in one}, "objects": []}
+                  for one in content["images"]}
         if len({*names.values()}) < len(categories) or len(images) < len(content["images"]):
             raise ValueError("two categories have one name, or two images one id")
         for one in content["annotations"]:
@@ -1274,7 +1350,7 @@ class Coco:
 
     def __init__(self, folder, columns, categories):
         self.folder, self.columns, self.categories = folder, columns, categories
-        self.classes = [word_of(one["name"]) for one in categories]
+        self.classes = [one["name"] for one in categories]
         self.objects = columns["objects"]       # how many to learn in each image, without crowds
         self.masks = columns["masks"]           # whether all have masks
         self.chunks, self.mark = even_chunks(len(self.objects)), crc(columns["records"])
@@ -1317,9 +1393,10 @@ def open_objects(specs, folder, size):
             raise UserError(f"no image in {spec}")
         known |= {one["name"]: one for one in sources[-1].categories}
     joined = Joined(sources)
-    joined.categories = [known[name] for name in joined.classes]
+    joined.classes, joined.categories = [*known], [*known.values()]
     joined.masks = all(source.masks for source in sources)
-    joined.federated = all("frequency" in one for one in joined.categories)     # LVIS
+    joined.federated = all({"frequency", "image_count"} <= one.keys()           # LVIS
+                           for one in joined.categories)
     return joined
 
 
@@ -1374,7 +1451,7 @@ def centre_crop(width, height, uniforms, size, share=224 / 256, place=0.5):
 WHOLE_WIDTH = functools.partial(centre_crop, share=1)       # or height: as much as fits
 
 
-def whole(width, height, uniforms=None, size=None):
+def whole_image(width, height, uniforms=None, size=None):
     """The box of the whole image: squashed, where its aspect is not the output's."""
     return 0, 0, width, height
 
@@ -1832,7 +1909,7 @@ def validate(val, args, device):
     read, short = all_reduce_sum(sums).tolist()
     if short:
         say_once(f"NOTE: {int(short)} of {len(val)} clips of --val have fewer than "
-                 f"{val.views.span} frames: the last one is repeated")
+                 f"{val.views.span} frames: some are repeated")
     if not read:
         raise UserError(f"none of {len(bad)} images can be read; the last: "
                         f"{bad[-1][1]}: {bad[-1][2]}")
@@ -1896,7 +1973,8 @@ def most_probable(logits_of, pixels, names, args, device):
     """The five most probable names of each picture uint8 [B,H,W,C] or clip [B,V,T,H,W,C]:
     [[(name, probability)]]. logits_of(normalised images) is [B,K]. Every rank has to call it."""
     with autocast(args, device):
-        parts = normalise(pixels).split(args.micro_batch)
+        views = pixels.shape[1] if pixels.dim() == 6 else 1
+        parts = normalise(pixels).split(max(1, args.micro_batch // views))
         logits = torch.cat([logits_of(part.to(device)) for part in parts]).float()      # [B,K]
     chances = logits.sigmoid() if args.loss == "bce" else logits.softmax(1)
     top = chances.topk(min(5, len(names)))
@@ -1979,7 +2057,7 @@ def verify(args):
     source = open_data(*args.spec, index_dir=args.index_dir)
     count, start, bad = len(source), time.perf_counter(), 0
     positions = list(validation_positions(count, 64, 0, 1))
-    batches = load(Samples(source, (32, 32), 3, whole, shuffle=False), positions,
+    batches = load(Samples(source, (32, 32), 3, whole_image, shuffle=False), positions,
                    args.workers, torch.device("cpu"))
     for batch in progress(batches, "decoding", "batch", len(positions)):
         bad += len(batch["bad"])
@@ -2009,7 +2087,7 @@ def encode(image, short):
         return ending, content
     turned, channels = orientation_of(opened) > 4, 1 if opened.mode == "L" else 3
     W, H = (round(side / shrink) for side in opened.size[::-1 if turned else 1])
-    pixels = read_pixels(lambda: content, whole, (H, W), channels)
+    pixels = read_pixels(lambda: content, whole_image, (H, W), channels)
     Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(file, "JPEG", quality=90)
     return "jpg", file.getvalue()
 

@@ -276,7 +276,7 @@ def evaluate(model, val, args, device, names):
 def evaluation_crop(args, config):
     """The function that chooses the crop of an evaluation: with squash the whole image, else the
     central 7/8, above 224 pixels the whole central square (MAE)."""
-    return data.whole if args.crop == "squash" else functools.partial(
+    return data.whole_image if args.crop == "squash" else functools.partial(
         data.centre_crop, share=224 / 256 if max(config.image) <= 224 else 1.0)
 
 
@@ -358,7 +358,7 @@ def train_classifier(args, model, wrapped, device, train, val, model_info, flops
         run.update(counts)
         if run.state.get("short_clips"):
             data.say_once(f"NOTE: some clips of --data have fewer than {train.views.span} frames: "
-                          "the last one is repeated (log.jsonl has their number)")
+                          "some are repeated (log.jsonl has their number)")
 
 
 def classify(argv):
@@ -622,7 +622,7 @@ def names_in(source):
         return source.classes
     mine = {tag for c in data.my_part(len(source.chunks), "labels")
             for tag in source.words(c, "tags")[0]}
-    return data.class_names_of(set().union(*vit.all_gather_objects(mine)))
+    return data.in_label_order(set().union(*vit.all_gather_objects(mine)))
 
 
 def class_targets(sample, source, outputs):
@@ -763,6 +763,7 @@ def start_frozen(task, argv):
                             "encoder: leave --parallel out")
         args.parallel = "ddp"
     device = vit.start(args)
+    torch.set_float32_matmul_precision("highest")   # TF32 is too coarse for fit_linear's L-BFGS
     vit.on_rank_0(lambda: Path(args.out).mkdir(parents=True, exist_ok=True))
 
     @functools.cache
@@ -967,7 +968,7 @@ def fit_linear(features, labels, K, penalty, sum_over_ranks=lambda tensor: tenso
     mean = sum_over_ranks(features.sum(0)) / count                          # [D]
     variance = sum_over_ranks((features - mean).square().sum(0)) / count    # [D]
     scale = (variance + 1e-6).rsqrt()
-    features = (features - mean) * scale                                    # [n,D]
+    features = (features - mean).mul_(scale)                                # [n,D]
     weight = torch.zeros(K, features.shape[1], device=features.device, requires_grad=True)
     bias = torch.zeros(K, device=features.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, line_search_fn="strong_wolfe")
@@ -1085,13 +1086,16 @@ def tune_prompts(encoder, train, val, K, args, seed, device):
     batch = min(BATCH, len(train))
     steps = max(1, args.epochs * len(train) // batch)
     positions = data.training_positions(0, steps, batch, batch, 0, 1)
-    for step, part in enumerate(data.load(train, positions, 0, device)):
-        optimizer.param_groups[0]["lr"] = vit.learning_rate(step, steps, args.lr, 0.1 * steps)
+    scale = 1024        # of the loss, for fp16; SGD's rate takes it back exactly
+    for step, part in enumerate(data.load(train, positions, args.workers, device)):
+        lr = vit.learning_rate(step, steps, args.lr, 0.1 * steps)
+        optimizer.param_groups[0]["lr"] = lr / scale
         images = part["images"].to(device)                                  # [B,H,W,C]
         images = data.flip(images, data.uniform(seed, part["position"].to(device), "flip", 1))
         with vit.autocast(args, device):
             logits = model(data.normalise(images))                          # [B,K]
-        F.cross_entropy(logits.float(), part["targets"][:, 0].to(device)).backward()
+        loss = F.cross_entropy(logits.float(), part["targets"][:, 0].to(device))
+        (scale * loss).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     right = []
@@ -1513,8 +1517,8 @@ def evaluate_towers(model, val, args, device, names, weights, encode):
     for images, batch in data.validate(val, args, device):
         with vit.autocast(args, device):
             x = model.embed_images(images)                                  # [B,E]
-            if weights is not None:
-                rows += answers(x @ weights.T, batch, args)
+        if weights is not None:
+            rows += answers(x.float() @ weights.T, batch, args)
         seen = batch["weight"] > 0
         count += seen.sum()
         for i, vector in zip(batch["position"][seen].tolist(), x.cpu()[seen].numpy()):
@@ -1548,7 +1552,7 @@ def recall(name, queries, keys, query_texts, key_texts, args):
         similar = queries[at:at + size] @ keys.T                            # [c,m]
         wrong = query_texts[at:at + size, None] != key_texts                # [c,m]
         right = similar.masked_fill(wrong, -2).max(1, keepdim=True).values  # [c,1]
-        better = (similar > right).sum(1)                                   # [c]
+        better = (similar.masked_fill(~wrong, -2) >= right).sum(1)          # [c]; ties count
         hits += torch.stack([(better < k).sum() for k in (1, 5, 10)]).cpu()
     shares = (vit.all_reduce_sum(hits) / len(queries)).tolist()
     return {f"{name}_recall{k}": share for k, share in zip((1, 5, 10), shares)}
@@ -1671,6 +1675,8 @@ def open_classes_and_val(args, config):
     if args.texts:
         return None, [[text] for text in args.texts], ["{}"]
     classes = read_classes(args.classes) if args.classes else []
+    if len(classes) == 1:
+        raise UserError(f"--classes {args.classes} has one line: there is nothing to choose")
     if args.predict or not args.val:
         return None, classes, templates
     val = data.open_data(*args.val, index_dir=args.index_dir)
@@ -1715,7 +1721,11 @@ def zeroshot(argv):
 
     def logits_by(weights):
         """The function from images [B,C,H,W] to logits [B,K] of the classes."""
-        return lambda images: model.embed_images(images) @ weights.T
+        def logits_of(images):
+            x = model.embed_images(images).float()                          # [B,E]
+            with torch.autocast(device.type, enabled=False):
+                return x @ weights.T
+        return logits_of
 
     def weights_now():
         return class_weights(model, classes, templates, encode, args, device) if classes else None
@@ -1830,8 +1840,9 @@ class Video(nn.Module):
     def forward(self, clips, scales=None, dropped=None):
         """`scales` as of vit.run_blocks; `dropped` [B,D] multiply what the head gets (dropout). Of
         clips [B,V,T,C,H,W], seen in V views, the result is mean_of_views."""
-        if clips.dim() == 6:                # one view at a time, for the memory
-            return mean_of_views(torch.stack([self.forward(view) for view in clips.unbind(1)], 1))
+        if clips.dim() == 6:
+            logits = self.forward(clips.flatten(0, 1))                      # [B*V,K]
+            return mean_of_views(logits.unflatten(0, clips.shape[:2]))
         x = self.patch_embed(cut_tubelets(clips, self.config.patch))        # [B,T/2*N,D]
         times = self.pos_embed_temporal[:, :, None]                         # [1,T/2,1,D]
         x = x + (times + self.pos_embed[:, None, 1:]).flatten(1, 2)
@@ -1891,7 +1902,7 @@ def add_video_flags(add):
         "random start on; default that of --init, else by recipe")
     yes_or_no = argparse.BooleanOptionalAction
     add("--segments", action=yes_or_no, help="instead: a frame of each of --frames equal parts of "
-        "the clip; default by recipe")
+        "the clip; default that of --init, else by recipe")
     add("--relative-positions", action=yes_or_no, help="attention also depends on the difference "
         "in time, row and column (paper: +0.6 on Kinetics-400); default that of --init, else off")
     add("--flip", action=yes_or_no, help="mirror half of the clips; default by recipe")
@@ -1923,9 +1934,7 @@ def parse_video_flags(argv):
     if args.frames % TUBELET:
         raise UserError(f"--frames {args.frames}: tokens are of {TUBELET} frames each; the nearest "
                         f"numbers are {args.frames - 1} and {args.frames + 1}")
-    if args.val is None and all(map(data.is_world, args.data)):
-        args.val = ["world-clips-val"]
-    data.choose_val(args)
+    data.choose_val(args, "world-clips-val")
     views = data.Views(args.frames, args.stride, args.segments, *map(int, args.views.split("x")))
     return args, config, file_info, views
 
@@ -1980,7 +1989,7 @@ class Heads(NamedTuple):
     hidden: int         # outputs of a box head's linear layer
     anchors: int        # of an image that the proposals are trained on
     boxes: int          # S
-    before_nms: int     # best proposals of each level of the pyramid
+    before_nms: int     # best proposals of each level; also pairs of box and class at the end
     after_nms: int      # best proposals of an image
 
 
@@ -1993,13 +2002,14 @@ DETECT_RECIPES = {
     "ours": dict(batch=16, epochs=1, lr=5e-4, weight_decay=0.05, warmup=0.25, clip_grad=1.0,
                  jitter=[0.5, 1.5], layer_decay=0.8, drop_path=0.0)}
 DETECT_BY_MODEL = {"base": dict(layer_decay=0.7, drop_path=0.1),
-                   "large": dict(layer_decay=0.8, drop_path=0.4),   # 2b, 6.5b: not published
-                   **dict.fromkeys(("huge", "2b", "6.5b"), dict(layer_decay=0.9, drop_path=0.5))}
+                   "large": dict(layer_decay=0.8, drop_path=0.4),
+                   **dict.fromkeys(("huge", "2b", "6.5b"),          # 2b, 6.5b: not published
+                                   dict(layer_decay=0.9, drop_path=0.5, epochs=75))}
 STAGES = {"cascade": (0.5, 0.6, 0.7), "one": (0.5,)}        # IoU from which on a box is an object
-# The later the head, the smaller the offsets that it learns; what they are multiplied by
+# What the offsets (x, y, width, height) of each head are multiplied by: later ones are smaller
 SCALES = (10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)
-# LVIS: classes that are judged in an image; what makes a class improbable (0.01) at first
-FEDERATED, RARE = 50, math.log(99)
+# LVIS: classes that are judged in an image; what is taken from logits, so that they start at 0.01
+FEDERATED, PRIOR = 50, math.log(99)
 MASK_SIDE = 112         # of objects' masks in their boxes: four times that of predictions (ours)
 
 
@@ -2010,12 +2020,13 @@ def parse_detect_flags(argv):
         **{f"vitdet, {name}": recipe for name, recipe in DETECT_BY_MODEL.items()}})
     parser.set_defaults(data=["world-boxes"], micro_batch=16)
     add = parser.add_argument_group("detection").add_argument
-    add("--images", metavar="DIR", help="folder of --data's images; default: that of its .json")
+    add("--images", metavar="DIR", help="folder of --data's images, for LVIS the one "
+        "that has train2017 and val2017; default: that of its .json")
     add("--val-images", metavar="DIR", help="folder of --val's images; default: --images")
     add("--box-heads", choices=STAGES, help="cascade: three, each for the boxes of the one before; "
         "default cascade, or as --init")
-    add("--no-masks", dest="masks", action="store_false", help="boxes only, for data without "
-        "masks; default: boxes and masks, or as --init")
+    add("--masks", action=argparse.BooleanOptionalAction, help="masks as well as boxes; default "
+        "yes, or as --init")
     add("--window", type=vit.positive, metavar="PATCHES", help="side of the windows that most "
         "blocks attend in; default 14, or as --init")
     add("--jitter", type=vit.number(0.01, 10), nargs=2, metavar="SIZE", help="smallest and largest "
@@ -2031,16 +2042,16 @@ def parse_detect_flags(argv):
         raise UserError(f"{args.init} is no detector: --predict and --eval-only need one, as "
                         "runs/detect/model.pt")
     recipe = "vitdet" if name in DETECT_BY_MODEL else "ours"
-    size = size or (config.image if in_use or recipe == "ours" else [1024])
+    size = size or (config.image if trained or recipe == "ours" else [1024])
     config = replace(config, image=size, patch=16 if config.patch == 14 else config.patch)
-    kept = {flag: trained[flag] for flag in ("box_heads", "window")} if in_use else {}
-    args.masks = trained["masks"] if in_use else args.masks
-    vit.fill_recipe(args, {"box_heads": "cascade", "window": 14, **DETECT_RECIPES[recipe],
-                           **DETECT_BY_MODEL.get(name, {}), **kept})
-    if args.val is None and all(spec.startswith("world-boxes") for spec in args.data):
-        args.val = ["world-boxes-val"]
-    if (args.eval_only or args.evaluate) and not args.val:
-        raise UserError("--eval-only and --evaluate need --val: the images to evaluate on")
+    kept = {flag: trained[flag] for flag in ("box_heads", "window", "masks") if trained}
+    vit.fill_recipe(args, {"box_heads": "cascade", "window": 14, "masks": True,
+                           **DETECT_RECIPES[recipe], **DETECT_BY_MODEL.get(name, {}), **kept})
+    data.choose_val(args, "world-boxes-val")
+    if args.evaluate and not args.val:
+        raise UserError("--evaluate needs --val: the annotations of its images")
+    if args.val and len(args.val) > 1:
+        raise UserError("--val takes one source: another may repeat the ids of its images")
     return args, config, HEADS[recipe], file_info
 
 
@@ -2117,10 +2128,12 @@ def match(boxes, truth, known, low, high, nearest=False):
     return which, positive, (best < low) & ~positive
 
 
-def sample(positive, negative, uniforms, n, share):
-    """Choose n boxes of each image by chance: at most a `share` of `positive`, the rest `negative`,
-    bool [B,m]. Their numbers [B,n], positive ones first, and whether each is one, bool [B,n], since
-    there may be too few. A pure function of `uniforms` [B,m]."""
+def choose_boxes(positive, negative, uniforms, n, share):
+    """Choose n boxes (or all, if there are fewer) of each image by chance: at most a `share` of
+    `positive`, the rest `negative`, bool [B,m]. Their numbers [B,n], positive ones first, and
+    whether each is one, bool [B,n], since there may be too few. A pure function of `uniforms`
+    [B,m]."""
+    n = min(n, positive.shape[1])
     last = torch.where(positive, uniforms, -1).topk(max(1, int(n * share))).values[:, -1:]
     rank = torch.where(negative, uniforms, -1)
     rank = torch.where(positive & (uniforms >= last), 2 + uniforms, rank).topk(n)
@@ -2216,15 +2229,11 @@ def mask_targets(masks, truth, boxes, side):
 # Detection: the network
 # ======================================================================================
 
-class MapNorm(nn.Module):
+class MapNorm(vit.LayerNorm):
     """LayerNorm over the channels of a map [B,C,H,W]."""
 
-    def __init__(self, channels):
-        super().__init__()
-        self.norm = vit.LayerNorm(channels)
-
     def forward(self, x):
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def convs_of(heads):
@@ -2252,20 +2261,17 @@ def simple_pyramid(D, C):
 def to_windows(x, grid, side):
     """Cut tokens [B,N,D] of a grid (rows, columns) into windows of side x side tokens, filled up
     with zeros at the bottom and on the right: [B * windows, side * side, D]."""
-    B, _, D = x.shape
-    rows, columns = (math.ceil(n / side) for n in grid)                     # of windows
-    x = x.unflatten(1, grid)                                                # [B,rows,columns,D]
-    x = F.pad(x, (0, 0, 0, columns * side - grid[1], 0, rows * side - grid[0]))
-    x = x.reshape(B, rows, side, columns, side, D).transpose(2, 3)
-    return x.reshape(-1, side * side, D)
+    x = x.transpose(1, 2).unflatten(2, grid)                                # [B,D,rows,columns]
+    x = F.pad(x, (0, -grid[1] % side, 0, -grid[0] % side))
+    return vit.patchify(x, side).unflatten(2, (side * side, -1)).flatten(0, 1)
 
 
 def from_windows(windows, grid, side):
     """The inverse of to_windows: tokens [B,N,D]."""
     rows, columns = (math.ceil(n / side) for n in grid)
-    x = windows.reshape(-1, rows, columns, side, side, windows.shape[-1]).transpose(2, 3)
-    x = x.flatten(3, 4).flatten(1, 2)                               # [B,rows*side,columns*side,D]
-    return x[:, :grid[0], :grid[1]].flatten(1, 2)
+    x = windows.reshape(-1, rows * columns, side * side * windows.shape[-1])
+    x = vit.unpatchify(x, side, (rows, columns), windows.shape[-1])         # [B,D,rows,columns]
+    return x[..., :grid[0], :grid[1]].flatten(2).transpose(1, 2)
 
 
 class Detector(nn.Module):
@@ -2302,11 +2308,10 @@ class Detector(nn.Module):
         self.init_weights()
 
     def init_weights(self, seed=0):
-        last = [name for name, p in self.named_parameters() if p.dim() > 1 and name.startswith((
-            f"proposals.{len(self.proposals) - 1}.", f"mask_head.{3 * self.heads.convs + 2}.",
-            *(f"box_heads.{k}.{3 * self.heads.convs + 3}." for k in range(3))))]
-        # ViTDet: 0.01 for classes and proposals, 0.001 for box offsets and masks
-        vit.init_weights(self, seed, dict.fromkeys(last, 0.001))
+        last = [head[-1] for head in (self.proposals, *self.box_heads, self.mask_head) if head]
+        # ViTDet has 0.01 for classes and proposals, 0.001 for box offsets and masks.
+        vit.init_weights(self, seed, {f"{name}.weight": 0.001 for name, module
+                                      in self.named_modules() if module in last})
 
     def find(self, images, seen, scales=None):
         """The pyramid of images [B,C,H,W], whose (height, width) `seen` [B,2] are not filled up
@@ -2354,7 +2359,8 @@ class Detector(nn.Module):
         """The loss of images [B,C,H,W] with the objects of a batch (see objects_layout). Each image
         counts alike and has a fixed number of anchors and boxes, so that ranks and micro-batches
         change nothing."""
-        seen, truth, classes = batch["seen"], batch["boxes"], batch["classes"]
+        G = max(1, int((batch["classes"] >= 0).sum(1).max()))     # most objects of these images
+        seen, truth, classes = batch["seen"], batch["boxes"][:, :G], batch["classes"][:, :G]
         known, heads = classes >= 0, self.heads                             # [B,G]
         draw = lambda stream, n: data.uniform(self.seed, batch["position"], stream, n)  # [B,n]
         maps, anchors, logits, offsets = self.find(images, seen, scales)
@@ -2364,8 +2370,8 @@ class Detector(nn.Module):
         boxes, sound = self.propose(maps, anchors, logits, offsets, seen)
         boxes, sound = torch.cat([boxes, truth], 1), torch.cat([sound, known], 1)
         _, positive, negative = match(boxes, truth, known, 0.5, 0.5)
-        chosen, sound = sample(positive & sound, negative & sound, draw("boxes", boxes.shape[1]),
-                               heads.boxes, 0.25)                           # [B,S]
+        chosen, sound = choose_boxes(positive & sound, negative & sound,
+                                     draw("boxes", boxes.shape[1]), heads.boxes, 0.25)  # [B,S]
         boxes = chosen = vit.gather_tokens(boxes, chosen)                   # [B,S,4]
         judged = federated(classes, draw("classes", self.K), self.images_of) if self.images_of \
             else None                                                       # [B,K]
@@ -2389,7 +2395,7 @@ class Detector(nn.Module):
         # ---- masks of the chosen boxes that are objects, which come first
         boxes = chosen[:, :max(1, heads.boxes // 4)]                        # [B,n,4]
         which, positive, _ = match(boxes, truth, known, 0.5, 0.5)           # [B,n]
-        wanted = mask_targets(vit.gather_tokens(batch["masks"].flatten(2), which).unflatten(
+        wanted = mask_targets(vit.gather_tokens(batch["masks"][:, :G].flatten(2), which).unflatten(
             2, 2 * [MASK_SIDE]) / 255, vit.gather_tokens(truth, which), boxes, 28)
         logits = self.masks(maps, boxes, classes.gather(1, which).clamp(min=0))     # [B,n,28,28]
         losses = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean((2, 3))
@@ -2404,13 +2410,13 @@ class Detector(nn.Module):
     @torch.no_grad()
     def detect(self, images, seen):
         """What is found in images [B,C,H,W], the surest first: scores [B,n] (0: no more), classes
-        [B,n], boxes [B,n,4], and masks [B,n,28,28], 0 … 1, or None."""
+        [B,n], boxes [B,n,4], and, from a model with masks, masks [B,n,28,28], 0 … 1."""
         most, least = (300, 0.02) if self.images_of else (100, 0.05)
         (maps, *found), scores = self.find(images, seen), 0
         boxes, sound = self.propose(maps, *found, seen)                     # [B,n,4] [B,n]
         for head, sizes in zip(self.box_heads, SCALES):
             x = head(roi_align(maps[:4], boxes, self.strides, 7)).float().unflatten(0, sound.shape)
-            chances = (x[..., :-4] - RARE).sigmoid() if self.images_of else \
+            chances = (x[..., :-4] - PRIOR).sigmoid() if self.images_of else \
                 x[..., :-4].softmax(-1)[..., :self.K]
             scores = scores + chances / len(self.stages)                    # [B,n,K]
             boxes, _ = clip_boxes(decode_boxes(x[..., -4:], boxes, sizes), seen)
@@ -2421,15 +2427,15 @@ class Detector(nn.Module):
         scores = scores * (nms(boxes, scores, classes, 0.5) & (scores > least))
         scores, index = scores.topk(min(most, scores.shape[1]))
         boxes, classes = vit.gather_tokens(boxes, index), classes.gather(1, index)
-        return scores, classes, boxes, self.masks(maps, boxes, classes).sigmoid() \
-            if self.mask_head else None
+        found = scores, classes, boxes
+        return (*found, self.masks(maps, boxes, classes).sigmoid()) if self.mask_head else found
 
 
 def proposal_losses(anchors, logits, offsets, truth, known, draw, n):
     """The loss [B] of the proposals, logits [B,A] and offsets [B,A,4], on n anchors of each image:
     whether it is an object (cross-entropy), and where the object is (L1)."""
     which, positive, negative = match(anchors[None], truth, known, 0.3, 0.7, nearest=True)
-    chosen, sound = sample(positive, negative, draw("anchors", logits.shape[1]), n, 0.5)    # [B,n]
+    chosen, sound = choose_boxes(positive, negative, draw("anchors", logits.shape[1]), n, 0.5)
     positive = positive.gather(1, chosen) & sound
     wanted = encode_boxes(anchors[chosen], vit.gather_tokens(truth, which.gather(1, chosen)))
     losses = F.binary_cross_entropy_with_logits(logits.gather(1, chosen), positive.float(),
@@ -2444,7 +2450,7 @@ def class_losses_of_boxes(logits, targets, judged):
     if judged is None:
         return F.cross_entropy(logits.movedim(2, 1), targets, reduction="none")
     hot = F.one_hot(targets, logits.shape[2] + 1)[..., :-1].float()         # [B,S,K]
-    losses = F.binary_cross_entropy_with_logits(logits - RARE, hot, reduction="none")
+    losses = F.binary_cross_entropy_with_logits(logits - PRIOR, hot, reduction="none")
     return (losses * judged[:, None]).sum(-1)
 
 
@@ -2473,7 +2479,7 @@ def detector_flops(model):
 
 
 # ======================================================================================
-# Detection: images for training, masks in COCO's formats
+# Detection: images for training
 # ======================================================================================
 
 def see_objects(sample, uniforms, size, channels, numbers, most=0, side=0, jitter=(1, 1),
@@ -2504,7 +2510,7 @@ def see_objects(sample, uniforms, size, channels, numbers, most=0, side=0, jitte
         x, y, dx, dy = one["bbox"]
         box = x, y, x + dx, y + dy
         if side:            # the box is that of what can be seen of the mask
-            mask = read_mask(one["segmentation"], height, width) & inside
+            mask = data.read_mask(one["segmentation"], height, width) & inside
             mask = Image.fromarray(mask.astype(np.uint8) * 255)
             box = mask.getbbox() or (0, 0, 0, 0)
         box = np.clip(box, corner, last)
@@ -2525,76 +2531,6 @@ def objects_layout(most=0, side=0):
     and what the image's x and y were multiplied by."""
     return [("boxes", np.float32, (most, 4)), ("classes", np.int64, (most,)), ("masks", np.uint8, (
         most, side, side)), ("seen", np.float32, (2,)), ("scale", np.float32, (2,))]
-
-
-def mask_of_runs(runs, H, W):
-    """Run lengths [n] (see data.runs_of_mask) as a mask, bool [H,W]. Raises ValueError."""
-    if min(runs, default=0) < 0 or sum(runs) != H * W:
-        raise ValueError(f"a mask of {sum(runs)} pixels in an image of {W} x {H}")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(W, H).T
-
-
-def runs_of_polygon(polygon, H, W):
-    """The run lengths [n] of a polygon [x0, y0, x1, y1, …], of the pixels that COCO takes.
-
-    COCO draws the outline on a grid five times as fine. Where it passes the middle of a column of
-    pixels, what is below changes sides."""
-    x, y = np.trunc(5 * np.reshape(polygon, (-1, 2)).T + 0.5).astype(np.int64)
-    dx, dy = np.roll(x, -1) - x, np.roll(y, -1) - y
-    steps = np.maximum(abs(dx), abs(dy))
-    edge = np.repeat(np.arange(len(x)), steps + 1)
-    t = np.arange(len(edge)) - np.repeat(np.cumsum(steps + 1) - steps - 1, steps + 1)
-    x, y, dx, dy, steps = (values[edge] for values in (x, y, dx, dy, steps))
-    # An edge is drawn from its lower end, on the axis on which it is longer.
-    back = np.where(abs(dx) >= abs(dy), dx, dy) < 0
-    x, y, dx, dy = np.where(back, (x + dx, y + dy, -dx, -dy), (x, y, dx, dy))
-    x, y = (np.trunc(start + d / np.maximum(steps, 1) * np.where(back, steps - t, t) + 0.5)
-            .astype(np.int64) for start, d in ((x, dx), (y, dy)))
-    column, row = np.minimum(x[1:], x[:-1]), np.minimum(y[1:], y[:-1])
-    passed = (x[1:] != x[:-1]) & (column % 5 == 2) & (column >= 0) & (column // 5 < W)
-    row = np.ceil(np.clip((row[passed] + 0.5) / 5 - 0.5, 0, H)).astype(np.int64)
-    changes, times = np.unique(column[passed] // 5 * H + row, return_counts=True)
-    changes = changes[(times % 2 == 1) & (changes < H * W)]     # twice is not at all
-    return np.diff(changes, prepend=0, append=H * W)
-
-
-def text_of_runs(runs):
-    """Run lengths as COCO's text: each less the one two before it, in digits of 5 bits, the lowest
-    first; a sixth bit says that more follow; a digit's letter is number 48 on."""
-    letters = []
-    for run, before in zip(runs.tolist(), [0, 0, 0, *runs[1:].tolist()]):
-        rest, more = run - before, True
-        while more:
-            low, rest = rest & 31, rest >> 5
-            more = rest != -(low >> 4)          # the top bit of the last digit is the sign
-            letters.append(chr(48 + low + 32 * more))
-    return "".join(letters)
-
-
-def runs_of_text(text):
-    """The inverse of text_of_runs, as a list. Raises ValueError for a damaged text."""
-    runs, value, bits = [], 0, 0
-    for digit in (ord(letter) - 48 for letter in text):
-        if not 0 <= digit < 64:
-            raise ValueError("its mask does not decode")
-        value, bits = value + ((digit & 31) << bits), bits + 5
-        if digit < 32:      # the last digit of a number; its top bit is the sign
-            value -= (digit & 16) << (bits - 4)
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value, bits = 0, 0
-    if bits:
-        raise ValueError("its mask ends within a number")
-    return runs
-
-
-def read_mask(segmentation, H, W):
-    """A "segmentation" of COCO's, polygons or run lengths, as a mask, bool [H,W]. Raises
-    ValueError."""
-    if isinstance(segmentation, list):
-        parts = [runs_of_polygon(polygon, H, W) for polygon in segmentation]
-        return np.logical_or.reduce([mask_of_runs(runs, H, W) for runs in parts])
-    runs = segmentation["counts"]
-    return mask_of_runs(runs_of_text(runs) if isinstance(runs, str) else runs, H, W)
 
 
 # ======================================================================================
@@ -2619,7 +2555,8 @@ def overlaps_of(found, truths, crowd, kind, H, W):
         common = (last - first).clip(0).prod(-1)                            # [D,G]
         area, other = a[:, 2:].prod(1), b[:, 2:].prod(1)                    # [D] [G]
     else:
-        a, b = ([read_mask(one["segmentation"], H, W) for one in some] for some in (found, truths))
+        a, b = ([data.read_mask(one["segmentation"], H, W) for one in some]
+                for some in (found, truths))
         area, other = (np.array([np.count_nonzero(mask) for mask in some]) for some in (a, b))
         common = np.array([[np.count_nonzero(x & y) for y in b] for x in a]).reshape(len(a), len(b))
     cover = np.where(crowd, area[:, None], area[:, None] + other - common)
@@ -2646,42 +2583,42 @@ def match_truths(overlaps, crowd, ignored):
 
 
 def compare(found, truths, kind, image, lvis):
-    """The results, the surest first, and truths of one image and category: (scores [D], hits and
-    misses, bool [4,10,D] each, numbers of truths that count [4])."""
+    """The results, the surest first, and truths of one image and category: (scores [D], which are
+    right and which wrong, bool [4,10,D] each, numbers of truths that count [4])."""
     crowd = np.array([one["iscrowd"] for one in truths], bool)              # [G]
     true_area = np.array([one["area"] for one in truths])                   # [G]
     outside = lambda area: (area < AREAS[:, :1]) | (area > AREAS[:, 1:])    # [4,n]
     ignored = outside(true_area) | crowd
     area, overlaps = overlaps_of(found, truths, crowd, kind, image["height"], image["width"])
     matched, wasted = match_truths(overlaps, crowd, ignored)
-    misses = ~matched & ~outside(area)[:, None] & (area > 0 if lvis else True)
-    return np.array([one["score"] for one in found]), matched & ~wasted, misses, (~ignored).sum(1)
+    wrong = ~matched & ~outside(area)[:, None] & (area > 0 if lvis else True)
+    return np.array([one["score"] for one in found]), matched & ~wasted, wrong, (~ignored).sum(1)
 
 
 def curves(rows, area, most):
     """(Precision [10,101] at OVERLAPS and RECALLS, final recall [10]) of one category, from
-    `compare`'s rows, of which the surest `most` count; None where there is no truth."""
+    `compare`'s rows, of which the surest `most` count; -1 where there is no truth."""
     count = sum(row[3][area] for row in rows)
     if not count:
-        return None
+        return np.full((10, 101), -1.0), np.full(10, -1.0)
     order = np.argsort(-np.concatenate([row[0][:most] for row in rows]), kind="stable")
-    hits, misses = (np.cumsum(np.concatenate(
+    right, wrong = (np.cumsum(np.concatenate(
         [row[k][area, :, :most] for row in rows], 1)[:, order], 1) for k in (1, 2))     # [10,n]
     if not len(order):
         return np.zeros((10, 101)), np.zeros(10)
-    best = hits / (hits + misses + np.spacing(1))
+    best = right / (right + wrong + np.spacing(1))
     best = np.maximum.accumulate(best[:, ::-1], 1)[:, ::-1]         # at this recall or a higher one
     precision = [np.append(values, 0)[np.searchsorted(recall, RECALLS)]
-                 for recall, values in zip(hits / count, best)]
-    return np.array(precision), hits[:, -1] / count
+                 for recall, values in zip(right / count, best)]
+    return np.array(precision), right[:, -1] / count
 
 
 def coco_scores(truths, results, categories, kind):
     """COCO's twelve numbers, 0 … 1, of "bbox" or "segm"; -1 where there is nothing to find.
 
-    Of LVIS, an image knows only some of the categories: results of others do not count, nor misses
-    of those that are not exhaustive; AP is also given for rare, common and frequent ones."""
-    lvis = any("neg_category_ids" in image for image in truths)
+    Of LVIS, an image knows only some of the categories: results of others do not count, nor wrong
+    ones of those that are not exhaustive; AP is also given for rare, common and frequent ones."""
+    lvis = all("neg_category_ids" in image for image in truths)
     rows, found = {one["id"]: [] for one in categories}, {image["id"]: [] for image in truths}
     ids = {one["name"]: one["id"] for one in categories}
     for one in sorted(results, key=lambda one: -one["score"]):
@@ -2698,21 +2635,20 @@ def coco_scores(truths, results, categories, kind):
             if mine or objects:
                 rows[k].append(compare(mine, objects, kind, image, lvis))
                 if lvis and k in image["not_exhaustive_category_ids"]:
-                    rows[k][-1][2][:] = False           # its misses
+                    rows[k][-1][2][:] = False           # none is wrong
     most = 300 if lvis else 100
-    found = {(area, n): {k: curve for k in rows if (curve := curves(rows[k], area, n))}
-             for area, n in ((0, most), (1, most), (2, most), (3, most), (0, 1), (0, 10))}
-    mean = lambda values: float(np.mean(values)) if (values := [*values]) else -1.0
-    AP = lambda area, at=slice(None), of=rows: mean(
-        curve[0][at] for k, curve in found[area, most].items() if k in of)
-    AR = lambda area, n: mean(curve[1] for curve in found[area, n].values())
-    scores = {"AP": AP(0), "AP50": AP(0, 0), "AP75": AP(0, 5), "APs": AP(1), "APm": AP(2),
-              "APl": AP(3)}
+    table = lambda area, n: [np.array(part) for part in zip(*(
+        curves(some, area, n) for some in rows.values()))]      # [K,10,101] [K,10]; -1: no truth
+    mean = lambda values: float(values[values >= 0].mean()) if (values >= 0).any() else -1.0
+    precision, recall = zip(*(table(area, most) for area in range(4)))
+    scores = {"AP": mean(precision[0]), "AP50": mean(precision[0][:, 0]),
+              "AP75": mean(precision[0][:, 5])}
+    scores |= {f"AP{size}": mean(precision[area]) for area, size in enumerate("sml", 1)}
     for letter in "rcf" if lvis else "":
-        scores[f"AP{letter}"] = AP(0, of={one["id"] for one in categories
-                                          if one["frequency"] == letter})
-    scores |= {f"AR{n}": AR(0, n) for n in ((most,) if lvis else (1, 10, most))}
-    return scores | {"ARs": AR(1, most), "ARm": AR(2, most), "ARl": AR(3, most)}
+        of = np.array([one["frequency"] == letter for one in categories])
+        scores[f"AP{letter}"] = mean(precision[0][of])
+    scores |= {f"AR{n}": mean(table(0, n)[1]) for n in ((most,) if lvis else (1, 10, most))}
+    return scores | {f"AR{size}": mean(recall[area]) for area, size in enumerate("sml", 1)}
 
 
 # ======================================================================================
@@ -2720,21 +2656,24 @@ def coco_scores(truths, results, categories, kind):
 # ======================================================================================
 
 def results_of(found, sample, scale, categories):
-    """What a detector has found in one sample as COCO's results: `found` are scores [n], classes
-    [n], boxes [n,4] and masks [n,28,28] or None; `scale` [2] is objects_layout's."""
-    (scores, classes, boxes, masks), H, W = found, sample["height"], sample["width"]
+    """What a detector has found in one sample as COCO's results, but for categories of None:
+    `found` are scores [n], classes [n], boxes [n,4] and perhaps masks [n,28,28]; `scale` [2] is
+    objects_layout's."""
+    (scores, classes, boxes, *masks), H, W = found, sample["height"], sample["width"]
     boxes = torch.minimum(boxes / scale.repeat(2), torch.tensor([W, H, W, H]))      # [n,4]
     xs, ys = (torch.arange(side)[None, None] + 0.5 for side in (W, H))
     results = []
     for k, number in enumerate(classes[scores > 0].tolist()):       # the surest come first
+        if not (category := categories[number]):
+            continue
         x0, y0, x1, y1 = boxes[k].tolist()
-        results.append({"image_id": sample["id"], "category_id": categories[number]["id"],
-                        "category": categories[number]["name"], "score": float(scores[k]),
+        results.append({"image_id": sample["id"], "category_id": category["id"],
+                        "category": category["name"], "score": float(scores[k]),
                         "bbox": [x0, y0, x1 - x0, y1 - y0]})
-        if masks is not None:
-            mask = read_masks(masks[None, k:k + 1], boxes[None, k:k + 1], xs, ys)[0, 0] >= 0.5
+        if masks:
+            mask = read_masks(masks[0][None, k:k + 1], boxes[None, k:k + 1], xs, ys)[0, 0] >= 0.5
             runs = data.runs_of_mask(mask.numpy())
-            results[-1]["segmentation"] = {"size": [H, W], "counts": text_of_runs(runs)}
+            results[-1]["segmentation"] = {"size": [H, W], "counts": data.text_of_runs(runs)}
     return results
 
 
@@ -2743,14 +2682,12 @@ def find_objects(model, val, categories, args, device):
     rows = []
     for images, batch in data.validate(val, args, device):
         with vit.autocast(args, device):
-            found = model.detect(images, batch["seen"].to(device))
-        found = zip(*([None] * len(images) if x is None else x.cpu() for x in found))
-        for i, one, scale, weight in zip(batch["position"].tolist(), found, batch["scale"],
-                                         batch["weight"].tolist()):
-            if weight:          # not past the end, and it can be read
-                rows.append((i, val.sample(i), results_of(one, val.sample(i), scale, categories)))
-    rows = sum(vit.objects_in_turn(rows), [])
-    return sorted(rows, key=lambda row: row[0])
+            found = [x.cpu() for x in model.detect(images, batch["seen"].to(device))]
+        for k in batch["weight"].nonzero()[:, 0].tolist():      # not past the end, and read
+            i = int(batch["position"][k])
+            sample, scale = val.sample(i), batch["scale"][k]
+            rows.append((i, sample, results_of([x[k] for x in found], sample, scale, categories)))
+    return sorted(sum(vit.objects_in_turn(rows), []), key=lambda row: row[0])
 
 
 def evaluate_detector(model, val, categories, args, device):
@@ -2761,10 +2698,10 @@ def evaluate_detector(model, val, categories, args, device):
     def score():
         truths, results = [row[1] for row in rows], [one for row in rows for one in row[2]]
         draw_detections(args, rows[::math.ceil(len(rows) / 8)])
-        content = json.dumps([{key: one[key] for key in one if key != "category"}
-                              for one in results])
+        content = json.dumps(results)
         vit.write_aside(Path(args.out) / "results.json", lambda aside: aside.write_text(content))
-        return {**{kind: coco_scores(truths, results, categories, kind)
+        judged = [category for category in categories if category]
+        return {**{kind: coco_scores(truths, results, judged, kind)
                    for kind in ("bbox", "segm")[:1 + args.masks]},
                 "count": len(rows), "bad": len(val) - len(rows)}
 
@@ -2786,10 +2723,11 @@ def predict_objects(model, categories, args, config, device):
     val = data.Samples(samples, config.image, config.channels, shuffle=False, annotate=see,
                        rows=np.arange(len(samples)), layout=objects_layout())
     rows = find_objects(model, val, categories, args, device)
-    for _, sample, found in rows or ():
+    for _, sample, found in rows:
         objects = [f"{one['category']} {one['score']:.2f} at {[*map(round, one['bbox'])]}"
                    for one in found if one["score"] >= 0.5]
         rank0_print(f"{sample['id']}: " + (", ".join(objects) or "nothing"))
+
     vit.on_rank_0(lambda: draw_detections(args, rows))
 
 
@@ -2807,6 +2745,8 @@ def evaluate_results(args):
         boxes = all("bbox" in one for one in results)
         scores = {kind: coco_scores(truths, results, source.categories, kind)
                   for kind, given in (("bbox", boxes), ("segm", masks)) if given}
+        if not scores:
+            raise ValueError("it has neither boxes nor masks that --val has")
     except (OSError, *data.RECORD_ERRORS) as error:
         raise UserError(f"--evaluate {args.evaluate} cannot be scored as COCO's results: "
                         f"{type(error).__name__}: {error}") from error
@@ -2818,13 +2758,13 @@ def draw_objects(sample, objects, masks):
     0.5 or more, or truths."""
     H, W, labels = sample["height"], sample["width"], []
     zoom = max(1, 320 // max(H, W))
-    pixels = data.read_pixels(sample["image"], data.whole, (H, W)).astype(float)
+    pixels = data.read_pixels(sample["image"], data.whole_image, (H, W)).astype(float)
     for one in objects:
         colour = ImageColor.getrgb(f"hsl({zlib.crc32(one['category'].encode()) % 360},90%,50%)")
         if one.get("score", 1) >= 0.5:
             labels.append((one["bbox"], colour, f"{one['category']} {one.get('score', 1):.2f}"))
             if masks and "segmentation" in one:
-                mask = read_mask(one["segmentation"], H, W)
+                mask = data.read_mask(one["segmentation"], H, W)
                 pixels[mask] = 0.6 * pixels[mask] + 0.4 * np.array(colour)
     picture = Image.fromarray(pixels.astype(np.uint8)).resize((zoom * W, zoom * H), 0)
     pen = ImageDraw.Draw(picture)
@@ -2858,9 +2798,10 @@ def object_samples(source, where, classes, args, config):
     share of images with their rarest class."""
     training, objects = where == "--data", np.concatenate([one.objects for one in source.sources])
     rows = np.flatnonzero(objects if training else objects >= 0)
-    if not len(rows) or args.masks and not source.masks:
-        raise UserError(f"{where} has objects without masks: give --no-masks" if len(rows) else
-                        f"{where} has no objects to learn")
+    if not len(rows):
+        raise UserError(f"{where} has no objects to learn")
+    if args.masks and not source.masks:
+        raise UserError(f"{where} has objects without masks: give --no-masks")
     if len(rows) < len(objects):
         rank0_print(f"{len(objects) - len(rows):,} images without objects are left out")
     if training and source.federated:
@@ -2897,10 +2838,11 @@ def detect(argv):
     device = None if args.plan else vit.start(args)
 
     # ---- data
-    trained = file_info["detector"] if args.predict or args.eval_only else {}
-    classes, train, val = file_info.get("classes") or [""] * 80, None, None     # --plan: COCO's 80
-    images_of = [1] * len(classes) if trained.get("federated") else None
-    if not trained and not args.plan:
+    in_use = file_info["detector"] if args.predict or args.eval_only else {}
+    classes = file_info["classes"] if "detector" in file_info else [""] * 80    # --plan: COCO's 80
+    train = val = None
+    images_of = [1] * len(classes) if in_use.get("federated") else None
+    if not in_use and not args.plan:
         train = data.open_objects(args.data, args.images, config.image)
         classes = train.classes
         images_of = [one["image_count"] for one in train.categories] if train.federated else None
@@ -2911,22 +2853,23 @@ def detect(argv):
         if missing := sorted({*known} - {*classes}):
             raise UserError(f"--val has {len(missing)} categories that the model lacks: "
                             f"{', '.join(missing[:5])}")
-        categories = [known.get(one["name"], {**one, "id": -one["id"]}) for one in categories]
+        categories = [known.get(name) for name in classes]      # None: --val does not have it
         val = object_samples(val, "--val", classes, args, config)
 
     # ---- model: random weights, or --init; a run that goes on replaces them (vit.Run)
     make = lambda: Detector(config, heads, len(classes), args.window, STAGES[args.box_heads],
-                            args.masks, args.seed, images_of)
+                            in_use.get("masks", args.masks), args.seed, images_of)
     with torch.device("meta"):
         flops = 3 * detector_flops(make())
     if args.plan:
         rank0_print("activations are those of the encoder; pyramid and heads need more")
         return vit.plan(args, make, [(config.depth, config.width, config.num_patches)], flops)
     model, wrapped = vit.build(make, args, device, ("detect",))
-    if args.init:       # of a detector the heads, too, but for other classes
-        parts = ("*.rel_pos.*", "pyramid.*", "proposals.*", "box_heads.*", "mask_head.*")
-        vit.load_weights(model, args.init, rename=encoder_16, new=() if trained else parts, renew=()
-                         if file_info.get("classes") == classes else parts[3:])
+    if args.init:
+        by_class = ("box_heads.*", "mask_head.*")       # not loaded where the classes are others
+        parts = ("*.rel_pos.*", "pyramid.*", "proposals.*", *by_class)
+        vit.load_weights(model, args.init, rename=encoder_16, new=() if in_use else parts,
+                         renew=() if file_info.get("classes") == classes else by_class)
     if args.predict:
         return predict_objects(model, categories, args, config, device)
     if args.eval_only:
@@ -2935,14 +2878,11 @@ def detect(argv):
     schedule = vit.make_schedule(args, len(train))
     if not vit.open_run(args, "detect", model, train, val, {"classes": classes}):
         return
-    scores = {}
 
-    def evaluate_and_draw():
-        if not val:
-            return {}
-        scores.update(evaluate_detector(model, val, categories, args, device))
-        return {f"{kind}_{name}": scores[kind][name] for kind in ("bbox", "segm")[:1 + args.masks]
-                for name in ("AP", "AP50", "AP75")}
+    def draw_and_evaluate():
+        metrics = evaluate_detector(model, val, categories, args, device) if val else {}
+        return {**metrics, **{f"{kind}_{name}": metrics[kind][name] for kind in ("bbox", "segm")
+                              if kind in metrics for name in ("AP", "AP50", "AP75")}}
 
     # ---- loop
     groups = vit.decay_groups(model, args.weight_decay, NO_DECAY, args.layer_decay)
@@ -2952,7 +2892,7 @@ def detect(argv):
         "federated": bool(images_of)}}
     run = vit.Run(args, model, wrapped, optimizer, device, schedule, model_info, flops)
     batches = data.training_batches(train, args, run.state["step"], schedule, device)
-    for _ in run.steps(evaluate_and_draw):
+    for _ in run.steps(draw_and_evaluate):
         for batch in run.micro_batches(batches):
             images, scales = data.normalise(batch["images"]), None          # [B,C,H,W]
             if args.drop_path:
@@ -2962,8 +2902,6 @@ def detect(argv):
                 loss = wrapped(images, batch, scales)
             run.backward(loss)
         run.update()
-    if scores and run.state["step"] == schedule.steps:
-        vit.report(args, {**scores, "samples": schedule.steps * args.batch})
 
 
 # ======================================================================================

@@ -863,7 +863,7 @@ def test_labels_and_tags_as_people_write_them():
     before = source.fingerprint()
     path.write_text(path.read_text().replace(": 3", ": 4"))     # as long as before
     assert data.open_data(path).fingerprint() != before
-    assert len(data.class_names_of({"20231105", "7"})) == 2     # no twenty million classes
+    assert len(data.in_label_order({"20231105", "7"})) == 2     # no twenty million classes
 
 
 def test_manifests_are_read_as_python_reads_them_and_end_with_a_line_at_a_bad_record():
@@ -999,7 +999,7 @@ def test_an_index_is_never_wrong():
         refused("x.tar is not the file that was indexed", next, batches)
     source = data.open_data(path)
     path.unlink()
-    refused("No such file", next, data.load(data.Samples(source, (8, 8), 3, data.whole),
+    refused("No such file", next, data.load(data.Samples(source, (8, 8), 3, data.whole_image),
                                             [np.arange(4)], 0, torch.device("cpu")))
     path, usual = make_tar(root / "y.tar", range(5)), data.find_samples
 
@@ -1129,7 +1129,7 @@ def test_what_other_decoders_read_is_read():
             content = whole[:at] + extra + whole[at:]
             assert np.array_equal(read(lambda content=content: content), read(lambda: whole))
     cut = [{"image": lambda: whole[:-500], "where": "x"}]
-    assert data.Samples(cut, (8, 8), 3, data.whole, shuffle=False,
+    assert data.Samples(cut, (8, 8), 3, data.whole_image, shuffle=False,
                         rows=np.arange(1)).__getitems__([0])["bad"]
     path, ramp = folder() / "x.tif", np.linspace(0, 1, 32)[None].repeat(32, 0)
     for values, kind, expected in (
@@ -1204,7 +1204,8 @@ def test_workers_that_end_or_stand_still_end_the_run_with_one_line():
         for seed, text in (("killed", "a process that reads images has ended"),
                            ("silent", "no images came for 2 seconds"),
                            ("memory", "start the container with --shm-size")):
-            samples = Broken(data.open_data(photos()), (8, 8), 3, data.whole, seed, shuffle=False)
+            samples = Broken(data.open_data(photos()), (8, 8), 3, data.whole_image, seed,
+                             shuffle=False)
             batches = data.load(samples, [np.arange(4)] * 9, 1, torch.device("cpu"))
             refused(text, next, batches)
     samples.seed = "silent"
@@ -1216,7 +1217,7 @@ def test_workers_that_end_or_stand_still_end_the_run_with_one_line():
 
 def test_predictions_are_drawn_in_two_columns_without_a_margin():
     out, names = folder(), ["cat", "a dog"]
-    samples = data.Samples(data.open_data(photos()), (64, 64), 3, data.whole, shuffle=False,
+    samples = data.Samples(data.open_data(photos()), (64, 64), 3, data.whole_image, shuffle=False,
                            targets_of=lambda sample: [sample["label"]])
     args = argparse.Namespace(out=out, micro_batch=8, precision="fp32", loss="ce")
     data.draw_predictions(args, data.examples(samples, cpu := torch.device("cpu")),
@@ -1254,8 +1255,8 @@ def test_world_is_fixed():
 
 
 def test_world_never_shows_a_novel_pair_in_training():
-    novel = set(data.class_names("novel"))
-    assert len(novel) == 8 and not novel & set(data.class_names("seen"))
+    novel = set(data.world_classes("novel"))
+    assert len(novel) == 8 and not novel & set(data.world_classes("seen"))
     for split in ("train", "val", "test", "labelled"):
         for i in range(1000):
             content = data.scene(i, split)
@@ -1957,7 +1958,8 @@ def test_mistakes_get_one_line():
     for one in boxes["annotations"]:
         del one["segmentation"]
     boxes, torn = new_file("boxes.json", json.dumps(boxes)), new_file("torn.json", '{"images": [')
-    found = new_file("found.json", '[{"image_id": 3, "category_id": 5, "score": 1}]')
+    found, unscored = (new_file(f"{i}.json", json.dumps(
+        [{"image_id": i, "category_id": 5, "score": 1}])) for i in (3, 10))
     stages, commands = {"mae": mae, "wsp": wsp}, f"""
 mae --image-size 30 => image side 30 is not divisible by patch 8; the nearest that are: 24 or 32
 mae --image-size 5 => image side 5 is not divisible by patch 8; the nearest that are: 8
@@ -2044,7 +2046,9 @@ detect --data {torn} => cannot be read as COCO's annotations
 detect --val {annotated()} => has 2 categories that the model lacks: even, odd
 detect {trunk} --eval-only => is no detector
 detect --evaluate {found} --val {annotated()} => 1 of its images are not in --val
-detect --evaluate {found} --data {annotated()} => need --val
+detect --evaluate {found} --data {annotated()} => needs --val
+detect --evaluate {unscored} --val {annotated()} => neither boxes nor masks
+detect --data {boxes} --no-masks --val {boxes} {annotated()} => --val takes one source
 """
     for command, text in re.findall("(.+) => (.+)", commands):
         stage, *flags = command.split()
@@ -2057,7 +2061,8 @@ detect --evaluate {found} --data {annotated()} => need --val
             disagree, "--batch", "12", "24")
     refused("--batch 13 cannot be divided among 2 ranks, 1 or more images at a time within "
             "--micro-batch 64; try 12 or 14", train, folder() / "x", "--batch", "13", world=2)
-    refused("found 1 nodes of 2 ranks: use fsdp", train, folder() / "x", "--parallel", "hsdp", world=2)
+    refused("found 1 nodes of 2 ranks: use fsdp", train, folder() / "x", "--parallel", "hsdp",
+            world=2)
     refused("there is no model 'giant'", Config.named, "giant")
 
 
@@ -2594,7 +2599,7 @@ def test_released_files_are_evaluated_by_number_order_and_name():
                         for file in sorted(photos().glob("*/*.jpg")))
     assert judge(val=numbered)[0]["top1"] == first["top1"]
     _, (pixels,), _ = data.read_pictures(argparse.Namespace(predict=[photo()]),
-                                         Config.named("nano"), data.whole)
+                                         Config.named("nano"), data.whole_image)
     whole = Image.open(photo()).resize((64, 64), Image.Resampling.BICUBIC)
     assert np.abs(pixels.numpy().astype(int) - np.asarray(whole)).mean() < 3
 
@@ -3080,7 +3085,7 @@ def test_kept_features_train_the_same_on_any_number_of_ranks():
 
 def test_zero_shot_classes_are_means_over_names_and_templates():
     """Class vectors, top-1 and top-5, and retrieval, by plain loops."""
-    out, words = trained("zeroshot").out, data.class_names()
+    out, words = trained("zeroshot").out, data.world_classes()
     given = ("--init", out / "model.pt", "--eval-only", "--val", "world-val:50", "--classes",
              new_file("names.txt", "".join(f"{word}, a {word}\n" for word in words)),
              "--templates", new_file("templates.txt", "a {}.\n\nsee {} {}\n"), "--image-size", 32)
@@ -3201,7 +3206,7 @@ def rounds(counts):
     args, found = argparse.Namespace(micro_batch=4, workers=0, out=str(folder())), []
     with contextlib.redirect_stdout(io.StringIO()):
         for count in counts:
-            val = data.Samples(data.open_data(f"world-val:{count}"), (8, 8), 3, data.whole,
+            val = data.Samples(data.open_data(f"world-val:{count}"), (8, 8), 3, data.whole_image,
                                shuffle=False, targets_of=lambda sample: [sample["label"]])
             batches = [batch for _, batch in data.validate(val, args, torch.device("cpu"))]
             assert all(batch["targets"].shape == (len(batch["position"]), 1) for batch in batches)
@@ -3587,12 +3592,13 @@ def test_boxes_are_compared_moved_matched_and_sampled():
         assert negative[i, j] == (best < 0.3 and not near.any())
     uniforms = data.uniform(0, torch.arange(500), "x", 20)
     positive, negative = (torch.arange(20) < 6)[None], (torch.arange(20) > 9)[None]
-    chosen, sound = finetune.sample(positive, negative, uniforms, 8, 0.5)
+    chosen, sound = finetune.choose_boxes(positive, negative, uniforms, 8, 0.5)
     times = torch.bincount(chosen.flatten(), minlength=20)
     assert sound.all() and (chosen[:, :4] < 6).all() and not times[6:10].any()
     assert times[:6].min() > 270 and times[10:].min() > 150         # of 333 and 200
-    few, sound = finetune.sample(positive, negative & False, uniforms, 8, 0.5)
+    few, sound = finetune.choose_boxes(positive, negative & False, uniforms, 8, 0.5)
     assert sound.sum(1).eq(4).all() and (few[:, :4] < 6).all()
+    assert finetune.choose_boxes(positive, negative, uniforms, 64, 0.5)[0].shape == (500, 20)
 
 
 def test_non_maximum_suppression_is_greedy():
@@ -3648,13 +3654,13 @@ def test_run_lengths_agree_with_coco():
             runs = data.runs_of_mask(mask)
             slow = [len([*some]) for _, some in itertools.groupby(mask.T.ravel())]
             assert runs.tolist() == ([0] if mask[0, 0] else []) + slow
-            assert np.array_equal(finetune.mask_of_runs(runs, H, W), mask)
-            assert np.array_equal(finetune.runs_of_text(finetune.text_of_runs(runs)), runs)
+            assert np.array_equal(data.mask_of_runs(runs, H, W), mask)
+            assert np.array_equal(data.runs_of_text(data.text_of_runs(runs)), runs)
     # pycocotools' own text and area of a polygon that leaves its image
     polygon = [10.2, -3.0, 33.7, 12.4, 21.0, 35.5, 2.5, 20.1, 15.0, 15.0]
-    runs = finetune.runs_of_polygon(polygon, 30, 40)
-    assert finetune.text_of_runs(runs) == POLYGON_TEXT and runs[1::2].sum() == POLYGON_AREA
-    decode = lambda text: finetune.mask_of_runs(finetune.runs_of_text(text), 30, 40)
+    runs = data.runs_of_polygon(polygon, 30, 40)
+    assert data.text_of_runs(runs) == POLYGON_TEXT and runs[1::2].sum() == POLYGON_AREA
+    decode = lambda text: data.mask_of_runs(data.runs_of_text(text), 30, 40)
     for damage in ("", "P", "!!", "52\x7f"):
         refused("", decode, damage, error=ValueError)
 
@@ -3678,7 +3684,7 @@ def scored_example(lvis=False):
     u = data.uniform(7, np.arange(4000), "scores", 1)[:, 0].tolist()
     draw, images, annotations, results = iter(u).__next__, [], [], []
     rhombus = lambda x, y, w, h: [x, y + h / 2, x + w / 2, y, x + w, y + h / 2, x + w / 2, y + h]
-    runs = lambda *box: finetune.runs_of_polygon(rhombus(*box), 120, 160)
+    runs = lambda *box: data.runs_of_polygon(rhombus(*box), 120, 160)
     for i in range(24):
         images.append({"id": i, "file_name": f"{i}.jpg", "height": 120, "width": 160})
         if lvis:
@@ -3701,7 +3707,7 @@ def scored_example(lvis=False):
                 results.append({
                     "image_id": i, "category_id": category if draw() < 0.8 else 1 + int(4 * draw()),
                     "bbox": near, "score": round(draw(), 1), "segmentation": {
-                        "size": [120, 160], "counts": finetune.text_of_runs(runs(*near))}})
+                        "size": [120, 160], "counts": data.text_of_runs(runs(*near))}})
     categories = [{"id": k, "name": f"c{k}", "image_count": 6}
                   | ({"frequency": "rcff"[k - 1]} if lvis else {}) for k in range(1, 5)]
     return {"images": images, "annotations": annotations, "categories": categories}, results
@@ -3788,7 +3794,7 @@ def annotated():
             annotations.append({
                 **one, "id": len(annotations), "image_id": 10 + i,
                 "category_id": 5 + 2 * (shape % 2),
-                "segmentation": {"size": [48, 60], "counts": finetune.text_of_runs(runs) if i % 2
+                "segmentation": {"size": [48, 60], "counts": data.text_of_runs(runs) if i % 2
                                  else runs.tolist()} if i < 6 else [
                                      [x0, y0, x0 + w, y0, x0 + w, y0 + h]]})
     images[4]["file_name"] = "missing.png"
@@ -3834,6 +3840,43 @@ def test_detection_leaves_what_others_rely_on():
     assert Image.open(out / "detections.png").width > 600
     said = asked("detect", "--init", model_of("detect"), "--predict", photo(), photo())[2]
     assert said.count(str(photo())) == 2
+    cut = new_file("cut.jpg", photo().read_bytes()[:700])
+    refused(f"--predict {cut} cannot be read: ", asked, "detect", "--init", model_of("detect"),
+            "--predict", photo(), cut)
+
+
+def test_detectors_are_judged_on_some_of_their_classes():
+    """Without masks, by boxes of two classes, with LVIS's fields and names as people write them."""
+    content = vit.read_json(annotated())
+    content["categories"] = [
+        {"id": id, "name": f" {name} ", "frequency": "f", "image_count": 3}
+        for id, name in ((7, data.SHAPES[1]), (5, data.SHAPES[0]))]
+    for image in content["images"]:
+        image |= {"neg_category_ids": [7], "not_exhaustive_category_ids": [], "label": "x"}
+    for one in content["annotations"]:
+        del one["segmentation"]
+    place = annotated().with_name("some.json")
+    place.write_text(json.dumps(content))
+    metrics, out, _ = asked("detect", "--init", model_of("detect"), "--eval-only", "--no-masks",
+                            "--val", place)
+    assert metrics["count"] == 6 and "APr" in metrics["bbox"] and "segm" not in metrics
+    results = json.loads((out / "results.json").read_text())
+    assert results and {one["category_id"] for one in results} <= {5, 7}
+
+
+def test_a_detector_is_trained_on_with_its_own_heads():
+    path = weights_file({"model": ViT(SMALL).state_dict(), "config": vars(SMALL), "classes": ["x"],
+                         "detector": {"box_heads": "one", "window": 7, "masks": False}})
+    args = finetune.parse_detect_flags(["--init", str(path)])[0]
+    assert (args.box_heads, args.window, args.masks) == ("one", 7, False)
+
+
+def test_equal_vectors_are_not_found():
+    same, numbers = torch.ones(20, 4), torch.arange(20)
+    args = argparse.Namespace(micro_batch=4)
+    assert not any(finetune.recall("x", same, same, numbers, numbers, args).values())
+    own = finetune.recall("x", torch.eye(20), torch.eye(20), numbers, numbers, args)
+    assert own == {"x_recall1": 1, "x_recall5": 1, "x_recall10": 1}
 
 
 def test_detectors_of_lvis_learn_rare_classes_and_only_what_is_judged():
@@ -3999,7 +4042,7 @@ TASKS = {       # command, name, metric
     "lowshot": ("finetune.py lowshot --shots 5 --splits 2 --epochs 20",
                 "5 images per class", "vpt5"),
     "zeroshot": ("finetune.py zeroshot --image-size 48 --samples 12000", "zero-shot", "top1"),
-    "video": ("finetune.py video --image-size 48", "video", "top1"),
+    "video": ("finetune.py video --image-size 48 --epochs 3", "video", "top1"),
     "detect": ("finetune.py detect --image-size 64 --steps 200 --val world-boxes-val:200 "
                "--no-masks --box-heads one", "detection, box AP50", "bbox.AP50")}
 

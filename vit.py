@@ -592,7 +592,8 @@ def stage_parser(program, doc, recipes=None):
     add = parser.add_argument_group("machine").add_argument
     add("--micro-batch", type=positive, metavar="IMAGES",
         help="most images in one forward pass of a rank; gradients of several are accumulated; "
-        "default 64; in training on CUDA what fills half of the memory, at most 256 (ours)")
+        "default 64, for video and detect 16; in training on CUDA, but for these, what fills half "
+        "of the memory, at most 256 (ours)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="of matrix products; weights and losses are always fp32. auto (default): bf16 on CUDA "
         "of capability 8 or more, fp16 on older CUDA, fp32 on cpu and mps")
@@ -1682,7 +1683,8 @@ class Run:
     def log_evaluation(self, metrics):
         """Write the metrics of an evaluation and draw curves.png."""
         if metrics:
-            values = {f"val_{name}": value for name, value in metrics.items()}
+            values = {f"val_{name}": value for name, value in metrics.items()
+                      if not isinstance(value, dict)}
             self.write_record(values)
             rank0_print(f"step {self.state['step']}: " + ", ".join(
                 f"{name} {value:.4g}" for name, value in values.items()))
