@@ -2192,7 +2192,7 @@ def main(argv):
             add("--index-dir", metavar="DIR",
                 help="where indexes of shards are kept; default: beside the shards")
         if command in (verify, pack, bench):
-            add("--workers", type=number(0, kind=int), default=cpu_cores(),
+            add("--workers", type=number(0, kind=int), default=cpu_cores(), metavar="PROCESSES",
                 help="processes; 0: this one alone (pack: one); default: the CPU cores")
         if command in (bench, world):
             add("--image-size", type=positive, default=224, metavar="PIXELS",

@@ -598,9 +598,9 @@ def stage_parser(program, doc, recipes=None):
         help="of matrix products; weights and losses are always fp32. auto (default): bf16 on CUDA "
         "of capability 8 or more, fp16 on older CUDA, fp32 on cpu and mps")
     add("--parallel", choices=("auto", "ddp", "fsdp", "hsdp"), default="auto",
-        help="auto (default): ddp where it fits into half of the GPU's memory, else fsdp, or "
-        "across nodes hsdp, which shards inside a node and replicates across nodes; no effect in a "
-        "single process")
+        help="auto (default): the first that fits into half of the GPU's memory: ddp, across nodes "
+        "hsdp, which shards inside a node and replicates across nodes, fsdp; no effect in a single "
+        "process")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="compile each block with torch.compile; default on CUDA")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
@@ -625,11 +625,11 @@ def stage_parser(program, doc, recipes=None):
     length("--samples", type=number(1), help="length of the run in images seen")
     length("--steps", type=positive, help="length of the run in optimizer steps")
     rate = group.add_mutually_exclusive_group().add_argument
-    rate("--lr", type=number(0), help="peak learning rate")
-    rate("--base-lr", type=number(0), help="peak learning rate per 256 images of --batch; the rate "
-         "does not depend on the number of ranks")
-    add("--weight-decay", type=number(0), help="on parameters of 2 or more dimensions; in wsp, "
-        "classify, video and detect not on positions and class token; 0 is off")
+    rate("--lr", type=number(0), metavar="RATE", help="peak learning rate")
+    rate("--base-lr", type=number(0), metavar="RATE", help="peak learning rate per 256 images of "
+         "--batch; the rate does not depend on the number of ranks")
+    add("--weight-decay", type=number(0), metavar="FACTOR", help="on parameters of 2 or more "
+        "dimensions; in wsp, classify, video and detect not on positions and class token; 0 is off")
     add("--warmup", type=share, metavar="SHARE", help="share of the steps in which the learning "
         "rate rises to its peak; 0 is off")
     add("--clip-grad", type=number(0), metavar="NORM", help="largest gradient norm; 0 is off")
