@@ -2762,7 +2762,8 @@ def draw_objects(sample, objects, masks):
     for one in objects:
         colour = ImageColor.getrgb(f"hsl({zlib.crc32(one['category'].encode()) % 360},90%,50%)")
         if one.get("score", 1) >= 0.5:
-            labels.append((one["bbox"], colour, f"{one['category']} {one.get('score', 1):.2f}"))
+            score = f" {one['score']:.2f}" if "score" in one else ""
+            labels.append((one["bbox"], colour, one["category"] + score))
             if masks and "segmentation" in one:
                 mask = data.read_mask(one["segmentation"], H, W)
                 pixels[mask] = 0.6 * pixels[mask] + 0.4 * np.array(colour)
