@@ -3,7 +3,7 @@
     python test_all.py                 # everything quick, a few minutes on two CPU cores
     python test_all.py -k resume       # the tests with "resume" in their name
     python test_all.py --slow          # also what takes long or measures speed
-    python test_all.py --claims        # instead: the paper's claims on the built-in world, 1.5 hours
+    python test_all.py --claims        # instead: the paper's claims on the world, 1.5 hours
 
 Plain functions with asserts; pytest collects them too. What needs several ranks runs in one pool
 of four processes that join a gloo group for each task.
