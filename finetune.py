@@ -151,7 +151,7 @@ def fill_classify_recipe(args, config, name, file_info):
 def parse_classify_flags(argv):
     """All flags, with the recipe filled in: (args, Config, file_info of --init)."""
     parser = vit.stage_parser("finetune.py classify", __doc__, {
-        **RECIPES, **{f"mae, {name}": recipe for name, recipe in MAE_BY_MODEL.items()}})
+        **RECIPES, **{f"mae {name}": recipe for name, recipe in MAE_BY_MODEL.items()}})
     parser.set_defaults(data=["world-labelled"], flip=True, dropout=0.0)     # flags of video
     add = parser.add_argument_group("classification").add_argument
     add("--recipe", choices=RECIPES, help="mae: at 224 pixels (MAE); maws: at 512 or 518 (paper; "
@@ -1917,7 +1917,7 @@ def parse_video_flags(argv):
     """All flags, with the recipe filled in: (args, Config, file_info of --init, data.Views)."""
     parser = vit.stage_parser("finetune.py video", __doc__, {
         **VIDEO_RECIPES,
-        **{f"k400, ssv2, {name}": recipe for name, recipe in SLOWFAST_BY_MODEL.items()}})
+        **{f"k400/ssv2 {name}": recipe for name, recipe in SLOWFAST_BY_MODEL.items()}})
     parser.set_defaults(data=["world-clips"], micro_batch=16, optimizer="adamw", loss="ce",
                         pool="mean", crop="centre")
     add_video_flags(parser.add_argument_group("video").add_argument)
@@ -2017,7 +2017,7 @@ def parse_detect_flags(argv):
     """All flags, with the recipe filled in: (args, Config, Heads, file_info of --init)."""
     parser = vit.stage_parser("finetune.py detect", __doc__, {
         **DETECT_RECIPES,
-        **{f"vitdet, {name}": recipe for name, recipe in DETECT_BY_MODEL.items()}})
+        **{f"vitdet {name}": recipe for name, recipe in DETECT_BY_MODEL.items()}})
     parser.set_defaults(data=["world-boxes"], micro_batch=16)
     add = parser.add_argument_group("detection").add_argument
     add("--images", metavar="DIR", help="folder of --data's images, for LVIS the one "

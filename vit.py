@@ -609,12 +609,20 @@ def stage_parser(program, doc, recipes=None):
         help="processes per rank that decode images; 0: none; default: on CUDA the CPU cores per "
         "rank but two, at most 16; else 1")
 
-    if not recipes:
+    if recipes:
+        add_recipe_and_run_flags(parser, recipes)
+    else:
         parser.set_defaults(predict=None, eval_only=False, activation_checkpoint=False, seed=0)
-        return parser
-    lines = [f"  {name:6} {' '.join(as_flag(*item) for item in recipe.items())}"
-             for name, recipe in recipes.items()]
-    parser.epilog = "\n".join(["defaults (the code has their sources):", *lines])
+    return parser
+
+
+def add_recipe_and_run_flags(parser, recipes):
+    """Add the flags of the recipe and of the run; `recipes` as of stage_parser."""
+    rows = {}           # models with equal recipes share a row
+    for name, recipe in recipes.items():
+        rows.setdefault(" ".join(as_flag(*item) for item in recipe.items()), []).append(name)
+    parser.epilog = "\n".join(["defaults (the code has their sources):", *(
+        f"  {', '.join(names)}: {flags}" for flags, names in rows.items())])
 
     group = parser.add_argument_group("recipe (defaults by model: see the end)")
     add = group.add_argument
@@ -656,7 +664,6 @@ def stage_parser(program, doc, recipes=None):
         help="print memory and time of the run on this number of H100s (8 if not given) and stop")
     add("--activation-checkpoint", action="store_true",
         help="save memory: compute activations again in the backward pass; default off")
-    return parser
 
 
 def as_flag(name, value):
