@@ -3918,10 +3918,14 @@ def test_encoders_with_patches_of_14_pixels_become_detectors():
 # ======================================================================================
 
 def readme_commands():
-    """The commands of README.md: [[program.py, flag, …]]."""
+    """The commands of README.md, on lines of their own or in sentences: [[program.py, flag, …]]."""
     text = (HERE / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
     variables, commands = {}, []
-    for line in re.findall(r"^    (\S.*)$", text, re.M):
+    inline = r"`((?:python|torchrun) [^`]+\.py[^`]*|(?:mae|wsp|finetune)\.py [^`]*--[^`]+)`"
+    for own, within in re.findall(rf"^    (\S.*)$|{inline}", text, re.M):
+        line = own or f"python {within}".replace("\n", " ")
+        if "SPEC" in line:
+            continue
         if match := re.fullmatch(r'([A-Z])="(.*)"', line):
             variables[f"${match[1]}"] = match[2]
         for part in renamed(line, variables.items()).split("&&"):
@@ -3939,7 +3943,7 @@ def readers_files():
     sound["annotations"] = [one for one in sound["annotations"]
                             if one["id"] < 900 and one["image_id"] < 14]
     for name in ("photos/train", "photos/val", "photos/test", "more-photos", "flowers/train",
-                 "flowers/val", "imagenet/val"):
+                 "flowers/val", "imagenet/train", "imagenet/val"):
         shutil.copytree(photos(), place / name)
     for name in ("cat.jpg", "dog.jpg", "street.jpg"):
         shutil.copy(photo(), place / name)
@@ -3955,8 +3959,9 @@ def readers_files():
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_text(json.dumps(sound))
     (place / "bccd/train.csv").write_text("image\nimages/0.png\nimages/1.png\n")
-    (place / "runs/claims/seed-0/mae").mkdir(parents=True)
-    shutil.copy(model_of("mae"), place / "runs/claims/seed-0/mae/model.pt")
+    for stages in ("mae", "mae/wsp"):
+        (place / "runs/claims/seed-0" / stages).mkdir(parents=True)
+        shutil.copy(model_of(stages[-3:]), place / "runs/claims/seed-0" / stages / "model.pt")
     for name in ("bccd/images", "train2017", "val2017"):
         shutil.copytree(annotated().parent, place / name)
     (place / "results.json").write_text(json.dumps(
