@@ -1805,9 +1805,9 @@ def test_bad_samples_are_listed_once_after_a_resume():
     listed = Path(run.args.out) / "bad_samples.txt"
     run.optimizer.step()
     vit.save(run.args, run.model, run.optimizer, {**run.state, "step": 2}, {})
-    listed.write_text("3\ta.jpg\tempty\n15\tb.jpg\tempty\n16\tc.jpg\tempty\n")
+    listed.write_text("3\ta\n.jpg\tempty\n15\tb.jpg\tempty\n16\tc.jpg\tempty\n")
     assert small_run(out=run.args.out).state["step"] == 2
-    assert listed.read_text() == "3\ta.jpg\tempty\n15\tb.jpg\tempty\n"
+    assert listed.read_text() == "3\ta\n.jpg\tempty\n15\tb.jpg\tempty\n"
 
 
 def started(*flags, launcher=(sys.executable,)):
