@@ -1803,6 +1803,7 @@ def test_a_run_whose_last_step_is_skipped_leaves_its_model():
 def test_bad_samples_are_listed_once_after_a_resume():
     run = small_run()
     listed = Path(run.args.out) / "bad_samples.txt"
+    assert not listed.exists()
     run.optimizer.step()
     vit.save(run.args, run.model, run.optimizer, {**run.state, "step": 2}, {})
     listed.write_text("3\ta\n.jpg\tempty\n15\tb.jpg\tempty\n16\tc.jpg\tempty\n")

@@ -1468,10 +1468,11 @@ class Run:
             write_aside(self.log, lambda path: path.write_text(
                 "".join(json.dumps(record) + "\n" for record in kept)))
             listed = Path(args.out) / "bad_samples.txt"
-            lines = listed.read_bytes().splitlines(True) if listed.exists() else []
-            lines = [line for line in lines         # a file's name may have a second line
-                     if int(re.match(rb"\d*", line)[0] or 0) < step * args.batch]
-            write_aside(listed, lambda path: path.write_bytes(b"".join(lines)))
+            if listed.exists():
+                lines = [line for line in listed.read_bytes().splitlines(True)
+                         # a file's name may have a second line
+                         if int(re.match(rb"\d*", line)[0] or 0) < step * args.batch]
+                write_aside(listed, lambda path: path.write_bytes(b"".join(lines)))
         self.bar = tqdm(total=schedule.steps, initial=self.state["step"], unit="step",
                         dynamic_ncols=True, disable=self.rank > 0 or not sys.stderr.isatty())
         self.saved_at, self.stop, self.best_speed = time.monotonic(), False, 0.0
