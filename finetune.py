@@ -1713,7 +1713,7 @@ def zeroshot(argv):
         return vit.plan(args, make, trained, flops)
     device = vit.start(args, trained)
 
-    # ---- model: a checkpoint in --out, else --init and --text-init, else random weights
+    # ---- model: random weights, or --init and --text-init; a run that goes on replaces them
     val, classes, templates = open_classes_and_val(args, config)
     names = [some[0] for some in classes]
     model, wrapped = vit.build(make, args, device, ("trunk", "embed_images", "embed_texts"))
